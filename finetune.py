@@ -1,0 +1,224 @@
+"""Stage 3: fine-tune the whole network on labelled images (section 5.1), from any of the paper's four initialisations.
+
+    python finetune.py --init runs/shapes/pretrain_decoder_ddep/last.pt --labels 32         # the embedded data, on a CPU
+    python finetune.py --data folder --root my_data --init ddep.pt                          # your images and masks, one GPU
+    torchrun --nproc_per_node=8 finetune.py --data folder --root my_data --init ddep.pt --fraction 1/8     # eight
+
+    --init ddep.pt or dep.pt         a checkpoint of pretrain_decoder.py: encoder and decoder, all but the head     "DDeP", "DeP"
+    --init encoder.pt or .npz        a checkpoint of pretrain_encoder.py or published weights: the encoder alone    "Supervised"
+    --init none                      nothing                                                                        "No Pretraining"
+
+In: image and mask pairs. Out, in --out: best.pt (by mIoU on the validation images) and last.pt, which evaluate.py takes; log.jsonl,
+args.json, labelled.txt (the images used), metrics.json (last.pt's scores), predictions.png. The same command again continues.
+"""
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+
+import runtime
+from data import DATA, IGNORE, Batches, Samples, label_subset, load, raise_errors, segmentation_pairs, segmentation_transform, to_pixels
+from evaluate import evaluate, predict, table
+from model import ENCODERS, build_unet, load_encoder_weights, load_strictly
+from pictures import colour_mask, from_pixels, sheet
+from runtime import InputError
+
+# 5.1 sweeps learning rate and weight decay over [1e-5, 3e-4] for each task; PAPER SILENT on what won, on batch size and steps.
+RECIPE = {
+    "shapes": dict(crop_size=64, crop="inception", min_area=0.5, steps=200, batch_size=8, micro_batch=8, lr=1e-3, warmup_steps=20,
+                   weight_decay=1e-4, workers=0, save_every=100, eval_every=100),
+    "paper": dict(crop_size=512, crop="random", min_area=0.08, steps=10_000, batch_size=16, micro_batch=4, lr=1e-4, warmup_steps=0,
+                  weight_decay=1e-4, workers=runtime.default_workers(), save_every=500, eval_every=500),
+}
+NETWORK = {"shapes": ("hybrid-small", 1 / 8), "paper": ("hybrid", 1.0)}          # encoder and width, where --init does not tell
+
+
+def parse_arguments(argv=None):
+    """(arguments, the checkpoint of ours that --init names, or None)."""
+    parser = runtime.Parser(__doc__)
+    runtime.add_training_arguments(parser, DATA)
+    parser.add_argument("--init", default="none", metavar="PATH", help="initial weights, see above; or `none`")
+    parser.add_argument("--encoder", choices=ENCODERS, help="the encoder network (default: that of --init)")
+    parser.add_argument("--width", type=runtime.positive_float, metavar="W", help="decoder width, see pretrain_decoder.py "
+                        "(default: that of --init)")
+    parser.add_argument("--num-classes", type=runtime.positive_int, metavar="N", help="with folder: mask values are 0 to N-1, or 255 to "
+                        "ignore (default: as many as ROOT/classes.txt names)")
+    parser.add_argument("--train-list", metavar="FILE", help="text file with one `image mask` per line, instead of ROOT/images/train")
+    parser.add_argument("--val-list", metavar="FILE", help="the same for validation")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--fraction", type=fraction, metavar="F", help="share of the labelled images to use: 1/8, 0.05, 5%% (default: all)")
+    labels.add_argument("--labels", type=runtime.positive_int, metavar="N", help="number of labelled images to use")
+    parser.add_argument("--subset-seed", type=runtime.non_negative_int, default=0, metavar="N", help="which ones; subsets of one seed are nested")
+    parser.add_argument("--crop-size", type=runtime.positive_int, metavar="N", help="side of the square training crops (5.1: 512, Cityscapes 1024)")
+    parser.add_argument("--crop", choices=("random", "inception"), help="5.1 says random crop, 6 says inception-style; PAPER SILENT on which")
+    parser.add_argument("--min-area", type=runtime.unit_float, metavar="X", help="inception: smallest share of a picture's area in a crop")
+    parser.add_argument("--eval-every", type=runtime.positive_int, metavar="N", help="steps between validations")
+    args = runtime.parse(parser, RECIPE, argv)
+
+    args.out = args.out or os.path.join("runs", args.data, "finetune")
+    init = None if args.init == "none" or args.init.endswith(".npz") else runtime.load_checkpoint(args.init)
+    made_with = {} if init is None else init["model_args"]
+    for key, fallback in zip(("encoder", "width"), NETWORK["shapes" if args.data == "shapes" else "paper"]):
+        if key in made_with and getattr(args, key) not in (None, made_with[key]):
+            raise InputError(f"--{key} {getattr(args, key)}, but {args.init} was made with {key} {made_with[key]}; drop the flag, or "
+                             f"pass another --init")
+        if getattr(args, key) is None:
+            setattr(args, key, made_with.get(key, fallback))
+    return args, init
+
+
+def fraction(text):
+    """"1/8", "0.05" or "5%" as a string that says the same in lowest terms: arguments are saved as plain values."""
+    try:
+        value = Fraction(text[:-1]) / 100 if text.endswith("%") else Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not 0 < value <= 1:
+        raise runtime.argparse.ArgumentTypeError(f"{text!r} is not a share of the images, such as 1/8, 0.05 or 5%")
+    return str(value)
+
+
+def initialise(model, args, init):
+    """Load what --init holds into `model`; everything but the head from stage 2, the encoder from stage 1. Say which is which."""
+    with runtime.as_input_error():
+        if init is not None and any(name.startswith("decoder.") for name in init["model"]):
+            head = {name: value for name, value in model.state_dict().items() if name.startswith("decoder.head.")}
+            body = {name: value for name, value in init["model"].items() if not name.startswith("decoder.head.")}
+            load_strictly(model, {**body, **head}, f"{args.init}: does not fit this network")
+            loaded, fresh = "encoder and decoder blocks", list(head)
+        elif args.init != "none":
+            load_encoder_weights(model.encoder, init or args.init)
+            loaded, fresh = "encoder", [name for name in model.state_dict() if not name.startswith("encoder.")]
+        else:
+            loaded, fresh = "nothing", list(model.state_dict())
+    total = len(model.state_dict())
+    what = f"the head ({', '.join(fresh)})" if len(fresh) == 2 else "the decoder" if loaded == "encoder" else "everything"
+    return f"init {args.init}: loaded {total - len(fresh)} tensors ({loaded}); fresh: {len(fresh)} tensors, {what}"
+
+
+def main():
+    args, init = parse_arguments()
+    processes = runtime.start_processes(args.device)
+    device, precision = processes.device, runtime.resolve_precision(args.precision, processes.device)
+    runtime.share_of(args.batch_size, processes)
+
+    # Data: all labelled images, or a nested subset of them
+    train, names = segmentation_pairs(args.data, args.root, "train", args.num_classes, args.train_list)
+    val, _ = segmentation_pairs(args.data, args.root, "val", args.num_classes, args.val_list) if args.train_list is None or args.val_list \
+        else (None, names)
+    if args.labels is not None or args.fraction is not None:
+        ids = [train.name(i) for i in range(len(train))]
+        train = train.subset(label_subset(ids, args.labels or Fraction(args.fraction), args.subset_seed))
+    steps = runtime.steps_of(args, len(train))
+
+    # Model: everything trains (section 2)
+    torch.manual_seed(args.seed)
+    model_args = dict(encoder=args.encoder, width=args.width, out_channels=len(names),
+                      condition_on_gamma=init is not None and init["model_args"].get("condition_on_gamma", False))
+    model = build_unet(**model_args)
+    origin = initialise(model, args, init)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = runtime.adam(model.parameters(), args, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    # Continue, or say that there is nothing left to do
+    checkpoint = runtime.resume(args, processes)
+    start, best = 0, -1.0
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        start, best = checkpoint["step"], checkpoint["best"]
+    if start == steps:
+        print(f"{args.out}: finished at step {steps}" + (f", best mIoU {best:.4f}" if val else ""))
+        return
+
+    if args.compile:
+        model.compile()
+    wrapped = processes.wrap(model)
+    samples = Samples(train, segmentation_transform(args.crop_size, args.crop, args.min_area), args.seed)
+    batches = Batches(len(train), args.batch_size, steps, args.seed, start, processes.rank, processes.world)
+    loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
+
+    log = runtime.Log(args, processes, steps, start)
+    log.say(f"stage 3: {args.encoder}, decoder x{args.width:g}, {len(train)} labelled images, {len(names)} classes, "
+            f"{len(val) if val else 'no'} validation images, steps {start} to {steps}, {processes.world} x {device.type}, {precision}")
+    log.say(origin)
+    check_pairs([source for source in (train, val) if source is not None] if args.data != "shapes" else [], processes, log)
+    if processes.is_main:
+        with open(os.path.join(args.out, "labelled.txt"), "w", encoding="utf-8") as file:
+            file.writelines(train.line(i) + "\n" for i in range(len(train)))
+
+    model.train()
+    for step, batch in enumerate(log.timed(raise_errors(loader)), start=start):
+        runtime.set_rate(optimizer, rate := runtime.cosine_rate(step, steps, args.lr, args.warmup_steps))
+        # The mean is over the pixels that count in the GLOBAL batch: a mean per process would weigh them by where they lie.
+        counted = processes.sum((batch["mask"] != IGNORE).sum().to(device)).clamp(min=1)
+        loss = torch.zeros((), device=device)
+        for part, is_last in runtime.micro_batches(batch, args.micro_batch):
+            x = to_pixels(part["image"].to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+            mask = part["mask"].to(device, non_blocking=True).long()
+            with runtime.gradient_sync(wrapped, now=is_last), runtime.autocast(precision, device):
+                logits = wrapped(x)
+                part_loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum") / counted
+                scaler.scale(part_loss * processes.world).backward()      # DDP divides by the number of processes
+            loss += part_loss.detach()
+        loss = processes.sum(loss).item()
+        runtime.require_finite(loss, step, args.out)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        log.step(step + 1, loss, rate)
+
+        done = step + 1
+        if val is not None and (done % args.eval_every == 0 or done == steps):
+            metrics = evaluate(model, val, names, processes, precision, args.workers, window=args.crop_size)
+            log.record(step=done, miou=metrics["miou"], pixel_accuracy=metrics["pixel_accuracy"])
+            miou = metrics["miou"] or 0.0                                 # None where every validation pixel is ignored
+            log.say(f"step {done}: mIoU {miou:.4f}")
+            if miou > best and processes.is_main:
+                runtime.save(os.path.join(args.out, "best.pt"), dict(model=model.state_dict(), model_args=model_args, step=done, best=miou,
+                                                                     class_names=names, args=vars(args)))
+            best = max(best, miou)
+        if processes.is_main and (done % args.save_every == 0 or done == steps):
+            runtime.save(os.path.join(args.out, "last.pt"),
+                         dict(model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                              step=done, steps=steps, best=best, class_names=names, args=vars(args)))
+    log.close()
+
+    if processes.is_main and val is not None:
+        with open(os.path.join(args.out, "metrics.json"), "w") as file:
+            json.dump(metrics, file, indent=2)
+        print(table(metrics))
+        draw_predictions(model, val, len(names), device, args.crop_size).save(os.path.join(args.out, "predictions.png"))
+    if processes.is_main:
+        print(f"fine-tuned: {os.path.join(args.out, 'last.pt')}" + (f" (mIoU {miou:.4f}), best.pt (mIoU {best:.4f})" if val else ""))
+
+
+def check_pairs(sources, processes, log):
+    """Read every pair once before training: a wrong mask is named now, not after an hour. The processes share the work."""
+    for source in sources:
+        log.say(f"checking {len(source)} images and masks")
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(source.read, range(processes.rank, len(source), processes.world)):
+                pass
+
+
+@torch.no_grad()
+def draw_predictions(model, source, num_classes, device, window, rows=6):
+    """Image, truth and prediction of validation images, evenly picked."""
+    model.eval()
+    pictures = []
+    for i in range(0, len(source), max(1, len(source) // rows)):
+        sample = source.read(i)
+        x = to_pixels(sample["image"].as_subclass(torch.Tensor)[None].to(device))
+        said = predict(model, x, window=window).argmax(1)[0].cpu()
+        pictures.append([from_pixels(x[0]), colour_mask(sample["mask"], num_classes), colour_mask(said, num_classes)])
+    return sheet(pictures[:rows], ["image", "truth", "prediction"], height=160)
+
+
+if __name__ == "__main__":
+    runtime.run(main)

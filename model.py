@@ -1,0 +1,454 @@
+"""The networks: encoders (Hybrid-ViT, ResNet-50), the UNet decoder, and the UNet that joins them (Figure 2, section 4.3).
+
+This file needs torch (and torchvision for ResNet50 alone) and nothing of this project: copy it where you like.
+
+    unet = UNet(HybridViT(), width=1, out_channels=3)       # R50+ViT-B/16, decoder [1024, 512, 256, 128, 64]
+    eps_hat = unet(x)                                       # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H and W
+    unet.decoder.replace_head(19)                           # segmentation: (B, 19, H, W) logits; the rest is kept
+
+AN ENCODER is any module with two tuples, `channels` and `strides`, from fine to coarse, whose forward takes (B, 3, H, W) in
+[-1, 1], H and W multiples of strides[-1], and returns one (B, channels[i], H / strides[i], W / strides[i]) map per stride.
+Strides are powers of two up to 32. Your own encoder that does this works in UNet as it is.
+"""
+import math
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ENCODERS = ("hybrid", "hybrid-small", "resnet50")
+
+
+def build_encoder(name):
+    """The encoder called `name`, one of ENCODERS, with fresh weights."""
+    if name == "hybrid":          # the paper's: R50+ViT-B/16, 97.9 M parameters
+        return HybridViT()
+    if name == "hybrid-small":    # the same class for the embedded data on a CPU
+        return HybridViT(stem=48, widths=(16, 24, 32), units=(1, 2, 2), dim=128, depth=2, heads=4, mlp_dim=256, image_size=64)
+    if name == "resnet50":        # Table 7
+        return ResNet50()
+    raise ValueError(f"no encoder called {name!r}; there are {', '.join(ENCODERS)}")
+
+
+def build_unet(encoder="hybrid", width=1, out_channels=3, condition_on_gamma=False):
+    """A UNet from plain arguments: what the checkpoints of stages 2 and 3 carry as "model_args"."""
+    return UNet(build_encoder(encoder), width, out_channels, condition_on_gamma)
+
+
+def build_classifier(encoder="hybrid", num_classes=1000):
+    """A Classifier from plain arguments: what the checkpoints of stage 1 carry as "model_args"."""
+    return Classifier(build_encoder(encoder), num_classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder 1: Hybrid-ViT, R50+ViT-B/16 (Dosovitskiy et al., 2021), exactly as the published JAX model computes it
+
+
+def same_padding(x, kernel, stride, value=0.0):
+    """TensorFlow's and JAX's SAME: the output is ceil(size / stride); of an odd total, the extra row goes below and right.
+
+    At even sizes a 7x7/2 kernel pads (2, 3) and a 3x3/2 kernel (0, 1). Symmetric padding shifts features by half a pixel.
+    """
+    total = [max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
+    (top, left) = (t // 2 for t in total)
+    return F.pad(x, (left, total[1] - left, top, total[0] - top), value=value) if any(total) else x
+
+
+class StdConv2d(nn.Conv2d):
+    """Bias-free convolution, SAME padding, with standardised weights: (w - mean) / (std + 1e-5) per output channel."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1):
+        super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
+
+    def forward(self, x):
+        std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        weight = (self.weight - mean) / (std + 1e-5)           # epsilon OUTSIDE the root, population std
+        return F.conv2d(same_padding(x, self.kernel_size[0], self.stride[0]), weight, stride=self.stride)
+
+
+def group_norm(channels):
+    """GroupNorm, eps 1e-6: 32 groups wherever 32 divides the channels, as published; narrower (toy) layers get at least
+    two channels in a group."""
+    groups = math.gcd(32, channels)
+    return nn.GroupNorm(groups if groups < channels else max(1, groups // 2), channels, eps=1e-6)
+
+
+class ResidualUnit(nn.Module):
+    """POST-activation bottleneck: 1x1, 3x3 (which has the stride), 1x1 to 4 * width; ReLU after the sum."""
+
+    def __init__(self, in_channels, width, stride=1):
+        super().__init__()
+        if in_channels != 4 * width or stride != 1:
+            self.conv_proj, self.gn_proj = StdConv2d(in_channels, 4 * width, 1, stride), group_norm(4 * width)
+        else:
+            self.conv_proj = None
+        self.conv1, self.gn1 = StdConv2d(in_channels, width, 1), group_norm(width)
+        self.conv2, self.gn2 = StdConv2d(width, width, 3, stride), group_norm(width)
+        self.conv3, self.gn3 = StdConv2d(width, 4 * width, 1), group_norm(4 * width)
+        nn.init.zeros_(self.gn3.weight)                        # a fresh unit starts as its shortcut
+
+    def forward(self, x):
+        shortcut = x if self.conv_proj is None else self.gn_proj(self.conv_proj(x))
+        y = F.relu(self.gn1(self.conv1(x)))
+        y = F.relu(self.gn2(self.conv2(y)))
+        return F.relu(shortcut + self.gn3(self.conv3(y)))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-LayerNorm transformer block on tokens (B, N, dim); GELU is the tanh approximation."""
+
+    def __init__(self, dim, heads, mlp_dim):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.fc1, self.fc2 = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
+        for linear in (self.proj, self.fc1, self.fc2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for part in self.qkv.weight.chunk(3):                  # q, k and v are three matrices, each with its own fan
+            nn.init.xavier_uniform_(part)
+        nn.init.zeros_(self.qkv.bias)
+
+    def forward(self, x):
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                   # three of (B, heads, N, dim / heads)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim)
+        x = x + self.proj(y)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+
+
+class HybridViT(nn.Module):
+    """A ResNet to stride 16, whose every position is a token of a ViT. Without arguments: R50+ViT-B/16.
+
+    stem: channels of the 7x7 root convolution. widths, units: bottleneck width (a quarter of the output channels) and number
+    of units of the three blocks at strides 4, 8, 16. dim, depth, heads, mlp_dim: the transformer. image_size: of the images
+    that the position embedding is made for (224 -> a 14x14 grid); other H x W interpolate it.
+
+    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (root, before the max-pool), 4, 8 (blocks 1, 2) and 16 (patch tokens
+    after the last LayerNorm; the class token takes part in the attention and is dropped here).
+    """
+
+    def __init__(self, stem=64, widths=(64, 128, 256), units=(3, 4, 9), dim=768, depth=12, heads=12, mlp_dim=3072,
+                 image_size=224):
+        super().__init__()
+        self.channels, self.strides = (stem, 4 * widths[0], 4 * widths[1], dim), (2, 4, 8, 16)
+        self.conv_root, self.gn_root = StdConv2d(3, stem, 7, stride=2), group_norm(stem)
+        self.block1 = self._block(stem, widths[0], units[0], stride=1)
+        self.block2 = self._block(4 * widths[0], widths[1], units[1], stride=2)
+        self.block3 = self._block(4 * widths[1], widths[2], units[2], stride=2)
+        self.embedding = nn.Conv2d(4 * widths[2], dim, 1)
+        self.grid = image_size // 16
+        self.cls = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embedding = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid ** 2, dim))   # the class token's comes first
+        self.transformer = nn.Sequential(*(TransformerBlock(dim, heads, mlp_dim) for _ in range(depth)))
+        self.encoder_norm = nn.LayerNorm(dim, eps=1e-6)
+
+    @staticmethod
+    def _block(in_channels, width, units, stride):
+        names = [f"unit{i + 1}" for i in range(units)]         # the published names: block1/unit1/conv1 ...
+        first = ResidualUnit(in_channels, width, stride)
+        return nn.Sequential(OrderedDict(zip(names, [first] + [ResidualUnit(4 * width, width) for _ in names[1:]])))
+
+    def forward(self, x):                                      # (B, 3, H, W)
+        stride2 = F.relu(self.gn_root(self.conv_root(x)))      # (B, 64, H/2, W/2)
+        y = F.max_pool2d(same_padding(stride2, 3, 2, value=-math.inf), 3, 2)
+        stride4 = self.block1(y)                               # (B, 256, H/4, W/4)
+        stride8 = self.block2(stride4)                         # (B, 512, H/8, W/8)
+        y = self.embedding(self.block3(stride8))               # (B, 768, H/16, W/16)
+        height, width = y.shape[-2:]
+        tokens = torch.cat([self.cls.expand(len(y), -1, -1), y.flatten(2).transpose(1, 2)], dim=1)     # (B, 1 + N, 768)
+        tokens = self.encoder_norm(self.transformer(tokens + self.position(height, width)))
+        stride16 = tokens[:, 1:].transpose(1, 2).reshape(y.shape)
+        return stride2, stride4, stride8, stride16
+
+    def position(self, height, width):
+        """The position embedding (1, 1 + height * width, dim), interpolated as the original does: ndimage.zoom(order=1)."""
+        if (height, width) == (self.grid, self.grid):
+            return self.pos_embedding
+        cls, grid = self.pos_embedding[:, :1], self.pos_embedding[:, 1:]
+        grid = grid.transpose(1, 2).reshape(1, -1, self.grid, self.grid)
+        grid = F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=True)
+        return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder 2: ResNet-50 (Table 7)
+
+
+class ResNet50(nn.Module):
+    """torchvision's ResNet-50 (v1.5) without its classifier; its names, so its weights load as they are.
+
+    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16, 32 with 64, 256, 512, 1024, 2048
+    channels. torchvision's weights expect ImageNet's mean and deviation: this encoder converts, nobody else has to know.
+    """
+
+    def __init__(self):
+        super().__init__()
+        from torchvision.models import resnet50                # here: the rest of this file needs torch alone
+        self.channels, self.strides = (64, 256, 512, 1024, 2048), (2, 4, 8, 16, 32)
+        net = resnet50(weights=None)
+        self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        # (x + 1) / 2 is in [0, 1]; minus mean, over std. Constants, so not in the state dict.
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        self.register_buffer("shift", (2 * mean - 1).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("scale", (2 * std).reshape(3, 1, 1), persistent=False)
+
+    def forward(self, x):                                      # (B, 3, H, W)
+        stride2 = F.relu(self.bn1(self.conv1((x - self.shift) / self.scale)))
+        stride4 = self.layer1(self.maxpool(stride2))
+        stride8 = self.layer2(stride4)
+        stride16 = self.layer3(stride8)
+        return stride2, stride4, stride8, stride16, self.layer4(stride16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder (Figure 2, section 4.3)
+
+
+def upsample_conv(x, weight):
+    """Nearest x2 upsampling, then a 3x3 convolution with zero padding: (B, I, H, W), (O, I, 3, 3) -> (B, O, 2H, 2W).
+
+    Computed as ONE 4x4 stride-2 transposed convolution, whose kernel is the 3x3 kernel summed over 2x2 shifts: the same
+    function with 2.25 times fewer multiply-adds.
+    """
+    flipped = weight.flip(2, 3)
+    kernel = sum(F.pad(flipped, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1))
+    return F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2, padding=1)
+
+
+class DecoderNorm(nn.Module):
+    """GroupNorm; with conditioning (4.4) followed by a scale and a shift per channel that are linear in the embedded gamma.
+
+    PAPER SILENT on the decoder's normalisation. GroupNorm: what an image gets does not depend on the other images of its
+    batch, so neither on how a batch is split over processes, and fine-tuning batches may be as small as one.
+    """
+
+    def __init__(self, channels, gamma_dim=None):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.gamma = None if gamma_dim is None else nn.Linear(gamma_dim, 2 * channels)
+        if self.gamma is not None:                             # starts as no conditioning at all
+            nn.init.zeros_(self.gamma.weight)
+            nn.init.zeros_(self.gamma.bias)
+
+    def forward(self, x, gamma=None):                          # (B, C, H, W), (B, gamma_dim) or None
+        x = self.norm(x)
+        if self.gamma is None:
+            return x
+        scale, shift = self.gamma(gamma)[:, :, None, None].chunk(2, dim=1)
+        return x * (1 + scale) + shift
+
+
+class DecoderBlock(nn.Module):
+    """[x2 upsampling] -> [concatenate the skip] -> (3x3 conv -> norm -> ReLU) twice.
+
+    PAPER SILENT on all of it; the layout is TransUNet's, which the paper names as its architecture (Chen et al., 2021).
+    PAPER SILENT on upsampling: nearest, because then it and the convolution behind it are one cheaper operation.
+    """
+
+    def __init__(self, in_channels, skip_channels, out_channels, upsample, gamma_dim=None):
+        super().__init__()
+        self.in_channels, self.upsample = in_channels, upsample
+        self.conv1 = nn.Conv2d(in_channels + skip_channels, out_channels, 3, padding=1, bias=False)
+        self.norm1 = DecoderNorm(out_channels, gamma_dim)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = DecoderNorm(out_channels, gamma_dim)
+
+    def forward(self, x, skip=None, gamma=None):
+        # conv1 over [upsampled x, skip], as the sum of its two parts: x is upsampled inside upsample_conv
+        weight_x, weight_skip = self.conv1.weight[:, :self.in_channels], self.conv1.weight[:, self.in_channels:]
+        y = upsample_conv(x, weight_x) if self.upsample else F.conv2d(x, weight_x, padding=1)
+        if skip is not None:
+            y = y + F.conv2d(skip, weight_skip, padding=1)
+        y = F.relu(self.norm1(y, gamma))
+        return F.relu(self.norm2(self.conv2(y), gamma))
+
+
+class UNetDecoder(nn.Module):
+    """Five blocks of [1024, 512, 256, 128, 64] * width channels, from the coarsest map to full resolution, and a 3x3 head.
+
+    channels, strides: the encoder's. width: 1, 2 or 3 in the paper, any positive number here. As many of the last blocks
+    upsample by two as it takes to get from strides[-1] to 1: all five for a stride-32 ResNet-50, the last four for a
+    stride-16 hybrid. PAPER SILENT on how five widths meet a stride-16 encoder, and on which skips: every map of the encoder
+    but the coarsest is one, and nothing at full resolution.
+
+    forward: maps, fine to coarse; size (H, W) -> (B, out_channels, H, W), cropped from the multiple of strides[-1].
+    """
+
+    def __init__(self, channels, strides, width=1, out_channels=3, condition_on_gamma=False):
+        super().__init__()
+        if strides[-1] not in (1, 2, 4, 8, 16, 32):
+            raise ValueError(f"the coarsest stride must be a power of two up to 32, got {strides[-1]}")
+        widths = [round(width * c) for c in (1024, 512, 256, 128, 64)]
+        if min(widths) < 1:
+            raise ValueError(f"width {width} leaves a decoder block without channels; the smallest that works is 1/64")
+        self.condition_on_gamma = condition_on_gamma
+        gamma_dim = 256 if condition_on_gamma else None
+        if condition_on_gamma:
+            self.gamma_mlp = nn.Sequential(nn.Linear(64, gamma_dim), nn.SiLU())
+        skip_channels = dict(zip(strides[:-1], channels[:-1]))
+        without_upsampling = 5 - int(math.log2(strides[-1]))
+        self.skip_strides, self.blocks = [], nn.ModuleList()
+        stride, in_channels = strides[-1], channels[-1]
+        for i, out in enumerate(widths):
+            upsample = i >= without_upsampling
+            stride = stride // 2 if upsample else stride
+            skip_stride = stride if upsample and stride in skip_channels else None
+            self.blocks.append(DecoderBlock(in_channels, skip_channels.get(skip_stride, 0), out, upsample, gamma_dim))
+            self.skip_strides.append(None if skip_stride is None else strides.index(skip_stride))
+            in_channels = out
+        self.replace_head(out_channels)
+
+    def replace_head(self, out_channels):
+        """A fresh 3x3 head with `out_channels` outputs (3: denoising, N: classes); everything else stays as it is."""
+        last = self.blocks[-1].conv2
+        self.head = nn.Conv2d(last.out_channels, out_channels, 3, padding=1).to(last.weight)
+
+    def forward(self, maps, size, gamma=None):
+        gamma = self.embed_gamma(gamma, maps[-1]) if self.condition_on_gamma else None
+        y = maps[-1]
+        for block, skip in zip(self.blocks, self.skip_strides):
+            y = block(y, None if skip is None else maps[skip], gamma)
+        return self.head(y)[..., :size[0], :size[1]]
+
+    def embed_gamma(self, gamma, like):
+        """gamma in [0, 1], a float or (B,); None means a clean image: 1 -> (B, 256). Sines and cosines, then one layer."""
+        gamma = torch.as_tensor(1.0 if gamma is None else gamma, device=like.device, dtype=torch.float32)
+        frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, device=like.device))
+        phase = gamma.expand(len(like))[:, None] * frequencies                               # (B, 32)
+        return self.gamma_mlp(torch.cat([phase.sin(), phase.cos()], dim=1))
+
+
+class UNet(nn.Module):
+    """encoder + decoder: (B, 3, H, W) in [-1, 1] -> (B, out_channels, H, W), for any H and W.
+
+    Images whose sides are no multiple of the coarsest stride are padded below and right with their last row and column, and
+    the output is cropped. gamma: the noise level, for a decoder with condition_on_gamma (4.4); None means a clean image.
+    """
+
+    def __init__(self, encoder, width=1, out_channels=3, condition_on_gamma=False):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = UNetDecoder(encoder.channels, encoder.strides, width, out_channels, condition_on_gamma)
+
+    def encode(self, x):
+        """The encoder's maps of x, padded to a multiple of the coarsest stride."""
+        height, width = x.shape[-2:]
+        stride = self.encoder.strides[-1]
+        padding = (0, -width % stride, 0, -height % stride)
+        return self.encoder(F.pad(x, padding, mode="replicate") if any(padding) else x)
+
+    def forward(self, x, gamma=None):
+        return self.decoder(self.encode(x), x.shape[-2:], gamma)
+
+
+class Classifier(nn.Module):
+    """Stage 1: encoder -> mean of the coarsest map -> linear: (B, 3, H, W) in [-1, 1] -> (B, num_classes) logits.
+
+    PAPER SILENT on the head ("ImageNet-21k classification"). The mean works for any encoder; Dosovitskiy et al. read the class
+    token instead.
+    """
+
+    def __init__(self, encoder, num_classes):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.channels[-1], num_classes)
+
+    def forward(self, x):
+        return self.head(self.encoder(x)[-1].mean(dim=(2, 3)))
+
+
+def freeze(module):
+    """Freeze `module` for good: no parameter takes a gradient, and it stays in eval mode whatever .train() is called later,
+    on it, on a part of it or on a model around it, so that buffers (BatchNorm statistics) stay too. Returns the module."""
+    module.requires_grad_(False).eval()
+    for part in module.modules():
+        part.train = lambda mode=True, part=part: part
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def load_encoder_weights(encoder, source):
+    """Set every tensor of `encoder` from a file, recognised by its content, and return what the file was taken for:
+
+        a checkpoint of this project (stage 1, 2 or 3), whose encoder is taken
+        Google's R50+ViT-B_16.npz, for HybridViT
+
+    source: a path, or what is in such a file as a mapping. Raises ValueError, in one line, where it does not fit; the encoder is
+    then as it was.
+    """
+    label, content = ("the given mapping", source) if isinstance(source, Mapping) else (source, _read_weights(source))
+    if isinstance(content.get("model"), Mapping):
+        kind = "a checkpoint of this project"
+        state = {name.removeprefix("encoder."): value for name, value in content["model"].items() if name.startswith("encoder.")}
+    elif "conv_root/kernel" in content:
+        kind, state = "Google's R50+ViT-B_16 (.npz)", hybrid_vit_state_dict(content)
+    else:
+        raise ValueError(f"{label}: not weights of a known kind (its first keys: {', '.join(map(str, list(content)[:3]))}); expected a "
+                         f"checkpoint of pretrain_encoder.py, or Google's R50+ViT-B_16.npz")
+    load_strictly(encoder, state, f"{label}: {kind}, does not fit {type(encoder).__name__}")
+    return kind
+
+
+def load_strictly(module, state, complaint):
+    """load_state_dict that sets all tensors or none: else a ValueError of one line, `complaint` and the first few keys."""
+    ours = module.state_dict()
+    faults = {"missing": [k for k in ours if k not in state], "unexpected": [k for k in state if k not in ours],
+              "of another shape": [f"{k} {tuple(state[k].shape)}, expected {tuple(ours[k].shape)}" for k in ours
+                                   if k in state and state[k].shape != ours[k].shape]}
+    if any(faults.values()):
+        raise ValueError(complaint + ": " + "; ".join(f"{len(keys)} tensors {fault} ({', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''})"
+                                                      for fault, keys in faults.items() if keys))
+    module.load_state_dict(state)
+
+
+def _read_weights(path):
+    try:
+        if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
+            import numpy                                       # for .npz alone
+            return dict(numpy.load(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                 # torch.load fails in many ways on what is no checkpoint
+        raise ValueError(f"{path}: cannot be read as weights ({(str(error).splitlines() or [type(error).__name__])[0][:100]})") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors")
+    return content
+
+
+def hybrid_vit_state_dict(arrays):
+    """The arrays of Google's `R50+ViT-B_16.npz` (name -> array) as a state dict of HybridViT; the classification heads stay
+    behind. Kernels change from (h, w, in, out) to (out, in, h, w); query, key and value become one matrix."""
+    state = {}
+    for name, array in arrays.items():
+        if name.split("/")[0] in ("head", "pre_logits") or "MultiHeadDotProductAttention" in name:
+            continue
+        name = name.replace("Transformer/posembed_input/pos_embedding", "pos_embedding")
+        name = name.replace("Transformer/encoder_norm", "encoder_norm").replace("Transformer/encoderblock_", "transformer/")
+        name = name.replace("LayerNorm_0", "norm1").replace("LayerNorm_2", "norm2")
+        name = name.replace("MlpBlock_3/Dense_0", "fc1").replace("MlpBlock_3/Dense_1", "fc2")
+        name = name.replace("kernel", "weight").replace("scale", "weight").replace("/", ".")
+        value = torch.as_tensor(array)
+        if value.dim() == 4:                                   # convolutions; GroupNorm's are (1, 1, 1, C)
+            value = value.flatten() if value.shape[:3] == (1, 1, 1) and ".gn" in "." + name else value.permute(3, 2, 0, 1)
+        elif value.dim() == 2:
+            value = value.T
+        state[name] = value.contiguous()
+    layers = sum(name.endswith("LayerNorm_0/scale") for name in arrays)
+    for layer in range(layers):
+        prefix, ours = f"Transformer/encoderblock_{layer}/MultiHeadDotProductAttention_1/", f"transformer.{layer}."
+        parts = [torch.as_tensor(arrays[prefix + part + "/kernel"]) for part in ("query", "key", "value")]
+        state[ours + "qkv.weight"] = torch.cat([part.flatten(1).T for part in parts])          # (768, 12, 64) -> (768, 768)
+        parts = [torch.as_tensor(arrays[prefix + part + "/bias"]) for part in ("query", "key", "value")]
+        state[ours + "qkv.bias"] = torch.cat([part.flatten() for part in parts])
+        state[ours + "proj.weight"] = torch.as_tensor(arrays[prefix + "out/kernel"]).flatten(0, 1).T.contiguous()
+        state[ours + "proj.bias"] = torch.as_tensor(arrays[prefix + "out/bias"])
+    return state

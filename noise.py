@@ -1,0 +1,126 @@
+"""Noise, targets and the loss of denoising pretraining: equations 1 to 6 of "Decoder Denoising Pretraining for
+Semantic Segmentation" (Brempong et al., 2022). This file needs torch and nothing else: copy it where you like.
+
+    eps = sample_noise(x.shape, seeds, x.device)           # e ~ N(0, I), one seed per image
+    x_noisy = scaled_additive_noise(x, eps, gamma=0.95)    # Eq. 5
+    loss = denoising_loss(model(x_noisy), eps)             # Eq. 6
+
+THE PIXEL RANGE. gamma and sigma mean nothing without it. Here, and in the whole project, pixels x lie in [-1, 1]:
+x = (value - 127.5) / 127.5 for 8-bit values. sigma = 0.23 is then 29 grey levels out of 255. Noisy images are never
+clipped (Figure 4). PAPER SILENT: it names no range; [-1, 1] is what its published encoder takes. Eq. 5 keeps the variance
+of x~ at 1 only where the variance of x is 1; photographs in [-1, 1] have about 0.25.
+
+The two parametrisations are one: x~ = sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma e) / sqrt(1 + sigma^2), with
+
+    gamma     sigma = sqrt(1/gamma - 1)    sqrt(1 - gamma)    where the paper uses it
+    0.95      0.2294                       0.2236             Table 4, and "noise magnitude 0.22" (4.1): main setting
+    0.90      0.3333                       0.3162             lower end of U(0.9, 0.95) in Table 4
+    0.6098    0.8000                       0.6247             DeP in Table 2: sigma = 0.8
+
+The paper writes "the optimal noise magnitude" as 0.22; that is sqrt(1 - gamma) at gamma = 0.95. (Table 4's caption says
+sigma where its values are gamma.)
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def gamma_to_sigma(gamma):
+    """sigma = sqrt(1/gamma - 1), for gamma in (0, 1]. Takes and returns a float or a tensor."""
+    _check_gamma(gamma, zero_allowed=False)
+    return (1 / gamma - 1) ** 0.5
+
+
+def sigma_to_gamma(sigma):
+    """gamma = 1 / (1 + sigma^2), for sigma >= 0. Takes and returns a float or a tensor."""
+    _check_sigma(sigma)
+    return 1 / (1 + sigma ** 2)
+
+
+def simple_additive_noise(x, eps, sigma):
+    """Eq. 1: x~ = x + sigma e.
+
+    x, eps: (B, C, H, W) of one float dtype, x in [-1, 1]; sigma >= 0: a float, or (B,), one per image.
+    Returns x~ in the shape and dtype of x. Raises ValueError for a sigma that is negative or not finite.
+    """
+    _check_sigma(sigma)
+    return (x + _per_image(sigma, x) * eps).to(x.dtype)
+
+
+def scaled_additive_noise(x, eps, gamma):
+    """Eq. 5: x~ = sqrt(gamma) x + sqrt(1 - gamma) e.
+
+    x, eps: (B, C, H, W) of one float dtype, x in [-1, 1]; gamma in [0, 1]: a float, or (B,), one per image.
+    Returns x~ in the shape and dtype of x. Raises ValueError for a gamma outside [0, 1].
+    """
+    _check_gamma(gamma)
+    gamma = _per_image(gamma, x)
+    return (gamma.sqrt() * x + (1 - gamma).sqrt() * eps).to(x.dtype)
+
+
+def denoising_loss(prediction, target):
+    """Eq. 2 (target = x: predict the image) and Eqs. 3, 4, 6 (target = e: predict the noise): mean squared error.
+
+    prediction, target: (B, C, H, W). Returns a float32 scalar: the MEAN over all elements. The paper writes the squared
+    norm, a sum over the C H W elements of an image; the mean is that sum divided by a constant, so that the loss does not
+    grow with the image, and a model that answers 0 to unit noise has loss 1.
+    """
+    return F.mse_loss(prediction.float(), target.float())
+
+
+def remove_noise(x_noisy, eps, gamma):
+    """Eq. 5 solved for x: (x~ - sqrt(1 - gamma) e) / sqrt(gamma), gamma in (0, 1]. For looking at what a model predicts."""
+    _check_gamma(gamma, zero_allowed=False)
+    gamma = _per_image(gamma, x_noisy)
+    return ((x_noisy - (1 - gamma).sqrt() * eps) / gamma.sqrt()).to(x_noisy.dtype)
+
+
+def sample_noise(shape, seeds, device="cpu"):
+    """e ~ N(0, I) of shape (B, C, H, W), float32, drawn on `device`: image b from a generator of its own, seeded seeds[b].
+
+    So the noise that an image gets does not depend on what else is in its batch, on the process that holds it, or on what
+    was drawn before. It does depend on the kind of device, whose generators differ.
+    """
+    return torch.stack([torch.randn(shape[1:], generator=_generator(seed, device), device=device) for seed in seeds])
+
+
+def sample_gamma(low, high, seeds):
+    """gamma ~ U(low, high), one per image (4.4, Table 4): (B,) float32 on the CPU. 0 <= low <= high <= 1, else ValueError.
+
+    Image b's gamma is a function of seeds[b] + 1: the same seed as for its noise would tie the two together.
+    """
+    _check_gamma(low)
+    _check_gamma(high)
+    if low > high:
+        raise ValueError(f"gamma range must be low <= high, got {low} and {high}")
+    return torch.stack([low + (high - low) * torch.rand((), generator=_generator(seed + 1, "cpu")) for seed in seeds])
+
+
+def _generator(seed, device):
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def _per_image(value, x):
+    """A float or a (B,) tensor as something that multiplies (B, C, H, W); never below float32: 1 - 0.95 is 1.6 % off in bf16."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.as_tensor(value, dtype=dtype, device=x.device).reshape(-1, 1, 1, 1)
+
+
+def _check_gamma(gamma, zero_allowed=True):
+    low, high = _extremes(gamma)
+    if not (0 <= low and high <= 1) or (low == 0 and not zero_allowed):
+        raise ValueError(f"gamma must be in {'[' if zero_allowed else '('}0, 1], got {gamma}")
+
+
+def _check_sigma(sigma):
+    low, high = _extremes(sigma)
+    if not (0 <= low and high < math.inf):
+        raise ValueError(f"sigma must be a finite number >= 0, got {sigma}")
+
+
+def _extremes(value):
+    """(min, max) of a float or a tensor; nan wherever there is a nan, which fails every comparison."""
+    if isinstance(value, torch.Tensor):
+        return value.min().item(), value.max().item()
+    return value, value

@@ -1,0 +1,424 @@
+"""What every script needs around its maths: user errors, arguments, processes and devices, rates, checkpoints, the log."""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A user's mistake is one line on stderr and exit status 2
+
+
+class InputError(Exception):
+    """Something the user can mend: the message says what was wrong, where, what was expected and what to do."""
+
+
+@contextmanager
+def as_input_error():
+    """A ValueError of model.py or noise.py, which know nothing of this file, as the InputError that it is for a user."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, whose help shows defaults, and which takes no abbreviations."""
+
+    def __init__(self, description):
+        super().__init__(description=description.split("\n\n")[0], allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def run(main):
+    """Run a script's main(); turn an InputError into its line and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        # Under torchrun, what is wrong with the flags is wrong in every process, and the first to exit ends them all.
+        # One line from each is better than none at all.
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def add_training_arguments(parser, data):
+    """The flags that the three training stages share. Their defaults come from each stage's RECIPE."""
+    add_data_arguments(parser, data)
+    parser.add_argument("--out", metavar="DIR", help="where everything goes; a run already there is continued "
+                                                     "(default: runs/DATA/STAGE)")
+    parser.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps")
+    parser.add_argument("--epochs", type=positive_float, metavar="N", help="passes over the images, instead of --steps")
+    parser.add_argument("--batch-size", type=positive_int, metavar="N", help="images per step, over all processes")
+    parser.add_argument("--micro-batch", type=positive_int, metavar="N",
+                        help="the most images one process puts through the network at once; gradients are accumulated over the rest")
+    parser.add_argument("--lr", type=positive_float, metavar="X", help="peak learning rate of Adam (5.1)")
+    parser.add_argument("--warmup-steps", type=non_negative_int, metavar="N", help="linear warm-up before the cosine; PAPER SILENT")
+    parser.add_argument("--weight-decay", type=non_negative_float, metavar="X", help="L2 penalty of Adam (5.1 for fine-tuning)")
+    parser.add_argument("--decoupled-weight-decay", action="store_true", help="AdamW instead of Adam; PAPER SILENT on which")
+    parser.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="fresh weights, order, crops, flips, noise")
+    parser.add_argument("--workers", type=non_negative_int, metavar="N", help="loader processes per process; 0: none")
+    parser.add_argument("--save-every", type=positive_int, metavar="N", help="steps between checkpoints")
+    parser.add_argument("--log-every", type=positive_int, default=10, metavar="N", help="steps between lines of log.jsonl")
+    add_device_arguments(parser)
+
+
+def add_data_arguments(parser, data):
+    parser.add_argument("--data", choices=data, default="shapes", help="the data set; it decides the other defaults")
+    parser.add_argument("--root", metavar="DIR", help="folder of the data (shapes has none)")
+
+
+def add_device_arguments(parser):
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
+                        help="auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 (CUDA) scales its loss")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+
+
+def peek(argv, flag, default=None):
+    """The value of one flag, before the rest of the command line is looked at."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(flag, nargs="?", default=default, dest="value")
+    return first.parse_known_args(argv)[0].value
+
+
+def parse(parser, recipe, argv=None, usual=None):
+    """Parse the command line with the defaults of the chosen data set: recipe["shapes"], or recipe["paper"] for real data.
+
+    usual: other defaults, of "data" and of flags that belong to that data set (evaluate.py: what the checkpoint was made with).
+    """
+    usual = usual or {"data": "shapes"}
+    data = peek(argv, "--data", usual["data"])
+    parser.set_defaults(**recipe["shapes" if data == "shapes" else "paper"], **(usual if data == usual["data"] else {}))
+    args = parser.parse_args(argv)
+    if args.data == "shapes" and args.root is not None:
+        raise InputError("--root given, but --data shapes is drawn by code; pass --data folder to use your own images")
+    return args
+
+
+def positive_int(text):
+    return _number(text, int, lambda n: n > 0, "a whole number above 0")
+
+
+def non_negative_int(text):
+    return _number(text, int, lambda n: n >= 0, "a whole number, 0 or more")
+
+
+def positive_float(text):
+    return _number(text, float, lambda x: 0 < x < math.inf, "a number above 0")
+
+
+def non_negative_float(text):
+    return _number(text, float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
+
+
+def unit_float(text):
+    return _number(text, float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+
+def _number(text, kind, allowed, expected):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value
+
+
+def steps_of(args, count):
+    """The number of steps: --steps, or enough for --epochs over `count` images (the last batch is filled from the next epoch)."""
+    return args.steps if args.steps is not None else max(1, math.ceil(args.epochs * count / args.batch_size))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, device, precision
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun started: rank of world, and the device it computes on."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def sum(self, tensor):
+        """The sum of `tensor` over all processes."""
+        if self.world > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, thing):
+        """[thing of process 0, thing of process 1, ...], any picklable thing."""
+        if self.world == 1:
+            return [thing]
+        things = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def wrap(self, module):
+        """`module`, its gradients averaged over the processes. Freeze first: wrap only what trains."""
+        return DistributedDataParallel(module, broadcast_buffers=False) if self.world > 1 else module
+
+
+def start_processes(device="auto"):
+    """Join the group that torchrun announces in the environment, if it does; choose this process's device."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "auto":
+        mps = torch.backends.mps.is_available() and world == 1            # no collectives on MPS
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here; pass --device cpu, or install a CUDA build of torch")
+    if device == "mps" and not (torch.backends.mps.is_available() and world == 1):
+        raise InputError("--device mps: needs an Apple GPU and one process; pass --device cpu")
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        torch.cuda.set_device(local_rank % gpus)
+    if world > 1:                                                         # NCCL wants a GPU for each process; gloo shares
+        dist.init_process_group("nccl" if device == "cuda" and local_world <= gpus else "gloo", timeout=timedelta(minutes=60))
+    return Processes(rank, world, torch.device(device, local_rank % gpus) if device == "cuda" else torch.device(device))
+
+
+def share_of(batch_size, processes):
+    """Images of a global batch per process."""
+    if batch_size % processes.world:
+        raise InputError(f"--batch-size {batch_size} does not divide over {processes.world} processes; "
+                         f"pass a multiple of {processes.world}")
+    return batch_size // processes.world
+
+
+def default_workers():
+    return min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def resolve_precision(precision, device):
+    """"fp32", "bf16" or "fp16". bf16 is slower than fp32 on most CPUs, so auto keeps to fp32 there."""
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(f"--precision fp16 needs CUDA, this is {device.type}; pass bf16 or fp32")
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return precision
+
+
+def autocast(precision, device):
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimiser and rate
+
+
+def adam(parameters, args, device):
+    """Adam (5.1). PAPER SILENT on betas (torch's defaults) and on whether weight decay is coupled (L2, as in Adam) or not."""
+    kind = torch.optim.AdamW if args.decoupled_weight_decay else torch.optim.Adam
+    return kind(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
+
+
+def cosine_rate(step, steps, peak, warmup_steps=0):
+    """Learning rate of `step` (from 0): linear warm-up to `peak`, then half a cosine to 0 at `steps` (5.1)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def set_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def micro_batches(batch, size):
+    """The tensors of a batch in slices of at most `size`: [(slice, is_last), ...]."""
+    keys = [key for key, value in batch.items() if isinstance(value, torch.Tensor)]
+    slices = zip(*(batch[key].split(size) for key in keys))
+    slices = [dict(zip(keys, parts)) for parts in slices]
+    return [(part, part is slices[-1]) for part in slices]
+
+
+def gradient_sync(module, now):
+    """DDP exchanges gradients only in the last micro-batch of a step."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not now else nullcontext()
+
+
+def require_finite(loss, step, out):
+    if not math.isfinite(loss):
+        raise InputError(f"the loss is {loss} at step {step}: stopped before it reached the weights; {out}/last.pt holds the last "
+                         f"good ones, if one was saved. Try a lower --lr, --warmup-steps, or --precision fp32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+# Flags that may change between a run and its continuation: they do not alter what is computed.
+FREE_TO_CHANGE = {"out", "workers", "save_every", "log_every", "device", "compile", "micro_batch"}
+
+
+def save(path, checkpoint):
+    """torch.save that is there whole or not at all: written beside, flushed to disk, renamed."""
+    beside = f"{path}.tmp"
+    with open(beside, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def load_checkpoint(path):
+    """A checkpoint of ours: a dict of tensors and plain values with "model" and "model_args"."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; expected a checkpoint, such as runs/shapes/finetune/best.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                            # torch.load fails in many ways on what is no checkpoint
+        raise InputError(f"{path}: not a checkpoint ({str(error).splitlines()[0][:100]})") from None
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= set(checkpoint):
+        raise InputError(f"{path}: not a checkpoint of these scripts; expected \"model\" and \"model_args\" in it")
+    return checkpoint
+
+
+def resume(args, processes):
+    """Claim --out: the checkpoint to continue from, or None for a new run. Other flags than that run's are refused."""
+    path = os.path.join(args.out, "last.pt")
+    checkpoint = load_checkpoint(path) if os.path.exists(path) else None
+    if checkpoint is not None:
+        refuse_other_flags(args.out, checkpoint["args"], vars(args))
+    write_arguments(args, processes)
+    return checkpoint
+
+
+def refuse_other_flags(out, then, now):
+    changed = [f"--{key.replace('_', '-')} was {then.get(key)}, is {now.get(key)}"
+               for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE) if then.get(key) != now.get(key)]
+    if changed:
+        raise InputError(f"{out} holds a run with other flags: {'; '.join(changed)}. Pass a new --out, or the same flags")
+
+
+def write_arguments(args, processes):
+    """Make --out and write the resolved arguments to args.json there."""
+    if processes.is_main:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            with open(os.path.join(args.out, "args.json"), "w") as file:
+                json.dump(vars(args), file, indent=2)
+        except OSError as error:
+            raise InputError(f"{args.out}: cannot be written ({error.strerror}); pass another --out") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log
+
+
+class Unreadable:
+    """Files that did not decode: each named once, all counted; more than one in a hundred of the data set stops the run."""
+
+    def __init__(self, count, processes, log):
+        self.count, self.processes, self.log, self.known, self.fresh = count, processes, log, set(), []
+
+    def note(self, batch, step):
+        """Take in what a batch reports; the processes compare notes every log_every steps and at the end."""
+        self.fresh += batch["unreadable"]
+        if (step + 1) % self.log.every and step + 1 != self.log.steps:
+            return
+        for index, message in sorted(set(sum(self.processes.gather(self.fresh), []))):
+            if index not in self.known:
+                self.known.add(index)
+                self.log.say(f"skipped {message} ({len(self.known)} of {self.count} so far)")
+        self.fresh = []
+        if len(self.known) > self.count / 100:
+            raise InputError(f"{len(self.known)} of {self.count} images are unreadable, more than 1 %; remove or mend them")
+
+
+class Log:
+    """log.jsonl and what the user sees: a progress bar on a terminal, elsewhere a line a minute. Silent but on the main process."""
+
+    def __init__(self, args, processes, steps, start):
+        self.is_main, self.steps, self.every, self.batch_size = processes.is_main, steps, args.log_every, args.batch_size
+        self.terminal = self.is_main and sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not self.terminal)
+        self.start_step = self.mark_step = start
+        self.started = self.mark = self.printed = time.perf_counter()
+        self.waiting = 0.0
+        if self.is_main:
+            path = os.path.join(args.out, "log.jsonl")
+            kept = []
+            if start > 0 and os.path.exists(path):                        # lines after the checkpoint will be written again
+                with open(path) as file:
+                    kept = [line for line in file if json.loads(line)["step"] <= start]
+            self.file = open(path, "w", buffering=1)
+            self.file.writelines(kept)
+
+    def timed(self, batches):
+        """The batches, the time spent waiting for each counted."""
+        batches = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waiting += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def step(self, step, loss, rate):
+        """After step number `step` (from 1): its loss, and the rate it was made with."""
+        if not self.is_main:
+            return
+        now = time.perf_counter()
+        self.bar.update()
+        if step % self.every == 0 or step == self.steps:
+            elapsed = now - self.mark
+            speed = (step - self.mark_step) * self.batch_size / elapsed
+            waiting = min(1.0, self.waiting / elapsed)
+            self.record(step=step, loss=loss, rate=rate, images_per_second=round(speed, 2), waiting=round(waiting, 4))
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, waiting {waiting:.0%}")
+            self.mark, self.mark_step, self.waiting = now, step, 0.0
+            if not self.terminal and (now - self.printed > 60 or step == self.steps):
+                left = (now - self.started) / (step - self.start_step) * (self.steps - step)
+                print(f"step {step}/{self.steps}  loss {loss:.4f}  {speed:.1f} images/s  waiting for data {waiting:.0%}  "
+                      f"left {timedelta(seconds=round(left))}", flush=True)
+                self.printed = now
+
+    def record(self, **values):
+        """One line of log.jsonl; "step" must be among the values."""
+        if self.is_main:
+            self.file.write(json.dumps(values) + "\n")
+
+    def say(self, text):
+        """A line for the user, above the progress bar."""
+        if self.is_main:
+            self.bar.write(text) if self.terminal else print(text, flush=True)
+
+    def close(self):
+        self.bar.close()
+        if self.is_main:
+            self.file.close()
