@@ -10,6 +10,7 @@ log.jsonl, args.json, panel_start.png and panel_end.png. The same command again 
     DDeP   O4(phi | theta, gamma) = E_x E_e || g_phi(f_theta(sqrt(gamma) x + sqrt(1 - gamma) e)) - e ||^2     Eq. 6; theta frozen
     DeP    the same with theta trained as well, from fresh weights unless --encoder-weights says otherwise      (section 3)
 """
+import json
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pictures import from_pixels, sheet
 from runtime import InputError
 
 RECIPE = {
-    "shapes": dict(encoder="hybrid-small", width=1 / 8, image_size=64, min_area=0.5, steps=500, batch_size=16, micro_batch=16, lr=2e-3,
+    "shapes": dict(encoder="hybrid-small", width=1 / 4, image_size=64, min_area=0.5, steps=250, batch_size=16, micro_batch=16, lr=2e-3,
                    warmup_steps=20, workers=0, save_every=100),
     "paper": dict(encoder="hybrid", width=1.0, image_size=224, min_area=0.08, epochs=100, batch_size=512, micro_batch=64,
                   warmup_steps=0, workers=runtime.default_workers(), save_every=1000),             # lr: by width, see below
@@ -195,6 +196,8 @@ def main():
 
     if processes.is_main:
         draw_panel(args, model, samples, device).save(os.path.join(args.out, "panel_end.png"))
+        with open(os.path.join(args.out, "metrics.json"), "w") as file:
+            json.dump(dict(step=steps, loss=loss), file, indent=2)
         print(f"the network for stage 3: --init {os.path.join(args.out, 'last.pt')}")
 
 

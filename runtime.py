@@ -243,7 +243,7 @@ def autocast(precision, device):
 def adam(parameters, args, device):
     """Adam (5.1). PAPER SILENT on betas (torch's defaults) and on whether weight decay is coupled (L2, as in Adam) or not."""
     kind = torch.optim.AdamW if args.decoupled_weight_decay else torch.optim.Adam
-    return kind(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    return kind(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"))
 
 
 def cosine_rate(step, steps, peak, warmup_steps=0):
@@ -317,9 +317,9 @@ def resume(args, processes):
     return checkpoint
 
 
-def refuse_other_flags(out, then, now):
+def refuse_other_flags(out, then, now, free=FREE_TO_CHANGE):
     changed = [f"--{key.replace('_', '-')} was {then.get(key)}, is {now.get(key)}"
-               for key in sorted((set(then) | set(now)) - FREE_TO_CHANGE) if then.get(key) != now.get(key)]
+               for key in sorted((set(then) | set(now)) - free) if then.get(key) != now.get(key)]
     if changed:
         raise InputError(f"{out} holds a run with other flags: {'; '.join(changed)}. Pass a new --out, or the same flags")
 

@@ -1,0 +1,317 @@
+"""data.py and shapes.py: reading, cropping, ordering, sharing out."""
+import hashlib
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_image, write_mask
+from PIL import Image
+from torchvision import tv_tensors
+
+import data
+import shapes
+from runtime import InputError
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def test_every_mode_of_picture_becomes_rgb(tmp_path):
+    colours = np.random.RandomState(0).randint(0, 256, (5, 7, 3), dtype=np.uint8)
+    rgb, grey = Image.fromarray(colours), Image.fromarray(colours[..., 0])
+    rgb.save(tmp_path / "rgb.png")
+    rgb.save(tmp_path / "rgb.bmp")
+    rgb.save(tmp_path / "lossless.webp", lossless=True)
+    rgb.convert("RGBA").save(tmp_path / "rgba.png")
+    for name in ("rgb.png", "rgb.bmp", "lossless.webp", "rgba.png"):
+        assert np.array_equal(data.read_image(tmp_path / name).permute(1, 2, 0), colours), name
+    grey.save(tmp_path / "grey.png")
+    Image.fromarray(colours[..., 0].astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    for name in ("grey.png", "grey16.png"):
+        assert all(np.array_equal(channel, colours[..., 0]) for channel in data.read_image(tmp_path / name)), name
+    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8))
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    palette.save(tmp_path / "palette.png")
+    assert data.read_image(tmp_path / "palette.png")[:, 1, 0].tolist() == [70, 80, 90]
+    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")          # no cyan, all magenta and yellow: red
+    assert data.read_image(tmp_path / "cmyk.jpg")[:, 2, 2].tolist() == pytest.approx([255, 0, 0], abs=3)
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                      # "rotate 90 degrees clockwise to view"
+    Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3)).save(tmp_path / "turned.png", exif=exif)
+    assert data.read_image(tmp_path / "turned.png").shape == (3, 4, 2)
+
+
+def test_an_unreadable_picture_is_named(tmp_path):
+    write_image(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:300])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("cut.jpg", "text.jpg", "empty.png"):
+        with pytest.raises(data.UnreadableImage, match=f"{name}: not a readable image"):
+            data.read_image(tmp_path / name)
+
+
+def test_a_mask_is_its_indices_never_its_colours(tmp_path):
+    indices = np.array([[0, 1, 2], [255, 2, 0]], np.uint8)
+    mask = Image.fromarray(indices)
+    mask.putpalette(np.random.RandomState(0).randint(0, 256, 768).tolist())
+    mask.save(tmp_path / "palette.png")
+    Image.fromarray(indices).save(tmp_path / "grey.png")
+    Image.fromarray(indices.astype(np.uint16)).save(tmp_path / "grey16.png")
+    for name in ("palette.png", "grey.png", "grey16.png"):
+        assert np.array_equal(data.read_mask(tmp_path / name, 3), indices), name
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "binary.png")
+    assert data.read_mask(tmp_path / "binary.png", 2).tolist() == [[1, 0]]
+
+
+def test_a_wrong_mask_is_named_with_its_value(tmp_path):
+    write_mask(tmp_path / "high.png", [[0, 7]])
+    with pytest.raises(InputError, match=r"high.png: mask value 7, expected 0 to 2, or 255"):
+        data.read_mask(tmp_path / "high.png", 3)
+    write_image(tmp_path / "colours.png")
+    with pytest.raises(InputError, match=r"colours.png: mask is RGB, expected an index image"):
+        data.read_mask(tmp_path / "colours.png", 3)
+
+
+# ------------------------------------------------------------------------------------------------ a user's folders
+
+
+def test_a_folder_is_read_pair_by_pair(folder):
+    source, names = data.segmentation_pairs("folder", str(folder), "train")
+    assert names == ["sky", "sea", "sand"]
+    assert [source.name(i) for i in range(len(source))] == ["images/train/a.jpg", "images/train/b ö.png", "images/train/c.jpg",
+                                                           "images/train/sub/d.png"]
+    for i in range(4):
+        sample = source.read(i)
+        assert sample["image"].shape == (3, 41 + i, 57 - i) and sample["mask"].shape == (41 + i, 57 - i)
+        with Image.open(folder / "masks" / "train" / (source.name(i)[len("images/train/"):-4] + ".png")) as mask:
+            assert np.array_equal(sample["mask"], np.asarray(mask))
+
+
+def test_a_list_file_is_read_pair_by_pair_spaces_and_all(folder):
+    lines = ["images/train/a.jpg masks/train/a.png", "images/train/b ö.png masks/train/b ö.png",
+             "images/train/c.jpg\tmasks/train/c.png"]
+    (folder / "list.txt").write_text("\n".join(lines), encoding="utf-8")              # no final newline
+    source, _ = data.segmentation_pairs("folder", str(folder), "train", list_file=str(folder / "list.txt"))
+    assert source.pairs == [("images/train/a.jpg", "masks/train/a.png"), ("images/train/b ö.png", "masks/train/b ö.png"),
+                            ("images/train/c.jpg", "masks/train/c.png")]
+    beside, _ = data.segmentation_pairs("folder", None, "train", num_classes=3, list_file=str(folder / "list.txt"))
+    assert torch.equal(beside.read(1)["mask"], source.read(1)["mask"])
+    assert [source.line(i) for i in range(3)] == [line if "\t" in line else line.replace(" masks", "\tmasks") for line in lines]
+
+
+def test_links_are_followed_and_a_circle_ends(folder):
+    (folder / "images" / "train" / "circle").symlink_to(folder / "images" / "train")
+    (folder / "linked").symlink_to(folder / "images" / "val")
+    assert len(data.list_images(str(folder / "images"))) == 6
+    assert data.list_images(str(folder / "linked")) == ["e.jpg", "f.png"]
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda root: (root / "masks/train/c.png").unlink(), r"images/train/c.jpg: no mask for this image; expected .*masks/train/c.png"),
+    (lambda root: (root / "images/train/c.jpg").unlink(), r"masks/train/c.png: no image for this mask"),
+    (lambda root: (root / "images/train").rename(root / "images/training"), r"no folder images/train; expected"),
+    (lambda root: write_image(root / "images/train/c.png"), r"c.jpg and c.png differ in their extension alone"),
+    (lambda root: (root / "classes.txt").unlink(), r"how many classes\? pass --num-classes"),
+    (lambda root: (root / "classes.txt").write_text("sky\nsky\n"), r"classes.txt: a class name stands there twice"),
+])
+def test_a_folder_with_a_fault_is_refused_by_name(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        data.segmentation_pairs("folder", str(folder), "train")
+
+
+def test_an_image_and_a_mask_of_different_size_are_named(folder):
+    write_mask(folder / "masks/train/c.png", np.zeros((10, 20)))
+    source, _ = data.segmentation_pairs("folder", str(folder), "train")
+    with pytest.raises(InputError, match=r"masks/train/c.png: mask is 20x10, its image .*images/train/c.jpg is 55x43"):
+        source.read(2)
+
+
+def test_class_folders_are_labelled_by_their_names(tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                write_image(tmp_path / part / name / f"{i}.jpg")
+    train, val, names = data.classification_images("folder", str(tmp_path))
+    assert names == ["cat", "dog"] and len(train) == 6 and len(val) == 4
+    assert [(val.name(i), val.read(i)["label"]) for i in range(4)] == [("cat/0.jpg", 0), ("cat/1.jpg", 0), ("dog/0.jpg", 1), ("dog/1.jpg", 1)]
+    train, val, names = data.classification_images("folder", str(tmp_path / "train"))            # no val/: one image is held out
+    assert len(train) == 5 and len(val) == 1 and val.name(0) not in train.paths
+
+
+# ------------------------------------------------------------------------------------------------ label subsets
+
+
+@pytest.mark.parametrize("size, share, count", [
+    (2975, "1/30", 100), (2975, "1/8", 372), (2975, "1/4", 744), (2975, "0.25", 744), (2975, "0.02", 60), (2975, "0.01", 30),
+    (4998, "0.2", 1000), (4998, "0.1", 500), (4998, "0.05", 250), (4998, "0.01", 50),
+    (20210, "0.2", 4042), (20210, "0.1", 2021), (20210, "0.05", 1010), (20210, "0.01", 202)])
+def test_a_share_of_a_data_set_is_the_papers_count(size, share, count):
+    assert len(data.label_subset([str(i) for i in range(size)], Fraction(share), seed=0)) == count
+
+
+def test_subsets_of_one_seed_are_nested_and_a_function_of_the_ids():
+    ids = [f"image {i}" for i in range(500)]
+    sizes = [1, 5, 50, 500]
+    subsets = [set(data.label_subset(ids, n, seed=3)) for n in sizes]
+    assert [len(s) for s in subsets] == sizes and all(a < b for a, b in zip(subsets, subsets[1:]))
+    assert set(data.label_subset(ids, 50, seed=4)) != subsets[2]
+    backwards = data.label_subset(ids[::-1], 50, seed=3)
+    assert {ids[::-1][i] for i in backwards} == {ids[i] for i in subsets[2]}
+    for count in (0, 501):
+        with pytest.raises(InputError, match="expected 1 to 500"):
+            data.label_subset(ids, count, seed=0)
+    with pytest.raises(InputError, match="1/3000 of 500 labelled images are 0"):
+        data.label_subset(ids, Fraction(1, 3000), seed=0)
+
+
+# ------------------------------------------------------------------------------------------------ crops
+
+
+@pytest.mark.parametrize("crop, size", [("random", 24), ("random", 64), ("inception", 24), ("inception", 64)])
+def test_a_crop_moves_image_and_mask_together_and_invents_no_value(crop, size):
+    mask = torch.from_numpy(np.random.RandomState(0).choice([0, 3, 7, 255], (4, 5)).astype(np.uint8)).repeat_interleave(40, 0).repeat_interleave(40, 1)
+    source = {"image": tv_tensors.Image(mask.expand(3, -1, -1).clone()), "mask": tv_tensors.Mask(mask)}
+    transform = data.segmentation_transform(size, crop)
+    for seed in range(8):
+        with data.seeded(seed):
+            out = transform(source)
+        assert out["image"].shape == (3, size, size) and out["mask"].shape == (size, size)
+        assert set(out["mask"].unique().tolist()) <= {0, 3, 7, 255}
+        if crop == "random":
+            assert torch.equal(out["image"][0], out["mask"])              # pixel for pixel
+        else:                                                             # away from the edges, where bilinear mixes
+            assert (out["image"][0] == out["mask"]).float().mean() > 0.4
+
+
+def test_a_picture_smaller_than_the_crop_is_padded_with_ignore():
+    source = {"image": tv_tensors.Image(torch.zeros(3, 10, 8, dtype=torch.uint8)), "mask": tv_tensors.Mask(torch.ones(10, 8, dtype=torch.uint8))}
+    out = data.segmentation_transform(16, "random")(source)
+    assert (out["mask"] == 1).sum() == 80 and (out["mask"] == 255).sum() == 16 * 16 - 80
+    assert ((out["image"][0] == 0) == (out["mask"] == 1)).all()
+
+
+def test_pixels_are_in_minus_one_to_one():
+    assert data.to_pixels(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
+
+
+# ------------------------------------------------------------------------------------------------ order
+
+
+def keys(**kwargs):
+    return list(data.Batches(**kwargs))
+
+
+def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own():
+    flat = [key for batch in keys(count=10, batch_size=4, steps=5) for key in batch]
+    assert [epoch for epoch, _ in flat] == [0] * 10 + [1] * 10
+    first, second = [i for _, i in flat[:10]], [i for _, i in flat[10:]]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert keys(count=10, batch_size=4, steps=5, seed=1) != keys(count=10, batch_size=4, steps=5)
+
+
+def test_a_batch_may_be_larger_than_the_data_set():
+    assert sorted(keys(count=3, batch_size=8, steps=1)[0])[:6] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_the_processes_share_one_global_batch(world):
+    parts = [keys(count=37, batch_size=8, steps=9, rank=rank, world=world) for rank in range(world)]
+    assert [sum((part[step] for part in parts), []) for step in range(9)] == keys(count=37, batch_size=8, steps=9)
+
+
+def test_a_restart_continues_the_order():
+    assert keys(count=37, batch_size=8, steps=9, start=4) == keys(count=37, batch_size=8, steps=9)[4:]
+
+
+def test_every_image_is_evaluated_once_on_any_number_of_processes():
+    for world in (1, 2, 3, 8):
+        dealt = [i for rank in range(world) for batch in data.Each(7, rank, world, batch_size=2) for _, i in batch]
+        assert sorted(dealt) == list(range(7))
+
+
+def test_samples_are_the_same_for_0_and_2_workers_and_after_a_restart():
+    source = data.Shapes("unlabelled", 12)
+    samples = data.Samples(source, data.pretraining_transform(32, 0.3), seed=5)
+
+    def run(workers, start=0):
+        return list(data.load(samples, data.Batches(12, 5, 6, seed=5, start=start), workers))
+
+    torch.manual_seed(1)
+    plain = run(0)
+    for workers, start in ((2, 0), (0, 3)):
+        for ours, theirs in zip(run(workers, start), plain[start:], strict=True):
+            assert torch.equal(ours["image"], theirs["image"]) and torch.equal(ours["noise_seed"], theirs["noise_seed"])
+    assert len({seed for batch in plain for seed in batch["noise_seed"].tolist()}) == 30        # none shared between epochs
+
+
+def test_reading_samples_leaves_the_global_generator_alone():
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    data.Samples(data.Shapes("train", 1), data.segmentation_transform(32), seed=0)[0, 0]
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_an_unreadable_picture_is_replaced_by_the_next_and_reported(tmp_path):
+    for i in range(4):
+        write_image(tmp_path / f"{i}.png", 32, 32, seed=i)
+    (tmp_path / "1.png").write_text("broken")
+    source = data.pretraining_images("folder", str(tmp_path))
+    sample = data.Samples(source, seed=0, skip_unreadable=True)[0, 1]
+    assert torch.equal(sample["image"], data.read_image(tmp_path / "2.png")) and sample["unreadable"][0][0] == 1
+    assert isinstance(data.Samples(source, seed=0)[0, 1], data.UnreadableImage)
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_text("broken")
+    assert isinstance(data.Samples(source, seed=0, skip_unreadable=True)[0, 0], data.UnreadableImage)
+
+
+def test_an_error_in_a_worker_arrives_as_it_is(tmp_path):
+    write_image(tmp_path / "0.png", 32, 32)
+    (tmp_path / "1.png").write_text("broken")
+    samples = data.Samples(data.ImageFiles(tmp_path, ["0.png", "1.png"]))
+    with pytest.raises(InputError, match=r"^.*1.png: not a readable image .*$"):
+        list(data.raise_errors(data.load(samples, data.Each(2), workers=1)))
+
+
+# ------------------------------------------------------------------------------------------------ shapes
+
+
+def test_a_shape_picture_is_the_same_on_every_machine():
+    digest = hashlib.sha256(b"".join(array.tobytes() for part in shapes.PARTS for i in range(3) for array in shapes.draw(part, i)[:2]))
+    assert digest.hexdigest() == DIGEST                                   # drawn with NumPy 1.26 and 2.x; no sine, no matrix product
+
+
+DIGEST = "set below"
+
+
+def test_the_parts_of_shapes_never_overlap():
+    pictures = {hashlib.sha256(shapes.draw(part, i)[0].tobytes()).digest() for part in shapes.PARTS for i in range(40)}
+    assert len(pictures) == 40 * len(shapes.PARTS)
+
+
+def test_a_scene_has_objects_and_an_encoder_picture_one_class():
+    for i in range(20):
+        image, mask, label = shapes.draw("train", i)
+        assert image.shape == (64, 64, 3) and mask.shape == (64, 64) and mask.max() <= 6 and 0 < (mask > 0).mean() < 0.9 and label == -1
+        _, mask, label = shapes.draw("encoder_train", i)
+        assert set(np.unique(mask)) <= {0, label + 1} and (mask > 0).any()
+
+
+def test_no_single_cue_settles_a_class_but_each_tells_something():
+    hues = {k: [] for k in range(1, 7)}                                   # the mean colour of an object, by class
+    for i in range(300):
+        image, mask, label = shapes.draw("encoder_train", i)
+        hues[label + 1].append(image[mask > 0].mean(0))
+    means = np.array([np.mean(h, 0) for h in hues.values()])
+    right = [np.argmin(((means - h) ** 2).sum(1)) == k for k, values in enumerate(hues.values()) for h in values]
+    assert 0.25 < np.mean(right) < 0.75                                   # chance is 0.17
+
+
+def test_unlabelled_pictures_carry_no_label():
+    assert set(data.Shapes("unlabelled", 1).read(0)) == {"image"}
+    assert set(data.Shapes("encoder_train", 1).read(0)) == {"image", "label"} and set(data.Shapes("val", 1).read(0)) == {"image", "mask"}

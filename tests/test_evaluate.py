@@ -1,0 +1,188 @@
+"""evaluate.py: the scores by hand, the windows one by one, the script from end to end."""
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import TINY, torchrun, write_image, write_mask
+from PIL import Image
+
+import data
+import evaluate
+import runtime
+
+ALONE = runtime.Processes(0, 1, torch.device("cpu"))
+
+
+class Colours(nn.Module):
+    """A "network" whose answer can be computed by hand: class scores are the colours, mixed with their right neighbours'."""
+
+    def forward(self, x):
+        return x + 0.5 * F.pad(x, (0, 1))[..., 1:] + 0.1 * x.mean(dim=(2, 3), keepdim=True)
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+def test_miou_of_a_2x2_image_by_hand():
+    truth, prediction = torch.tensor([[0, 0], [1, 255]]), torch.tensor([[0, 1], [1, 0]])
+    confusion = evaluate.confusion_matrix(prediction, truth, 2)
+    assert confusion.tolist() == [[1, 1], [0, 1]] and confusion.dtype == torch.int64
+    scores = evaluate.scores(confusion, ["a", "b"])
+    assert scores["iou"] == {"a": 0.5, "b": 0.5} and scores["miou"] == 0.5 and scores["pixel_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_class_that_does_not_occur_does_not_count():
+    confusion = evaluate.confusion_matrix(torch.tensor([0, 0, 3]), torch.tensor([0, 1, 0]), 5)
+    scores = evaluate.scores(confusion, list("abcde"))
+    assert scores["iou"] == {"a": pytest.approx(1 / 3), "b": 0.0, "c": None, "d": 0.0, "e": None}
+    assert scores["miou"] == pytest.approx(1 / 9)                         # over a, b (in the truth) and d (in the prediction)
+
+
+def test_masks_that_are_all_ignored_give_no_score_and_no_error():
+    scores = evaluate.scores(evaluate.confusion_matrix(torch.zeros(2, 2, dtype=torch.uint8), torch.full((2, 2), 255, dtype=torch.uint8), 3), list("abc"))
+    assert scores == {"miou": None, "iou": {"a": None, "b": None, "c": None}, "pixel_accuracy": None}
+    assert "-" in evaluate.table({**scores, "images": 1})
+
+
+def test_miou_is_of_all_pixels_not_a_mean_over_images():
+    images = [(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 0])), (torch.tensor([1]), torch.tensor([1]))]
+    confusion = sum(evaluate.confusion_matrix(prediction, truth, 2) for prediction, truth in images)
+    assert evaluate.scores(confusion, ["a", "b"])["miou"] == pytest.approx((3 / 4 + 1 / 2) / 2)        # per image: (0.375 + 1) / 2
+
+
+# ------------------------------------------------------------------------------------------------ predictions
+
+
+@pytest.mark.parametrize("size, window, stride, starts", [
+    (2048, 1024, 1024, [0, 1024]), (10, 4, 4, [0, 4, 6]), (10, 4, 3, [0, 3, 6]), (4, 4, 2, [0]), (3, 4, 4, [0]), (5, 4, 4, [0, 1])])
+def test_windows_cover_everything_and_end_at_the_edge(size, window, stride, starts):
+    assert evaluate.window_starts(size, window, stride) == starts
+
+
+def test_cityscapes_two_halves_are_a_window_of_the_height():
+    x = torch.randn(1, 3, 8, 16)
+    halves = torch.cat([Colours()(x[..., :8]), Colours()(x[..., 8:])], dim=3)
+    assert torch.equal(evaluate.predict_windows(Colours(), x, window=8, stride=8), halves)
+
+
+@pytest.mark.parametrize("size", [(11, 14), (7, 30), (1, 9)])
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+def test_windows_flips_and_scales_are_what_a_slow_loop_computes(size, average):
+    x, model, window, stride, scales = torch.randn(1, 3, *size), Colours(), 8, 5, (0.5, 1.0, 1.75)
+    answers = []
+    for scale in scales:
+        scaled = F.interpolate(x, [max(1, round(scale * s)) for s in size], mode="bilinear", antialias=True) if scale != 1 else x
+        for flip in (False, True):
+            picture = torch.flip(scaled, [3]) if flip else scaled
+            height, width = picture.shape[-2:]
+            logits = torch.zeros_like(picture)
+            for y in range(height):                                       # pixel by pixel: the mean over the windows that hold it
+                for column in range(width):
+                    seen = []
+                    for top in evaluate.window_starts(height, window, stride):
+                        for left in evaluate.window_starts(width, window, stride):
+                            if top <= y < top + window and left <= column < left + window:
+                                seen.append(model(picture[..., top:top + window, left:left + window])[0, :, y - top, column - left])
+                    logits[0, :, y, column] = torch.stack(seen).mean(0)
+            logits = torch.flip(logits, [3]) if flip else logits
+            logits = F.interpolate(logits, size, mode="bilinear") if scale != 1 else logits
+            answers.append(logits.softmax(1) if average == "probabilities" else logits)
+    ours = evaluate.predict(model, x, scales, flip=True, window=window, stride=stride, average=average)
+    torch.testing.assert_close(ours, torch.stack(answers).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_every_image_of_a_folder_counts_once_at_its_own_size(folder):
+    source, names = data.segmentation_pairs("folder", str(folder), "val")
+    metrics = evaluate.evaluate(Colours(), source, names, ALONE)
+    hits = total = 0
+    for i in range(2):
+        sample = source.read(i)
+        prediction = Colours()(data.to_pixels(sample["image"].as_subclass(torch.Tensor)[None])).argmax(1)[0]
+        counted = sample["mask"] != 255
+        hits += (prediction == sample["mask"])[counted].sum().item()
+        total += counted.sum().item()
+    assert metrics["pixel_accuracy"] == pytest.approx(hits / total) and metrics["images"] == 2
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A network fine-tuned for three classes, for a step."""
+    import model
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
+    args = dict(encoder="hybrid-small", width=1 / 32, out_channels=3, condition_on_gamma=False)
+    torch.save(dict(model=model.build_unet(**args).state_dict(), model_args=args, class_names=["sky", "sea", "sand"],
+                    args=dict(data="folder", root=None, val_list=None)), path)
+    return path
+
+
+def test_predictions_are_index_pngs_of_the_images_size_and_match_the_metrics(script, checkpoint, folder, tmp_path):
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--out", tmp_path / "scores",
+                              "--save-predictions", tmp_path / "predictions", "--workers", 0)
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert set(metrics) == {"miou", "iou", "pixel_accuracy", "images"} and list(metrics["iou"]) == ["sky", "sea", "sand"]
+    inter, union = np.zeros(3), np.zeros(3)
+    for name, extension in (("e", "jpg"), ("f", "png")):
+        with Image.open(tmp_path / "predictions" / "index" / "images" / "val" / f"{name}.png") as image:
+            assert image.mode == "P"
+            said = np.asarray(image)
+        truth = np.asarray(Image.open(folder / "masks" / "val" / f"{name}.png"))
+        assert said.shape == truth.shape
+        assert Image.open(tmp_path / "predictions" / "overlay" / "images" / "val" / f"{name}.png").size == truth.shape[::-1]
+        for k in range(3):
+            inter[k] += ((said == k) & (truth == k)).sum()
+            union[k] += (((said == k) | (truth == k)) & (truth != 255)).sum()
+    assert metrics["miou"] == pytest.approx((inter / union).mean()) and f"{100 * metrics['miou']:6.2f}" in out
+
+
+def test_images_without_masks_can_be_predicted(script, checkpoint, tmp_path):
+    write_image(tmp_path / "photos" / "sub" / "one.jpg", 30, 77)
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", tmp_path / "photos", "--workers", 0, "--out", tmp_path / "o")
+    assert status == 2 and "pass --save-predictions DIR" in err
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", tmp_path / "photos", "--workers", 0, "--out", tmp_path / "o",
+                              "--save-predictions", tmp_path / "p")
+    assert status == 0 and "no masks to compare with" in out
+    assert Image.open(tmp_path / "p" / "index" / "sub" / "one.png").size == (77, 30)
+
+
+def test_the_number_of_processes_does_not_change_an_integer(checkpoint, folder, tmp_path):
+    for i in range(3):                                                    # 5 images: not divisible by 2
+        write_image(folder / "images" / "val" / f"g{i}.png", 20, 33 + i, seed=9 + i)
+        write_mask(folder / "masks" / "val" / f"g{i}.png", np.random.RandomState(i).choice([0, 1, 2], (20, 33 + i)))
+    for processes in (1, 2):
+        done = torchrun(processes, "evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0, "--out", tmp_path / str(processes))
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "12")
+    assert one == two and one["images"] == 5
+
+
+def test_the_scores_of_other_flags_are_not_overwritten(script, checkpoint, folder, tmp_path):
+    flags = ["--checkpoint", checkpoint, "--root", folder, "--workers", 0, "--out", tmp_path / "o"]
+    assert script("evaluate", *flags)[0] == 0
+    before = (tmp_path / "o" / "metrics.json").read_bytes()
+    status, _, err = script("evaluate", *flags, "--no-flip", "--scales", 0.5)
+    assert status == 2 and "--flip was True, is False" in err and (tmp_path / "o" / "metrics.json").read_bytes() == before
+    assert script("evaluate", *flags)[0] == 0
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--checkpoint", "nowhere.pt"], "nowhere.pt: no such file"),
+    (["--stride", "8", "--window", "0"], "--stride without --window"),
+    (["--root", "nowhere"], "nowhere: no such folder"),
+])
+def test_bad_flags_end_in_one_line_and_status_2(script, checkpoint, flags, message):
+    status, _, err = script("evaluate", *([] if flags[0] == "--checkpoint" else ["--checkpoint", checkpoint]), *flags)
+    assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_checkpoint_that_was_never_fine_tuned_is_refused(script, few_shapes, tmp_path):
+    assert script("pretrain_decoder", *TINY["pretrain_decoder"], "--encoder-weights", "random", "--out", tmp_path)[0] == 0
+    status, _, err = script("evaluate", "--checkpoint", tmp_path / "last.pt")
+    assert status == 2 and "not a checkpoint of finetune.py" in err and err.count("\n") == 1
