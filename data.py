@@ -32,7 +32,12 @@ IGNORE = 255
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-class UnreadableImage(InputError):
+class SampleError(InputError):
+    """A fault in one image or mask, which one process of many meets."""
+    everywhere = False
+
+
+class UnreadableImage(SampleError):
     """A file that does not decode: an error where it has a label, skipped and counted in pretraining."""
 
 
@@ -66,20 +71,20 @@ def read_image(path):
 def read_mask(path, num_classes):
     """An index PNG (palette or grey) as uint8 (H, W): the indices, never the colours. Every value is below num_classes or 255.
 
-    Raises InputError for colours and for values out of range, naming the file and the value.
+    Raises SampleError for colours and for values out of range, naming the file and the value.
     """
     try:
         with Image.open(path) as image:
             image.load()
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path}: not a readable mask ({error})") from None
+        raise SampleError(f"{path}: not a readable mask ({error})") from None
     if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
-        raise InputError(f"{path}: mask is {image.mode}, expected an index image (palette or grey) whose pixel values are class "
+        raise SampleError(f"{path}: mask is {image.mode}, expected an index image (palette or grey) whose pixel values are class "
                          f"indices 0 to {num_classes - 1}, or 255 to ignore; convert its colours to indices first")
     mask = np.asarray(image).astype(np.int64)
-    wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
+    wrong = mask[(mask < 0) | (mask >= num_classes) & (mask != IGNORE)]
     if wrong.size:
-        raise InputError(f"{path}: mask value {wrong[0]}, expected 0 to {num_classes - 1}, or 255 to ignore; "
+        raise SampleError(f"{path}: mask value {wrong[0]}, expected 0 to {num_classes - 1}, or 255 to ignore; "
                          f"correct the mask or pass a larger --num-classes")
     return torch.from_numpy(mask.astype(np.uint8))
 
@@ -128,7 +133,7 @@ class Pairs:
         image_path, mask_path = (os.path.join(self.root, path) for path in self.pairs[i])
         image, mask = read_image(image_path), read_mask(mask_path, self.num_classes)
         if image.shape[1:] != mask.shape:
-            raise InputError(f"{mask_path}: mask is {mask.shape[1]}x{mask.shape[0]}, its image {image_path} is "
+            raise SampleError(f"{mask_path}: mask is {mask.shape[1]}x{mask.shape[0]}, its image {image_path} is "
                              f"{image.shape[2]}x{image.shape[1]} (upright); expected the same size")
         return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)}
 
@@ -165,7 +170,7 @@ class Shapes:
 # The data sets, by name
 
 DATA = ("shapes", "folder")
-SHAPES_COUNTS = {"encoder_train": 4000, "encoder_val": 500, "unlabelled": 4000, "train": 512, "val": 300}
+SHAPES_COUNTS = {"encoder_train": 4000, "encoder_val": 500, "unlabelled": 4000, "train": 512, "val": 250}
 
 
 def pretraining_images(data, root):
@@ -462,7 +467,7 @@ class Each(Sampler):
 def load(samples, batches, workers=0, pin_memory=False):
     """A DataLoader over `batches` (Batches or Each); iterate over it with `raise_errors`."""
     return DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory,
-                      prefetch_factor=4 if workers else None)
+                      prefetch_factor=2 if workers else None)
 
 
 def raise_errors(loader):

@@ -5,13 +5,13 @@
     torchrun --nproc_per_node=8 finetune.py --data folder --root my_data --init ddep.pt --fraction 1/8     # eight
 
     --init ddep.pt or dep.pt         a checkpoint of pretrain_decoder.py: encoder and decoder, all but the head     "DDeP", "DeP"
-    --init encoder.pt or .npz        a checkpoint of pretrain_encoder.py or published weights: the encoder alone    "Supervised"
+    --init encoder.pt, imagenet21k   a checkpoint of pretrain_encoder.py or published weights: the encoder alone    "Supervised"
     --init none                      nothing                                                                        "No Pretraining"
 
 In: image and mask pairs. Out, in --out: best.pt (by mIoU on the validation images) and last.pt, which evaluate.py takes; log.jsonl,
 args.json, labelled.txt (the images used), metrics.json (last.pt's scores), predictions.png. The same command again continues.
 """
-import json
+import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -22,14 +22,14 @@ import torch.nn.functional as F
 import runtime
 from data import DATA, IGNORE, Batches, Samples, label_subset, load, raise_errors, segmentation_pairs, segmentation_transform, to_pixels
 from evaluate import evaluate, predict, table
-from model import ENCODERS, build_unet, load_encoder_weights, load_strictly
+from model import ENCODERS, build_unet, load_encoder_weights, load_strictly, read_weights
 from pictures import colour_mask, from_pixels, sheet
 from runtime import InputError
 
 # 5.1 sweeps learning rate and weight decay over [1e-5, 3e-4] for each task; PAPER SILENT on what won, on batch size and steps.
 RECIPE = {
     "shapes": dict(crop_size=64, crop="inception", min_area=0.5, steps=150, batch_size=8, micro_batch=8, lr=1e-3, warmup_steps=20,
-                   weight_decay=1e-4, workers=0, save_every=75, eval_every=75),
+                   weight_decay=0.0, clip_norm=1.0, workers=0, save_every=150, eval_every=150),
     "paper": dict(crop_size=512, crop="random", min_area=0.08, steps=10_000, batch_size=16, micro_batch=4, lr=1e-4, warmup_steps=0,
                   weight_decay=1e-4, workers=runtime.default_workers(), save_every=500, eval_every=500),
 }
@@ -37,10 +37,9 @@ NETWORK = {"shapes": ("hybrid-small", 1 / 4), "paper": ("hybrid", 1.0)}         
 
 
 def parse_arguments(argv=None):
-    """(arguments, the checkpoint of ours that --init names, or None)."""
     parser = runtime.Parser(__doc__)
     runtime.add_training_arguments(parser, DATA)
-    parser.add_argument("--init", default="none", metavar="PATH", help="initial weights, see above; or `none`")
+    parser.add_argument("--init", default="none", metavar="PATH", help="initial weights: a path, imagenet21k or imagenet1k; or none")
     parser.add_argument("--encoder", choices=ENCODERS, help="the encoder network (default: that of --init)")
     parser.add_argument("--width", type=runtime.positive_float, metavar="W", help="decoder width, see pretrain_decoder.py "
                         "(default: that of --init)")
@@ -49,25 +48,34 @@ def parse_arguments(argv=None):
     parser.add_argument("--train-list", metavar="FILE", help="text file with one `image mask` per line, instead of ROOT/images/train")
     parser.add_argument("--val-list", metavar="FILE", help="the same for validation")
     labels = parser.add_mutually_exclusive_group()
-    labels.add_argument("--fraction", type=fraction, metavar="F", help="share of the labelled images to use: 1/8, 0.05, 5%% (default: all)")
+    labels.add_argument("--fraction", type=fraction, metavar="F",
+                        help="share of the labelled images to use: 1/8, 0.05, 5%% (default: all)")
     labels.add_argument("--labels", type=runtime.positive_int, metavar="N", help="number of labelled images to use")
-    parser.add_argument("--subset-seed", type=runtime.non_negative_int, default=0, metavar="N", help="which ones; subsets of one seed are nested")
-    parser.add_argument("--crop-size", type=runtime.positive_int, metavar="N", help="side of the square training crops (5.1: 512, Cityscapes 1024)")
-    parser.add_argument("--crop", choices=("random", "inception"), help="5.1 says random crop, 6 says inception-style; PAPER SILENT on which")
-    parser.add_argument("--min-area", type=runtime.unit_float, metavar="X", help="inception: smallest share of a picture's area in a crop")
+    parser.add_argument("--subset-seed", type=runtime.non_negative_int, default=0, metavar="N",
+                        help="which ones; subsets of one seed are nested")
+    parser.add_argument("--crop-size", type=runtime.positive_int, metavar="N",
+                        help="side of the square training crops (5.1: 512, Cityscapes 1024)")
+    parser.add_argument("--crop", choices=("random", "inception"),
+                        help="5.1 says random crop, 6 says inception-style; PAPER SILENT on which")
+    parser.add_argument("--min-area", type=runtime.unit_float, metavar="X",
+                        help="inception: smallest share of a picture's area in a crop")
     parser.add_argument("--eval-every", type=runtime.positive_int, metavar="N", help="steps between validations")
     args = runtime.parse(parser, RECIPE, argv)
 
     args.out = args.out or os.path.join("runs", args.data, "finetune")
-    init = None if args.init == "none" or args.init.endswith(".npz") else runtime.load_checkpoint(args.init)
-    made_with = {} if init is None else init["model_args"]
+    return args
+
+
+def with_network(args, init):
+    """args with --encoder and --width filled in: those that `init` was made with, or else those of the data set."""
+    made_with = (init or {}).get("model_args", {})                        # published weights have none
+    network = {}
     for key, fallback in zip(("encoder", "width"), NETWORK["shapes" if args.data == "shapes" else "paper"]):
-        if key in made_with and getattr(args, key) not in (None, made_with[key]):
-            raise InputError(f"--{key} {getattr(args, key)}, but {args.init} was made with {key} {made_with[key]}; drop the flag, or "
-                             f"pass another --init")
-        if getattr(args, key) is None:
-            setattr(args, key, made_with.get(key, fallback))
-    return args, init
+        asked = getattr(args, key)
+        if key in made_with and asked not in (None, made_with[key]):
+            raise InputError(f"--{key} {asked}, but {args.init} was made with {key} {made_with[key]}; drop the flag, or pass another --init")
+        network[key] = asked if asked is not None else made_with.get(key, fallback)
+    return argparse.Namespace(**{**vars(args), **network})
 
 
 def fraction(text):
@@ -77,38 +85,43 @@ def fraction(text):
     except (ValueError, ZeroDivisionError):
         value = Fraction(0)
     if not 0 < value <= 1:
-        raise runtime.argparse.ArgumentTypeError(f"{text!r} is not a share of the images, such as 1/8, 0.05 or 5%")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share of the images, such as 1/8, 0.05 or 5%")
     return str(value)
 
 
 def initialise(model, args, init):
     """Load what --init holds into `model`; everything but the head from stage 2, the encoder from stage 1. Say which is which."""
     with runtime.as_input_error():
-        if init is not None and any(name.startswith("decoder.") for name in init["model"]):
+        if init is not None and any(name.startswith("decoder.") for name in init.get("model", {})):
             head = {name: value for name, value in model.state_dict().items() if name.startswith("decoder.head.")}
             body = {name: value for name, value in init["model"].items() if not name.startswith("decoder.head.")}
             load_strictly(model, {**body, **head}, f"{args.init}: does not fit this network")
             loaded, fresh = "encoder and decoder blocks", list(head)
-        elif args.init != "none":
-            load_encoder_weights(model.encoder, init or args.init)
-            loaded, fresh = "encoder", [name for name in model.state_dict() if not name.startswith("encoder.")]
+        elif init is not None:
+            kind = load_encoder_weights(model.encoder, init, label=args.init)
+            loaded, fresh = f"the encoder of {kind}", [name for name in model.state_dict() if not name.startswith("encoder.")]
         else:
             loaded, fresh = "nothing", list(model.state_dict())
     total = len(model.state_dict())
-    what = f"the head ({', '.join(fresh)})" if len(fresh) == 2 else "the decoder" if loaded == "encoder" else "everything"
+    what = f"the head ({', '.join(fresh)})" if len(fresh) == 2 else "everything" if len(fresh) == total else "the decoder"
     return f"init {args.init}: loaded {total - len(fresh)} tensors ({loaded}); fresh: {len(fresh)} tensors, {what}"
 
 
 def main():
-    args, init = parse_arguments()
+    args = parse_arguments()
     processes = runtime.start_processes(args.device)
+    init_path = runtime.weights_path(args.init, processes)
+    with runtime.as_input_error():
+        init = None if args.init == "none" else read_weights(init_path)
+    args = with_network(args, init)
     device, precision = processes.device, runtime.resolve_precision(args.precision, processes.device)
     runtime.share_of(args.batch_size, processes)
 
     # Data: all labelled images, or a nested subset of them
     train, names = segmentation_pairs(args.data, args.root, "train", args.num_classes, args.train_list)
-    val, _ = segmentation_pairs(args.data, args.root, "val", args.num_classes, args.val_list) if args.train_list is None or args.val_list \
-        else (None, names)
+    val = None
+    if args.val_list is not None or args.train_list is None:
+        val, _ = segmentation_pairs(args.data, args.root, "val", args.num_classes, args.val_list)
     if args.labels is not None or args.fraction is not None:
         ids = [train.name(i) for i in range(len(train))]
         train = train.subset(label_subset(ids, args.labels or Fraction(args.fraction), args.subset_seed))
@@ -117,7 +130,7 @@ def main():
     # Model: everything trains (section 2)
     torch.manual_seed(args.seed)
     model_args = dict(encoder=args.encoder, width=args.width, out_channels=len(names),
-                      condition_on_gamma=init is not None and init["model_args"].get("condition_on_gamma", False))
+                      condition_on_gamma=(init or {}).get("model_args", {}).get("condition_on_gamma", False))
     model = build_unet(**model_args)
     origin = initialise(model, args, init)
     model.to(device, memory_format=torch.channels_last)
@@ -126,15 +139,14 @@ def main():
 
     # Continue, or say that there is nothing left to do
     checkpoint = runtime.resume(args, processes)
-    start, best = 0, -1.0
+    start, best, loss = 0, -1.0, None
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        start, best = checkpoint["step"], checkpoint["best"]
-    if start == steps:
-        print(f"{args.out}: finished at step {steps}" + (f", best mIoU {best:.4f}" if val else ""))
-        return
+        start, best, loss = checkpoint["step"], checkpoint["best"], checkpoint["loss"]
+    if runtime.is_finished(args.out):
+        return runtime.say(processes, f"{args.out}: finished at step {steps}, see metrics.json there")
 
     if args.compile:
         model.compile()
@@ -152,6 +164,17 @@ def main():
         with open(os.path.join(args.out, "labelled.txt"), "w", encoding="utf-8") as file:
             file.writelines(train.line(i) + "\n" for i in range(len(train)))
 
+    def validate(done):
+        """Measure, and keep the weights in best.pt if none were better: (scores, best mIoU so far)."""
+        metrics = evaluate(model, val, names, processes, precision, args.workers, window=args.crop_size)
+        miou = metrics["miou"] or 0.0                                     # None where every validation pixel is ignored
+        log.record(step=done, miou=miou, pixel_accuracy=metrics["pixel_accuracy"])
+        log.say(f"step {done}: mIoU {miou:.4f}")
+        if miou > best and processes.is_main:
+            runtime.save(os.path.join(args.out, "best.pt"), dict(model=model.state_dict(), model_args=model_args, step=done, best=miou,
+                                                                 class_names=names, args=vars(args)))
+        return metrics, max(best, miou)
+
     model.train()
     for step, batch in enumerate(log.timed(raise_errors(loader)), start=start):
         runtime.set_rate(optimizer, rate := runtime.cosine_rate(step, steps, args.lr, args.warmup_steps))
@@ -168,34 +191,28 @@ def main():
             loss += part_loss.detach()
         loss = processes.sum(loss).item()
         runtime.require_finite(loss, step, args.out)
+        runtime.clip_gradients(model.parameters(), args.clip_norm, optimizer, scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         log.step(step + 1, loss, rate)
 
         done = step + 1
-        if val is not None and (done % args.eval_every == 0 or done == steps):
-            metrics = evaluate(model, val, names, processes, precision, args.workers, window=args.crop_size)
-            log.record(step=done, miou=metrics["miou"], pixel_accuracy=metrics["pixel_accuracy"])
-            miou = metrics["miou"] or 0.0                                 # None where every validation pixel is ignored
-            log.say(f"step {done}: mIoU {miou:.4f}")
-            if miou > best and processes.is_main:
-                runtime.save(os.path.join(args.out, "best.pt"), dict(model=model.state_dict(), model_args=model_args, step=done, best=miou,
-                                                                     class_names=names, args=vars(args)))
-            best = max(best, miou)
+        if val is not None and done % args.eval_every == 0 and done < steps:
+            _, best = validate(done)
         if processes.is_main and (done % args.save_every == 0 or done == steps):
             runtime.save(os.path.join(args.out, "last.pt"),
                          dict(model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                              step=done, steps=steps, best=best, class_names=names, args=vars(args)))
-    log.close()
+                              step=done, loss=loss, best=best, class_names=names, args=vars(args)))
 
-    if processes.is_main and val is not None:
-        with open(os.path.join(args.out, "metrics.json"), "w") as file:
-            json.dump(metrics, file, indent=2)
-        print(table(metrics))
-        draw_predictions(model, val, len(names), device, args.crop_size).save(os.path.join(args.out, "predictions.png"))
+    metrics, best = validate(steps) if val is not None else ({"loss": loss}, None)
+    log.close()
     if processes.is_main:
-        print(f"fine-tuned: {os.path.join(args.out, 'last.pt')}" + (f" (mIoU {miou:.4f}), best.pt (mIoU {best:.4f})" if val else ""))
+        if val is not None:
+            draw_predictions(model, val, len(names), device, args.crop_size).save(os.path.join(args.out, "predictions.png"))
+            print(table(metrics))
+        runtime.finish(args.out, metrics)
+        print(f"fine-tuned: {os.path.join(args.out, 'last.pt')}" + (f"; best.pt has mIoU {best:.4f}" if val is not None else ""))
 
 
 def check_pairs(sources, processes, log):

@@ -9,8 +9,16 @@ This file needs torch (and torchvision for ResNet50 alone) and nothing of this p
 AN ENCODER is any module with two tuples, `channels` and `strides`, from fine to coarse, whose forward takes (B, 3, H, W) in
 [-1, 1], H and W multiples of strides[-1], and returns one (B, channels[i], H / strides[i], W / strides[i]) map per stride.
 Strides are powers of two up to 32. Your own encoder that does this works in UNet as it is.
+
+SIZES: parameters (decoders with a head of 3), and multiply-adds for one 224x224 image by torch's own counter.
+
+                encoder               decoder x1            decoder x2            decoder x3
+    hybrid      97,890,112  21.5 G    28,947,907  21.9 G    95,570,819  75.5 G    199,868,739  160.7 G
+    resnet50    23,508,032   4.1 G    50,181,571  24.0 G    138,038,147  79.7 G   263,569,731  167.0 G
 """
 import math
+import os
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -168,13 +176,20 @@ class HybridViT(nn.Module):
         return stride2, stride4, stride8, stride16
 
     def position(self, height, width):
-        """The position embedding (1, 1 + height * width, dim), interpolated as the original does: ndimage.zoom(order=1)."""
+        """The position embedding (1, 1 + height * width, dim) of a height x width grid; its own grid's is untouched."""
         if (height, width) == (self.grid, self.grid):
             return self.pos_embedding
-        cls, grid = self.pos_embedding[:, :1], self.pos_embedding[:, 1:]
-        grid = grid.transpose(1, 2).reshape(1, -1, self.grid, self.grid)
-        grid = F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=True)
-        return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
+        return interpolate_position(self.pos_embedding, height, width)
+
+
+def interpolate_position(embedding, height, width):
+    """A position embedding (1, 1 + n * n, dim), the class token's first, for height x width tokens: bilinear, corners on corners, as
+    the original's ndimage.zoom(order=1)."""
+    cls, grid = embedding[:, :1], embedding[:, 1:]
+    side = math.isqrt(grid.shape[1])
+    grid = grid.transpose(1, 2).reshape(1, -1, side, side)
+    grid = F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=True)
+    return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,6 +275,8 @@ class DecoderBlock(nn.Module):
         self.norm1 = DecoderNorm(out_channels, gamma_dim)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = DecoderNorm(out_channels, gamma_dim)
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
 
     def forward(self, x, skip=None, gamma=None):
         # conv1 over [upsampled x, skip], as the sum of its two parts: x is upsampled inside upsample_conv
@@ -376,25 +393,43 @@ def freeze(module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
 
+PUBLISHED = {                                                  # name: (address, first digits of its SHA-256 where the publisher gives them)
+    "imagenet21k": ("https://storage.googleapis.com/vit_models/imagenet21k/R50+ViT-B_16.npz", None),
+    "imagenet1k": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),    # torchvision's IMAGENET1K_V1
+}
 
-def load_encoder_weights(encoder, source):
-    """Set every tensor of `encoder` from a file, recognised by its content, and return what the file was taken for:
 
-        a checkpoint of this project (stage 1, 2 or 3), whose encoder is taken
-        Google's R50+ViT-B_16.npz, for HybridViT
+def load_encoder_weights(encoder, source, label=None):
+    """Set every tensor of `encoder` from a file, which is recognised by its content, not by its name:
 
-    source: a path, or what is in such a file as a mapping. Raises ValueError, in one line, where it does not fit; the encoder is
-    then as it was.
+        a checkpoint of this project (any stage; its encoder is taken)
+        Google's R50+ViT-B_16 (.npz), ImageNet-21k at 224 pixels or fine-tuned at 384                 -> HybridViT
+        timm's vit_base_r50_s16_224.orig_in21k or vit_base_r50_s16_384.orig_in21k_ft_in1k (.pth, .bin, .safetensors) -> HybridViT
+        torchvision's ResNet-50 (.pth)                                                               -> ResNet50
+
+    source: a path; or what such a file holds, as a mapping, with a label for messages. Classification heads are left out; any other tensor that the encoder
+    lacks, or that it has and the file lacks, is a ValueError of one line, and the encoder is then as it was. Of the 384-pixel files
+    the 24x24 position grid is interpolated to the encoder's own. Returns what the file was taken for, as text.
     """
-    label, content = ("the given mapping", source) if isinstance(source, Mapping) else (source, _read_weights(source))
+    content = source if isinstance(source, Mapping) else read_weights(source)
+    label = label or ("the given mapping" if content is source else source)
     if isinstance(content.get("model"), Mapping):
         kind = "a checkpoint of this project"
         state = {name.removeprefix("encoder."): value for name, value in content["model"].items() if name.startswith("encoder.")}
     elif "conv_root/kernel" in content:
-        kind, state = "Google's R50+ViT-B_16 (.npz)", hybrid_vit_state_dict(content)
+        kind, state = "Google's R50+ViT-B_16", from_google(content)
+    elif "patch_embed.backbone.stem.conv.weight" in content:
+        kind, state = "timm's vit_base_r50_s16", from_timm(content)
+    elif "layer4.2.conv3.weight" in content:
+        kind, state = "torchvision's ResNet-50", {name: value for name, value in content.items() if not name.startswith("fc.")}
+        if "bn1.running_var" in state:                         # files older than these counters, which only count
+            state = {**{name: value for name, value in encoder.state_dict().items() if name.endswith("num_batches_tracked")}, **state}
     else:
         raise ValueError(f"{label}: not weights of a known kind (its first keys: {', '.join(map(str, list(content)[:3]))}); expected a "
-                         f"checkpoint of pretrain_encoder.py, or Google's R50+ViT-B_16.npz")
+                         f"checkpoint of pretrain_encoder.py, Google's R50+ViT-B_16.npz, timm's vit_base_r50_s16 or torchvision's ResNet-50")
+    if isinstance(encoder, HybridViT) and state.get("pos_embedding", encoder.cls).shape[1] == 1 + 24 ** 2 != 1 + encoder.grid ** 2:
+        kind += f" at 384 pixels, its 24x24 position grid interpolated to {encoder.grid}x{encoder.grid}"
+        state["pos_embedding"] = interpolate_position(state["pos_embedding"], encoder.grid, encoder.grid)
     load_strictly(encoder, state, f"{label}: {kind}, does not fit {type(encoder).__name__}")
     return kind
 
@@ -406,27 +441,62 @@ def load_strictly(module, state, complaint):
               "of another shape": [f"{k} {tuple(state[k].shape)}, expected {tuple(ours[k].shape)}" for k in ours
                                    if k in state and state[k].shape != ours[k].shape]}
     if any(faults.values()):
-        raise ValueError(complaint + ": " + "; ".join(f"{len(keys)} tensors {fault} ({', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''})"
+        raise ValueError(f"{complaint}: " + "; ".join(f"{len(keys)} tensors {fault} ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})"
                                                       for fault, keys in faults.items() if keys))
     module.load_state_dict(state)
 
 
-def _read_weights(path):
+def read_weights(path):
+    """The content of a weights file (.npz, of torch.save, .safetensors) as a mapping. A ValueError of one line where there is none."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file; expected weights")
     try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start[8:] == b"{":                                  # safetensors: eight bytes of length, then JSON
+            from safetensors.torch import load_file            # where it happens to be installed
+            return load_file(path)
         if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
             import numpy                                       # for .npz alone
             return dict(numpy.load(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise ValueError(f"{path}: reading it needs the package {error.name}; install that, or pass the .pth or .bin file") from None
     except Exception as error:                                 # torch.load fails in many ways on what is no checkpoint
         raise ValueError(f"{path}: cannot be read as weights ({(str(error).splitlines() or [type(error).__name__])[0][:100]})") from None
+    content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors")
     return content
 
 
-def hybrid_vit_state_dict(arrays):
-    """The arrays of Google's `R50+ViT-B_16.npz` (name -> array) as a state dict of HybridViT; the classification heads stay
-    behind. Kernels change from (h, w, in, out) to (out, in, h, w); query, key and value become one matrix."""
+def published_weights(name):
+    """The path of the published file called `name`, one of PUBLISHED; fetched once into torch.hub's cache.
+
+    A file gets its name there only when it is whole and holds what it should. Raises ValueError, with the address, where it cannot be
+    fetched.
+    """
+    address, sha256 = PUBLISHED[name]
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        part = f"{path}.{os.getpid()}.part"
+        try:
+            torch.hub.download_url_to_file(address, part, sha256, progress=True)
+            if not {"conv_root/kernel", "layer4.2.conv3.weight"} & set(read_weights(part)):
+                raise ValueError(f"{address} holds something else than the weights that it is known for")
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:               # no network, or another hash
+            raise ValueError(f"{name}: cannot fetch {address} ({error}); fetch it elsewhere and pass its path instead") from None
+        finally:
+            if os.path.exists(part):
+                os.remove(part)
+    return path
+
+
+def from_google(arrays):
+    """The arrays of R50+ViT-B_16.npz (name -> array) as a state dict of HybridViT. Kernels change from (h, w, in, out) to
+    (out, in, h, w), dense ones from (in, out) to (out, in); query, key and value become one matrix."""
     state = {}
     for name, array in arrays.items():
         if name.split("/")[0] in ("head", "pre_logits") or "MultiHeadDotProductAttention" in name:
@@ -434,21 +504,42 @@ def hybrid_vit_state_dict(arrays):
         name = name.replace("Transformer/posembed_input/pos_embedding", "pos_embedding")
         name = name.replace("Transformer/encoder_norm", "encoder_norm").replace("Transformer/encoderblock_", "transformer/")
         name = name.replace("LayerNorm_0", "norm1").replace("LayerNorm_2", "norm2")
-        name = name.replace("MlpBlock_3/Dense_0", "fc1").replace("MlpBlock_3/Dense_1", "fc2")
-        name = name.replace("kernel", "weight").replace("scale", "weight").replace("/", ".")
+        name = name.replace("MlpBlock_3/Dense_0", "fc1").replace("MlpBlock_3/Dense_1", "fc2").replace("/", ".")
         value = torch.as_tensor(array)
-        if value.dim() == 4:                                   # convolutions; GroupNorm's are (1, 1, 1, C)
-            value = value.flatten() if value.shape[:3] == (1, 1, 1) and ".gn" in "." + name else value.permute(3, 2, 0, 1)
-        elif value.dim() == 2:
-            value = value.T
-        state[name] = value.contiguous()
-    layers = sum(name.endswith("LayerNorm_0/scale") for name in arrays)
-    for layer in range(layers):
-        prefix, ours = f"Transformer/encoderblock_{layer}/MultiHeadDotProductAttention_1/", f"transformer.{layer}."
-        parts = [torch.as_tensor(arrays[prefix + part + "/kernel"]) for part in ("query", "key", "value")]
-        state[ours + "qkv.weight"] = torch.cat([part.flatten(1).T for part in parts])          # (768, 12, 64) -> (768, 768)
-        parts = [torch.as_tensor(arrays[prefix + part + "/bias"]) for part in ("query", "key", "value")]
-        state[ours + "qkv.bias"] = torch.cat([part.flatten() for part in parts])
-        state[ours + "proj.weight"] = torch.as_tensor(arrays[prefix + "out/kernel"]).flatten(0, 1).T.contiguous()
-        state[ours + "proj.bias"] = torch.as_tensor(arrays[prefix + "out/bias"])
+        if name.endswith("kernel"):
+            value = value.permute(3, 2, 0, 1) if value.dim() == 4 else value.T
+        elif value.dim() == 4:                                 # GroupNorm's scale and bias: (1, 1, 1, C)
+            value = value.flatten()
+        state[name.replace("kernel", "weight").replace("scale", "weight")] = value.contiguous()
+    for layer in range(sum(name.endswith("LayerNorm_0/scale") for name in arrays)):
+        attention = {part: torch.as_tensor(arrays[name]) for part in ("query/kernel", "query/bias", "key/kernel", "key/bias", "value/kernel",
+                                                                      "value/bias", "out/kernel", "out/bias")
+                     if (name := f"Transformer/encoderblock_{layer}/MultiHeadDotProductAttention_1/{part}") in arrays}
+        if len(attention) == 8:                                # else the tensors below are reported missing
+            q, k, v = (attention[f"{part}/kernel"].flatten(1).T for part in ("query", "key", "value"))         # (768, 12, 64) -> (768, 768)
+            state[f"transformer.{layer}.qkv.weight"] = torch.cat([q, k, v])
+            state[f"transformer.{layer}.qkv.bias"] = torch.cat([attention[f"{part}/bias"].flatten() for part in ("query", "key", "value")])
+            state[f"transformer.{layer}.proj.weight"] = attention["out/kernel"].flatten(0, 1).T.contiguous()
+            state[f"transformer.{layer}.proj.bias"] = attention["out/bias"]
+    return state
+
+
+def from_timm(tensors):
+    """timm's names as HybridViT's; the tensors are the same."""
+    state = {}
+    for name, value in tensors.items():
+        if name.split(".")[0] in ("head", "pre_logits", "fc_norm"):
+            continue
+        if name.startswith("patch_embed.backbone."):
+            name = name.removeprefix("patch_embed.backbone.")
+            name = name.replace("stem.conv", "conv_root").replace("stem.norm", "gn_root")
+            name = name.replace("downsample.conv", "conv_proj").replace("downsample.norm", "gn_proj").replace(".norm", ".gn")
+            name = re.sub(r"stages\.(\d+)\.blocks\.(\d+)", lambda m: f"block{int(m[1]) + 1}.unit{int(m[2]) + 1}", name)
+        elif name.startswith("blocks."):
+            name = name.replace("blocks.", "transformer.").replace("attn.", "").replace("mlp.", "")
+        else:
+            name = {"cls_token": "cls", "pos_embed": "pos_embedding", "patch_embed.proj.weight": "embedding.weight",
+                    "patch_embed.proj.bias": "embedding.bias", "norm.weight": "encoder_norm.weight",
+                    "norm.bias": "encoder_norm.bias"}.get(name, name)
+        state[name] = value
     return state

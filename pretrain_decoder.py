@@ -10,7 +10,6 @@ log.jsonl, args.json, panel_start.png and panel_end.png. The same command again 
     DDeP   O4(phi | theta, gamma) = E_x E_e || g_phi(f_theta(sqrt(gamma) x + sqrt(1 - gamma) e)) - e ||^2     Eq. 6; theta frozen
     DeP    the same with theta trained as well, from fresh weights unless --encoder-weights says otherwise      (section 3)
 """
-import json
 import os
 import subprocess
 import sys
@@ -25,8 +24,8 @@ from pictures import from_pixels, sheet
 from runtime import InputError
 
 RECIPE = {
-    "shapes": dict(encoder="hybrid-small", width=1 / 4, image_size=64, min_area=0.5, steps=250, batch_size=16, micro_batch=16, lr=2e-3,
-                   warmup_steps=20, workers=0, save_every=100),
+    "shapes": dict(encoder="hybrid-small", width=1 / 4, image_size=64, min_area=0.5, steps=200, batch_size=16, micro_batch=16, lr=5e-3,
+                   warmup_steps=20, clip_norm=1.0, workers=0, save_every=100),
     "paper": dict(encoder="hybrid", width=1.0, image_size=224, min_area=0.08, epochs=100, batch_size=512, micro_batch=64,
                   warmup_steps=0, workers=runtime.default_workers(), save_every=1000),             # lr: by width, see below
 }
@@ -38,7 +37,8 @@ def parse_arguments(argv=None):
     runtime.add_training_arguments(parser, DATA)
     parser.set_defaults(weight_decay=0.0)                                 # PAPER SILENT on the weight decay of pretraining
     parser.add_argument("--method", choices=("ddep", "dep"), default="ddep", help="ddep: the encoder is frozen; dep: all trains")
-    parser.add_argument("--gamma", type=runtime.unit_float, metavar="G", help="noise level of Eq. 5, 0 to 1; 0.95 unless another flag sets it")
+    parser.add_argument("--gamma", type=runtime.unit_float, metavar="G",
+                        help="noise level of Eq. 5, 0 to 1; 0.95 unless another flag sets it")
     parser.add_argument("--gamma-range", type=runtime.unit_float, nargs=2, metavar=("LOW", "HIGH"),
                         help="gamma drawn from U(LOW, HIGH) for each image (Table 4: 0.9 0.95; 4.4: 0 1)")
     parser.add_argument("--sigma", type=runtime.non_negative_float, metavar="S", help="the noise level as sigma = sqrt(1/gamma - 1)")
@@ -47,7 +47,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--condition", action="store_true", help="tell the decoder's normalisation layers gamma (4.4)")
     parser.add_argument("--encoder", choices=ENCODERS, help="the encoder network")
     parser.add_argument("--encoder-weights", metavar="PATH", help="its weights: a checkpoint of pretrain_encoder.py, or Google's "
-                        "R50+ViT-B_16.npz; or `random`: fresh (the default for dep)")
+                        "R50+ViT-B_16.npz, timm's, torchvision's; imagenet21k (hybrid) or imagenet1k (resnet50): fetched; random: fresh "
+                        "(the default for dep)")
     parser.add_argument("--width", type=runtime.positive_float, metavar="W", help="decoder of [1024, 512, 256, 128, 64] * W (4.3)")
     parser.add_argument("--image-size", type=runtime.positive_int, metavar="N", help="side of the square crops, in pixels (5.1: 224)")
     parser.add_argument("--min-area", type=runtime.unit_float, metavar="X", help="smallest share of a picture's area that a crop shows")
@@ -74,27 +75,21 @@ def find_encoder_weights(args, processes):
     if args.encoder_weights == "random" or (args.encoder_weights is None and args.method == "dep"):
         return None
     if args.encoder_weights is not None:
-        return args.encoder_weights
+        return runtime.weights_path(args.encoder_weights, processes)
     if args.data != "shapes" or args.encoder != "hybrid-small":
-        raise InputError("DDeP pretrains the decoder of a trained encoder: pass --encoder-weights PATH (a checkpoint of "
-                         "pretrain_encoder.py, or R50+ViT-B_16.npz); --encoder-weights random freezes an untrained one")
+        raise InputError("DDeP pretrains the decoder of a trained encoder: pass --encoder-weights PATH, or imagenet21k for the paper's; "
+                         "--encoder-weights random freezes an untrained one")
     path = os.path.join(SHAPES_ENCODER, "last.pt")
-    if processes.is_main and not is_finished(path):
+    if processes.is_main and not runtime.is_finished(SHAPES_ENCODER):
         print(f"no encoder at {path}: training one first (stage 1, once)", flush=True)
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")}
+        torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
+        alone = {key: value for key, value in os.environ.items() if key not in torchrun}
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrain_encoder.py")
         status = subprocess.run([sys.executable, script, "--out", SHAPES_ENCODER, "--device", args.device], env=alone).returncode
         if status:
             raise InputError(f"stage 1 ended with exit status {status}; see its message above")
     processes.barrier()
     return path
-
-
-def is_finished(path):
-    if not os.path.exists(path):
-        return False
-    checkpoint = runtime.load_checkpoint(path)
-    return checkpoint["step"] == checkpoint["steps"]
 
 
 def add_noise(args, x, seeds):
@@ -125,7 +120,7 @@ def main():
         raise InputError(f"--image-size {args.image_size}: expected a multiple of the encoder's stride {model.encoder.strides[-1]}")
     if encoder_weights is not None:
         with runtime.as_input_error():
-            load_encoder_weights(model.encoder, encoder_weights)
+            encoder_weights = f"{load_encoder_weights(model.encoder, encoder_weights)}, {encoder_weights}"
     model.to(device, memory_format=torch.channels_last)
     if args.method == "ddep":
         freeze(model.encoder)                                             # before DDP and the optimiser see anything
@@ -135,18 +130,18 @@ def main():
 
     # Continue, or say that there is nothing left to do
     checkpoint = runtime.resume(args, processes)
-    start = 0
+    start, loss = 0, None
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        start = checkpoint["step"]
-    if start == steps:
-        print(f"{args.out}: finished at step {steps}")
-        return
+        start, loss = checkpoint["step"], checkpoint["loss"]
+    if runtime.is_finished(args.out):
+        return runtime.say(processes, f"{args.out}: finished at step {steps}, see metrics.json there")
 
-    if args.compile:
-        trained.compile()
+    if args.compile:                                                      # in place: the names in the checkpoint stay
+        model.encoder.compile()
+        model.decoder.compile()
     wrapped = processes.wrap(trained)
 
     def predict(x_noisy, gamma):
@@ -162,8 +157,8 @@ def main():
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
 
     log = runtime.Log(args, processes, steps, start)
-    log.say(f"stage 2: {args.method}, {args.encoder} ({encoder_weights or 'fresh weights'}), decoder x{args.width:g}, {len(images)} images, "
-            f"steps {start} to {steps}, {processes.world} x {device.type}, {precision}")
+    log.say(f"stage 2: {args.method}, {args.encoder} ({encoder_weights or 'fresh weights'}), decoder x{args.width:g}, "
+            f"{len(images)} images, steps {start} to {steps}, {processes.world} x {device.type}, {precision}")
     if processes.is_main and start == 0:
         draw_panel(args, model, samples, device).save(os.path.join(args.out, "panel_start.png"))
     unreadable = runtime.Unreadable(len(images), processes, log)
@@ -182,6 +177,7 @@ def main():
             loss += part_loss.detach()
         loss = processes.sum(loss).item() / processes.world
         runtime.require_finite(loss, step, args.out)
+        runtime.clip_gradients(trained.parameters(), args.clip_norm, optimizer, scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -191,13 +187,12 @@ def main():
         if processes.is_main and (done % args.save_every == 0 or done == steps):
             runtime.save(os.path.join(args.out, "last.pt"),
                          dict(model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(),
-                              scaler=scaler.state_dict(), step=done, steps=steps, args=vars(args)))
+                              scaler=scaler.state_dict(), step=done, loss=loss, args=vars(args)))
     log.close()
 
     if processes.is_main:
         draw_panel(args, model, samples, device).save(os.path.join(args.out, "panel_end.png"))
-        with open(os.path.join(args.out, "metrics.json"), "w") as file:
-            json.dump(dict(step=steps, loss=loss), file, indent=2)
+        runtime.finish(args.out, dict(step=steps, loss=loss))
         print(f"the network for stage 3: --init {os.path.join(args.out, 'last.pt')}")
 
 

@@ -8,7 +8,6 @@ In: class folders (root/train/<class>/, root/val/<class>/, or root/<class>/). Ou
 encoder stage 2 takes as --encoder-weights; log.jsonl, args.json, metrics.json, samples.png. The same command again continues
 where it stopped. The paper takes its encoder ready-made (ImageNet-21k, R50+ViT-B/16): with published weights skip this stage.
 """
-import json
 import os
 
 import torch
@@ -22,8 +21,8 @@ from pictures import from_pixels, sheet
 
 # PAPER SILENT on all of stage 1: it takes published weights. "paper" holds ImageNet's usual figures for ViT training with Adam.
 RECIPE = {
-    "shapes": dict(encoder="hybrid-small", image_size=64, min_area=0.5, steps=250, batch_size=32, micro_batch=32, lr=2e-3,
-                   warmup_steps=20, weight_decay=0.0, workers=0, save_every=100, eval_every=250),
+    "shapes": dict(encoder="hybrid-small", image_size=64, min_area=0.5, steps=250, batch_size=32, micro_batch=32, lr=2e-3, warmup_steps=20,
+                   weight_decay=0.0, clip_norm=1.0, workers=0, save_every=100, eval_every=250),
     "paper": dict(encoder="hybrid", image_size=224, min_area=0.08, epochs=90, batch_size=4096, micro_batch=64, lr=1e-3,
                   warmup_steps=10_000, weight_decay=0.03, decoupled_weight_decay=True, workers=runtime.default_workers(),
                   save_every=1000, eval_every=5000),
@@ -76,15 +75,14 @@ def main():
 
     # Continue, or say that there is nothing left to do
     checkpoint = runtime.resume(args, processes)
-    start, best = 0, -1.0
+    start, best, loss = 0, -1.0, None
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        start, best = checkpoint["step"], checkpoint["best"]
-    if start == steps:
-        print(f"{args.out}: finished at step {steps}, best top-1 {best:.4f}")
-        return
+        start, best, loss = checkpoint["step"], checkpoint["best"], checkpoint["loss"]
+    if runtime.is_finished(args.out):
+        return runtime.say(processes, f"{args.out}: finished at step {steps}, see metrics.json there")
 
     if args.compile:
         model.compile()
@@ -99,6 +97,16 @@ def main():
     log.say(f"stage 1: {args.encoder} as a classifier of {len(names)} classes, {len(train)} images, steps {start} to {steps}, "
             f"{processes.world} x {device.type}, {precision}")
     unreadable = runtime.Unreadable(len(train), processes, log)
+    def validate(done):
+        """Measure top-1, and keep the weights in best.pt if none were better: (top-1, best so far)."""
+        score = top1(model, val_loader, lambda: runtime.autocast(precision, device), processes)
+        log.record(step=done, top1=score)
+        log.say(f"step {done}: top-1 {score:.4f} on {len(val)} validation images")
+        if score > best and processes.is_main:
+            runtime.save(os.path.join(args.out, "best.pt"),
+                         dict(model=model.state_dict(), model_args=model_args, step=done, best=score, class_names=names))
+        return score, max(best, score)
+
     model.train()
     for step, batch in enumerate(log.timed(raise_errors(loader)), start=start):
         runtime.set_rate(optimizer, rate := runtime.cosine_rate(step, steps, args.lr, args.warmup_steps))
@@ -113,32 +121,25 @@ def main():
             loss += part_loss.detach()
         loss = processes.sum(loss).item() / processes.world
         runtime.require_finite(loss, step, args.out)
+        runtime.clip_gradients(model.parameters(), args.clip_norm, optimizer, scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         log.step(step + 1, loss, rate)
 
         done = step + 1
-        if done % args.eval_every == 0 or done == steps:
-            score = top1(model, val_loader, lambda: runtime.autocast(precision, device), processes)
-            log.record(step=done, top1=score)
-            log.say(f"step {done}: top-1 {score:.4f} on {len(val)} validation images")
-            if score > best and processes.is_main:
-                runtime.save(os.path.join(args.out, "best.pt"),
-                             dict(model=model.state_dict(), model_args=model_args, step=done, best=score, class_names=names))
-            best = max(best, score)
-        if done % args.save_every == 0 or done == steps:
-            if processes.is_main:
-                runtime.save(os.path.join(args.out, "last.pt"),
-                             dict(model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(),
-                                  scaler=scaler.state_dict(), step=done, steps=steps, best=best, class_names=names,
-                                  args=vars(args)))
-    log.close()
+        if done % args.eval_every == 0 and done < steps:
+            _, best = validate(done)
+        if processes.is_main and (done % args.save_every == 0 or done == steps):
+            runtime.save(os.path.join(args.out, "last.pt"),
+                         dict(model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(),
+                              scaler=scaler.state_dict(), step=done, loss=loss, best=best, class_names=names, args=vars(args)))
 
+    score, best = validate(steps)
+    log.close()
     if processes.is_main:
-        with open(os.path.join(args.out, "metrics.json"), "w") as file:
-            json.dump(dict(top1=score, best_top1=best, images=len(val)), file, indent=2)
         draw_samples(model, val_samples, names, device).save(os.path.join(args.out, "samples.png"))
+        runtime.finish(args.out, dict(top1=score, best_top1=best, images=len(val), loss=loss))
         print(f"top-1 {score:.4f}; the encoder for stage 2: --encoder-weights {os.path.join(args.out, 'last.pt')}")
 
 

@@ -63,10 +63,12 @@ def plan(args):
         encoder, ddep, dep = (path(name, "last.pt") for name in ("encoder", "ddep", "dep"))
         add("encoder", "pretrain_encoder.py", *steps[0])
         add("dep", "pretrain_decoder.py", "--method", "dep", "--gamma", args.gamma, *steps[1])
-        add("ddep", "pretrain_decoder.py", "--method", "ddep", "--gamma", args.gamma, "--encoder-weights", encoder, *steps[1], needs=["encoder"])
+        add("ddep", "pretrain_decoder.py", "--method", "ddep", "--gamma", args.gamma, "--encoder-weights", encoder, *steps[1],
+            needs=["encoder"])
         for method, init, needs in zip(METHODS, ("none", encoder, dep, ddep), ([], ["encoder"], ["dep"], ["ddep"])):
             for labels in args.labels:
-                add(run_name(method, labels), "finetune.py", "--init", init, "--labels", labels, "--subset-seed", seed, *steps[2], needs=needs)
+                add(run_name(method, labels), "finetune.py", "--init", init, "--labels", labels, "--subset-seed", seed, *steps[2],
+                    needs=needs)
     return runs
 
 
@@ -77,11 +79,12 @@ def run_name(method, labels):
 def run_all(runs, args):
     """Run what is not finished, --jobs at a time, each with its share of the cores. Their output goes to output.txt in their folders."""
     def finished(name):
-        return os.path.exists(os.path.join(args.out, "runs", name, "metrics.json"))       # every stage writes it last
+        return runtime.is_finished(os.path.join(args.out, "runs", name))
 
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), "PYTHONUNBUFFERED": "1"}
     waiting, running = {name: run for name, run in runs.items() if not finished(name)}, {}
-    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", dynamic_ncols=True)
+    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    started, total = time.perf_counter(), len(waiting)
     try:
         while waiting or running:
             for name in [name for name, (_, needs) in waiting.items() if all(map(finished, needs))][:args.jobs - len(running)]:
@@ -89,7 +92,7 @@ def run_all(runs, args):
                 os.makedirs(folder, exist_ok=True)
                 with open(os.path.join(folder, "output.txt"), "a") as output:
                     running[name] = subprocess.Popen(waiting.pop(name)[0], env=environment, stdout=output, stderr=subprocess.STDOUT)
-            bar.set_postfix_str(", ".join(running))
+                bar.set_postfix_str(", ".join(running))
             time.sleep(0.2)                                               # until one of the processes ends
             for name, process in list(running.items()):
                 if process.poll() is not None:
@@ -100,8 +103,10 @@ def run_all(runs, args):
                             last = (file.read().strip().splitlines() or ["no output"])[-1]
                         raise InputError(f"the run {name} ended with exit status {process.returncode}: {last} (all of it: {output})")
                     bar.update()
-                    if not sys.stderr.isatty():
-                        print(f"finished {name} ({bar.n}/{bar.total})", flush=True)
+                    if bar.disable:
+                        done = total - len(waiting) - len(running)
+                        left = (time.perf_counter() - started) / done * (total - done)
+                        print(f"{len(runs) - total + done}/{len(runs)} finished: {name}; about {left / 60:.0f} min left", flush=True)
     finally:
         bar.close()
         for process in running.values():                                  # stopped: each continues from its checkpoint next time

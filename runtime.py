@@ -14,12 +14,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from model import PUBLISHED, published_weights
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A user's mistake is one line on stderr and exit status 2
 
 
 class InputError(Exception):
     """Something the user can mend: the message says what was wrong, where, what was expected and what to do."""
+    everywhere = True                                                     # every process meets it; not so a fault in one image
 
 
 @contextmanager
@@ -47,9 +50,10 @@ def run(main):
     try:
         main()
     except InputError as error:
-        # Under torchrun, what is wrong with the flags is wrong in every process, and the first to exit ends them all.
-        # One line from each is better than none at all.
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        else:                                                             # the first process to exit ends all: let rank 0 speak
+            time.sleep(5)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -71,10 +75,11 @@ def add_training_arguments(parser, data):
     parser.add_argument("--epochs", type=positive_float, metavar="N", help="passes over the images, instead of --steps")
     parser.add_argument("--batch-size", type=positive_int, metavar="N", help="images per step, over all processes")
     parser.add_argument("--micro-batch", type=positive_int, metavar="N",
-                        help="the most images one process puts through the network at once; gradients are accumulated over the rest")
+                        help="the most images that one process puts through the network at once; gradients are accumulated")
     parser.add_argument("--lr", type=positive_float, metavar="X", help="peak learning rate of Adam (5.1)")
     parser.add_argument("--warmup-steps", type=non_negative_int, metavar="N", help="linear warm-up before the cosine; PAPER SILENT")
     parser.add_argument("--weight-decay", type=non_negative_float, metavar="X", help="L2 penalty of Adam (5.1 for fine-tuning)")
+    parser.add_argument("--clip-norm", type=positive_float, metavar="X", help="largest norm of the gradient; PAPER SILENT (default: no clipping)")
     parser.add_argument("--decoupled-weight-decay", action="store_true", help="AdamW instead of Adam; PAPER SILENT on which")
     parser.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="fresh weights, order, crops, flips, noise")
     parser.add_argument("--workers", type=non_negative_int, metavar="N", help="loader processes per process; 0: none")
@@ -271,6 +276,13 @@ def gradient_sync(module, now):
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not now else nullcontext()
 
 
+def clip_gradients(parameters, norm, optimizer, scaler):
+    """Scale the gradient down to `norm`, where it is longer; None: leave it."""
+    if norm is not None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+
 def require_finite(loss, step, out):
     if not math.isfinite(loss):
         raise InputError(f"the loss is {loss} at step {step}: stopped before it reached the weights; {out}/last.pt holds the last "
@@ -294,6 +306,17 @@ def save(path, checkpoint):
     os.replace(beside, path)
 
 
+def weights_path(source, processes):
+    """The file that --encoder-weights or --init means: a path is itself, a published name is fetched, once per machine."""
+    if source not in PUBLISHED:
+        return source
+    with as_input_error():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            published_weights(source)
+        processes.barrier()
+        return published_weights(source)
+
+
 def load_checkpoint(path):
     """A checkpoint of ours: a dict of tensors and plain values with "model" and "model_args"."""
     if not os.path.isfile(path):
@@ -315,6 +338,23 @@ def resume(args, processes):
         refuse_other_flags(args.out, checkpoint["args"], vars(args))
     write_arguments(args, processes)
     return checkpoint
+
+
+def is_finished(out):
+    return os.path.exists(os.path.join(out, "metrics.json"))
+
+
+def finish(out, metrics):
+    """Write metrics.json, the last thing that a run does."""
+    beside = os.path.join(out, "metrics.json.tmp")
+    with open(beside, "w") as file:
+        json.dump(metrics, file, indent=2)
+    os.replace(beside, os.path.join(out, "metrics.json"))
+
+
+def say(processes, text):
+    if processes.is_main:
+        print(text, flush=True)
 
 
 def refuse_other_flags(out, then, now, free=FREE_TO_CHANGE):

@@ -2,9 +2,9 @@
 
 A scene holds two to four objects of six classes. An object's class shows in three cues, each of them partly reliable:
 
-    texture    stripes, checks, dots ...    the class's own with probability 0.85, else any
-    outline    disc, square, cross ...      the class's own with probability 0.70, else any
-    hue        the class's hue plus noise   standard deviation 0.12 of the colour circle, whose classes are 0.17 apart
+    texture    stripes, checks, dots ...    the class's own with probability 0.90, else any
+    outline    disc, square, cross ...      the class's own with probability 0.80, else any
+    hue        the class's hue plus noise   standard deviation 0.10 of the colour circle, whose classes are 0.17 apart
 
 and the background holds plain distractors with the same outlines and hues, so that no pixel and no single cue settles a class.
 
@@ -29,7 +29,7 @@ def draw(part, index):
     rng = np.random.RandomState([2022, PARTS.index(part), index])
     image = _background(rng)
     mask = np.zeros((SIZE, SIZE), np.uint8)
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(rng.randint(1, 4)):
         inside, _ = _outline(rng, kind=rng.randint(6), radius=rng.uniform(5, 12))
         image[inside] = _colour(rng, hue=rng.uniform())
     label = -1
@@ -45,9 +45,9 @@ def draw(part, index):
 
 def _object(rng, image, mask, k, radius):
     """Draw an object of class k (0 to 5) over what is there."""
-    inside, (y, x) = _outline(rng, kind=k if rng.uniform() < 0.70 else rng.randint(6), radius=radius)
-    texture = _texture(rng, kind=k if rng.uniform() < 0.85 else rng.randint(6), y=y, x=x)
-    hue = k / 6 + 0.24 * (rng.uniform() + rng.uniform() + rng.uniform() - 1.5)        # sd 0.24 * sqrt(3 / 12) = 0.12
+    inside, (y, x) = _outline(rng, kind=k if rng.uniform() < 0.80 else rng.randint(6), radius=radius)
+    texture = _texture(rng, kind=k if rng.uniform() < 0.90 else rng.randint(6), y=y, x=x)
+    hue = k / 6 + 0.20 * (rng.uniform() + rng.uniform() + rng.uniform() - 1.5)        # sd 0.20 * sqrt(3 / 12) = 0.10
     surface = _colour(rng, hue) + texture[..., None] * rng.uniform(0.12, 0.3)
     image[inside] = surface[inside]
     mask[inside] = k + 1

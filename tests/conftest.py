@@ -17,9 +17,11 @@ torch.set_num_threads(2)
 import runtime  # noqa: E402
 
 # Flags that make a stage as small as it can be, on the embedded data
-TINY = {"pretrain_encoder": ["--steps", "4", "--batch-size", "4", "--eval-every", "100", "--log-every", "1"],
-        "pretrain_decoder": ["--steps", "4", "--batch-size", "4", "--width", "0.03125", "--log-every", "1"],
-        "finetune": ["--steps", "4", "--batch-size", "4", "--width", "0.03125", "--eval-every", "100", "--log-every", "1", "--labels", "6"]}
+TINY = {"pretrain_encoder": ["--steps", "4", "--batch-size", "4", "--eval-every", "100", "--log-every", "1", "--image-size", "32"],
+        "pretrain_decoder": ["--steps", "4", "--batch-size", "4", "--width", "0.03125", "--log-every", "1",
+                             "--image-size", "32"],
+        "finetune": ["--steps", "4", "--batch-size", "4", "--width", "0.03125", "--eval-every", "100", "--log-every", "1", "--labels", "6",
+                     "--crop-size", "32"]}
 
 
 class Ended(Exception):

@@ -2,6 +2,7 @@
 import copy
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,17 +16,9 @@ import torch.nn.functional as F
 
 import jax_reference
 import model
-from model import HybridViT, ResNet50, UNet, build_classifier, build_encoder, build_unet, freeze
+from model import HybridViT, ResNet50, UNet, build_encoder, build_unet, freeze
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def published():
-    """The full-size encoder with the stand-in for Google's weights."""
-    encoder = HybridViT().eval()
-    model.load_encoder_weights(encoder, jax_reference.make_weights(0))
-    return encoder
 
 
 def tiny_unet(**kwargs):
@@ -36,23 +29,13 @@ def tiny_unet(**kwargs):
 # ------------------------------------------------------------------------------------------------ Hybrid-ViT
 
 
-@torch.no_grad()
-def test_hybrid_vit_answers_what_the_original_jax_model_answers(published):
-    expected = np.load(HERE / "jax_hybrid_vit_b16.npz")
-    maps = published(torch.from_numpy(jax_reference.make_image(0)))
-    ours = {"stride2": maps[0][:, ::8, ::7, ::7], "stride4": maps[1][:, ::8, ::5, ::5], "stride8": maps[2][:, ::8, ::3, ::3],
-            "stride16": maps[3][:, ::4]}
-    for name, features in ours.items():
-        error = np.linalg.norm(features.numpy() - expected[name]) / np.linalg.norm(expected[name])
-        assert error <= 3e-5, (name, error)                # half a pixel of padding or an epsilon in the wrong place: 1e-3 to 1
-
-
-def test_hybrid_vit_has_the_published_size_and_maps(published):
-    assert sum(p.numel() for p in published.parameters()) == sum(map(math.prod, jax_reference.key_shapes().values())) == 97_890_112
-    with torch.no_grad():
-        maps = published(torch.zeros(1, 3, 64, 96))
+def test_hybrid_vit_has_the_published_size_and_maps():
+    with torch.device("meta"):
+        encoder = HybridViT()
+        maps = encoder(torch.zeros(1, 3, 64, 96))
+    assert sum(p.numel() for p in encoder.parameters()) == sum(map(math.prod, jax_reference.key_shapes().values())) == 97_890_112
     assert [tuple(m.shape) for m in maps] == [(1, 64, 32, 48), (1, 256, 16, 24), (1, 512, 8, 12), (1, 768, 4, 6)]
-    assert published.channels == (64, 256, 512, 768) and published.strides == (2, 4, 8, 16)
+    assert encoder.channels == (64, 256, 512, 768) and encoder.strides == (2, 4, 8, 16)
 
 
 def test_same_padding_puts_the_odd_row_below_and_right():
@@ -74,7 +57,7 @@ def test_standardised_weights_have_the_epsilon_outside_the_root():
 
 @torch.no_grad()
 def test_the_position_grid_is_interpolated_as_ndimage_zoom_does():
-    encoder = build_encoder("hybrid-small")                              # a 4x4 grid
+    encoder = HybridViT(8, (2, 2, 2), (1, 1, 1), dim=8, depth=1, heads=2, mlp_dim=8, image_size=64)         # a 4x4 grid
     grid = encoder.pos_embedding[0, 1:].reshape(4, 4, -1).numpy()
     height, width = 7, 2
     position = encoder.position(height, width)
@@ -159,6 +142,25 @@ def test_the_output_has_the_size_of_the_input_whatever_that_is(size):
 def test_what_an_image_gets_does_not_depend_on_its_batch():
     unet, x = tiny_unet(), torch.randn(4, 3, 48, 32)
     torch.testing.assert_close(unet(x)[1:2], unet(x[1:2]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "resnet50"])
+def test_the_sizes_at_the_head_of_model_py_are_true(name):
+    from torch.utils.flop_counter import FlopCounterMode
+    line = next(line for line in model.__doc__.splitlines() if line.split()[:1] == [name])
+    said = re.findall(r"([\d,]+) +([\d.]+) G", line)
+    assert len(said) == 4
+
+    def measure(module, *inputs):
+        with FlopCounterMode(display=False) as counter:
+            module(*inputs)
+        return f"{sum(p.numel() for p in module.parameters()):,}", f"{counter.get_total_flops() / 2e9:.1f}"
+
+    with torch.device("meta"), torch.no_grad():
+        encoder, x = build_encoder(name), torch.zeros(1, 3, 224, 224)
+        maps = encoder(x)
+        measured = [measure(encoder, x)] + [measure(UNet(encoder, width).decoder, maps, (224, 224)) for width in (1, 2, 3)]
+    assert measured == said
 
 
 class SomebodysEncoder(nn.Module):
@@ -248,46 +250,6 @@ def test_frozen_means_that_no_byte_moves_whatever_is_called():
     assert not any(part.training for part in unet.encoder.modules()) and unet.decoder.training
     assert all(torch.equal(value, before[name]) for name, value in unet.encoder.state_dict().items())
     assert not torch.equal(unet.decoder.head.weight, decoder_before)
-
-
-# ------------------------------------------------------------------------------------------------ weights
-
-
-def test_every_tensor_is_loaded_or_none(tmp_path):
-    torch.manual_seed(0)
-    classifier, encoder = build_classifier("hybrid-small", 6), build_encoder("hybrid-small")
-    path = tmp_path / "last.pt"
-    torch.save({"model": classifier.state_dict(), "model_args": {}}, path)
-    model.load_encoder_weights(encoder, path)
-    assert all(torch.equal(value, classifier.encoder.state_dict()[name]) for name, value in encoder.state_dict().items())
-
-    state = classifier.state_dict()
-    del state["encoder.cls"]
-    state["encoder.pos_embedding"] = torch.zeros(1, 5, 128)
-    before = copy.deepcopy(encoder.state_dict())
-    with pytest.raises(ValueError, match=r"does not fit HybridViT: 1 tensors missing \(cls\); 1 tensors of another shape \(pos_embedding "
-                                         r"\(1, 5, 128\), expected \(1, 17, 128\)\)"):
-        model.load_encoder_weights(encoder, {"model": state})
-    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-
-
-def test_googles_file_is_read_as_it_is_published(tmp_path, published):
-    weights = jax_reference.make_weights(0)
-    np.savez(tmp_path / "R50+ViT-B_16.npz", **weights, **{"head/kernel": np.zeros((768, 3), np.float32), "head/bias": np.zeros(3, np.float32),
-                                                         "pre_logits/kernel": np.zeros((768, 768), np.float32)})
-    encoder = HybridViT()
-    assert "Google" in model.load_encoder_weights(encoder, str(tmp_path / "R50+ViT-B_16.npz"))
-    assert all(torch.equal(value, published.state_dict()[name]) for name, value in encoder.state_dict().items())
-
-
-def test_weights_that_are_none_are_refused_in_one_line(tmp_path):
-    (tmp_path / "text.pt").write_text("hello")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    for name in ("text.pt", "list.pt", "other.pt", "missing.pt"):
-        with pytest.raises(ValueError) as error:
-            model.load_encoder_weights(build_encoder("hybrid-small"), str(tmp_path / name))
-        assert name in str(error.value) and "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------ copy and paste

@@ -1,5 +1,5 @@
 """The three stages and the plumbing under them, on the smallest networks."""
-import copy
+import argparse
 import json
 import math
 import os
@@ -43,6 +43,15 @@ def test_the_rate_warms_up_and_falls_as_half_a_cosine():
     assert runtime.cosine_rate(0, 100, 3.0) == 3.0
 
 
+def test_clipping_scales_a_long_gradient_down_and_leaves_a_short_one():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer, scaler = torch.optim.Adam([weight]), torch.amp.GradScaler("cpu", enabled=False)
+    for norm, wanted in ((1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (None, [3.0, 4.0])):
+        weight.grad = torch.tensor([3.0, 4.0])
+        runtime.clip_gradients([weight], norm, optimizer, scaler)
+        assert weight.grad.tolist() == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path):
     runtime.save(tmp_path / "last.pt", {"step": 1})
     with pytest.raises(Exception):
@@ -56,7 +65,7 @@ def test_micro_batches_are_the_batch_in_order():
 
 
 def test_adam_is_coupled_unless_asked_otherwise():
-    args = runtime.argparse.Namespace(lr=0.1, weight_decay=0.5, decoupled_weight_decay=False)
+    args = argparse.Namespace(lr=0.1, weight_decay=0.5, decoupled_weight_decay=False)
     weight = torch.nn.Parameter(torch.ones(1))
     for decoupled, wanted in ((False, 1 - 0.1), (True, 1 - 0.1 * 0.5)):   # gradient 0: coupled, Adam's first step is lr; decoupled, lr * wd
         args.decoupled_weight_decay, weight.data, weight.grad = decoupled, torch.ones(1), torch.zeros(1)
@@ -86,6 +95,11 @@ def test_a_stage_writes_what_it_promises_and_says_when_it_is_finished(stage, scr
     status, out, _ = script(stage, *flags(stage), "--out", tmp_path)
     assert status == 0 and "finished at step 4" in out
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    (tmp_path / "metrics.json").unlink()                                  # killed after the last checkpoint and before the last word
+    assert script(stage, *flags(stage), "--out", tmp_path)[0] == 0
+    assert (tmp_path / "metrics.json").read_bytes() == before[tmp_path / "metrics.json"]
+    assert (tmp_path / "last.pt").read_bytes() == before[tmp_path / "last.pt"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -201,8 +215,8 @@ def test_the_loss_of_a_network_that_answers_nothing_is_one(script, few_shapes, t
 
 
 @pytest.mark.parametrize("more", [["--gamma", "0.5"], ["--gamma-range", "0.9", "0.95"], ["--sigma", "0.8"], ["--noise", "simple", "--sigma", "0.8"],
-                                  ["--target", "image"], ["--condition"], ["--image-size", "32"], ["--min-area", "0.9"], ["--weight-decay", "0.1"],
-                                  ["--weight-decay", "0.1", "--decoupled-weight-decay"], ["--warmup-steps", "0"], ["--width", "0.0625"], ["--batch-size", "2"]])
+                                  ["--target", "image"], ["--condition"], ["--image-size", "48"], ["--min-area", "0.9"], ["--weight-decay", "0.1"],
+                                  ["--weight-decay", "0.1", "--decoupled-weight-decay"], ["--warmup-steps", "0"], ["--clip-norm", "1e-4", "--weight-decay", "0.1"], ["--width", "0.0625"], ["--batch-size", "2"]])
 def test_every_flag_changes_what_is_computed(more, script, few_shapes, tmp_path):
     base = [*flags("pretrain_decoder"), "--steps", 2]
     assert script("pretrain_decoder", *base, "--out", tmp_path / "plain")[0] == 0
@@ -225,7 +239,7 @@ def test_real_data_defaults_are_the_papers(monkeypatch):
         assert (args.batch_size, args.epochs, args.steps, args.image_size, args.lr, args.gamma) == (512, 100, None, 224, lr, 0.95)
         assert (args.encoder, args.width, args.method, args.target, args.noise) == ("hybrid", float(width or 1), "ddep", "noise", "scaled")
         assert runtime.steps_of(args, 14_000_000) == math.ceil(100 * 14_000_000 / 512)
-    args, _ = finetune.parse_arguments(["--data", "folder", "--root", "x"])
+    args = finetune.with_network(finetune.parse_arguments(["--data", "folder", "--root", "x"]), init=None)
     assert 1e-5 <= args.lr <= 3e-4 and 1e-5 <= args.weight_decay <= 3e-4 and (args.crop_size, args.encoder, args.width) == (512, "hybrid", 1)
 
 
@@ -239,7 +253,7 @@ def test_the_card_command_trains_a_missing_encoder_first_and_keeps_it(tmp_path):
         assert done.returncode == 0, done.stderr
         assert ("training one first" in done.stdout) == (attempt == 0)
     encoder = load(tmp_path / "runs/shapes/pretrain_encoder/last.pt")
-    assert encoder["best"] > 0.5                                          # a trained one: chance is 0.17
+    assert json.loads((tmp_path / "runs/shapes/pretrain_encoder/metrics.json").read_text())["top1"] > 0.5     # chance is 0.17
     ours = load(tmp_path / "runs/shapes/pretrain_decoder_ddep/last.pt")["model"]
     assert all(torch.equal(ours[name], value) for name, value in encoder["model"].items() if name.startswith("encoder."))
 
@@ -278,7 +292,7 @@ def test_each_initialisation_loads_what_it_says(script, few_shapes, tmp_path):
     assert weights["decoder.head.weight"].shape[0] == 7
 
     weights, said = start(tmp_path / "encoder/last.pt")
-    assert f"loaded {in_encoder} tensors (encoder); fresh: {total - in_encoder} tensors, the decoder" in said
+    assert f"loaded {in_encoder} tensors (the encoder of a checkpoint of this project); fresh: {total - in_encoder} tensors, the decoder" in said
     assert all(torch.equal(weights[name], value) for name, value in encoder.items() if name.startswith("encoder."))
     assert not torch.equal(weights["decoder.blocks.0.conv1.weight"], ddep["decoder.blocks.0.conv1.weight"])
 
@@ -331,7 +345,7 @@ def test_masks_that_are_all_ignored_train_to_nothing_and_no_error(script, folder
     ("pretrain_decoder", ["--data", "folder", "--root", "{empty}"], "no images in this folder; expected .jpg"),
     ("pretrain_decoder", ["--root", "{empty}"], "--root given, but --data shapes is drawn by code"),
     ("pretrain_decoder", ["--data", "folder", "--root", "{images}"], "DDeP pretrains the decoder of a trained encoder: pass --encoder-weights PATH"),
-    ("pretrain_decoder", ["--encoder-weights", "nowhere.pt"], "nowhere.pt: cannot be read as weights"),
+    ("pretrain_decoder", ["--encoder-weights", "nowhere.pt"], "nowhere.pt: no such file; expected weights"),
     ("pretrain_decoder", ["--gamma", "0.5", "--sigma", "1"], "--gamma, --gamma-range and --sigma all set the noise level"),
     ("pretrain_decoder", ["--gamma", "1.5"], "'1.5' is not a number from 0 to 1"),
     ("pretrain_decoder", ["--gamma-range", "0.9", "0.8"], "expected LOW <= HIGH"),
@@ -342,7 +356,7 @@ def test_masks_that_are_all_ignored_train_to_nothing_and_no_error(script, folder
     ("pretrain_decoder", ["--gama", "0.9"], "unrecognized arguments: --gama"),
     ("pretrain_encoder", ["--data", "folder", "--root", "{images}"], "class folders, expected two or more"),
     ("finetune", ["--init", "nowhere.pt"], "nowhere.pt: no such file"),
-    ("finetune", ["--init", "{text}"], "not a checkpoint"),
+    ("finetune", ["--init", "{text}"], "cannot be read as weights"),
     ("finetune", ["--labels", "4", "--fraction", "0.5"], "not allowed with argument"),
     ("finetune", ["--fraction", "2"], "'2' is not a share of the images"),
     ("finetune", ["--labels", "100000"], "100000 of 512 labelled images are 100000; expected 1 to 512"),
