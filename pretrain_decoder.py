@@ -204,7 +204,7 @@ def draw_panel(args, model, samples, device, rows=4):
     for index in range(min(rows, len(samples.source))):
         sample = samples[0, index]
         if isinstance(sample, InputError):
-            continue
+            raise sample
         x = to_pixels(sample["image"][None].to(device))
         x_noisy, eps, gamma = add_noise(args, x, [sample["noise_seed"]])
         prediction = model(x_noisy, gamma.to(device)).float()

@@ -34,12 +34,18 @@ def as_input_error():
         raise InputError(str(error)) from None
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default where it has one and its help does not tell."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, whose help shows defaults, and which takes no abbreviations."""
 
     def __init__(self, description):
-        super().__init__(description=description.split("\n\n")[0], allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description.split("\n\n")[0], allow_abbrev=False, formatter_class=HelpWithDefaults)
 
     def error(self, message):
         raise InputError(f"{message} (--help lists the flags)")
@@ -71,8 +77,9 @@ def add_training_arguments(parser, data):
     add_data_arguments(parser, data)
     parser.add_argument("--out", metavar="DIR", help="where everything goes; a run already there is continued "
                                                      "(default: runs/DATA/STAGE)")
-    parser.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps")
-    parser.add_argument("--epochs", type=positive_float, metavar="N", help="passes over the images, instead of --steps")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps")
+    length.add_argument("--epochs", type=positive_float, metavar="N", help="passes over the images, instead of --steps")
     parser.add_argument("--batch-size", type=positive_int, metavar="N", help="images per step, over all processes")
     parser.add_argument("--micro-batch", type=positive_int, metavar="N",
                         help="the most images that one process puts through the network at once; gradients are accumulated")
@@ -115,6 +122,9 @@ def parse(parser, recipe, argv=None, usual=None):
     usual = usual or {"data": "shapes"}
     data = peek(argv, "--data", usual["data"])
     parser.set_defaults(**recipe["shapes" if data == "shapes" else "paper"], **(usual if data == usual["data"] else {}))
+    for flag, other in (("--steps", "epochs"), ("--epochs", "steps")):    # the one that is given replaces the recipe's
+        if peek(argv, flag) is not None:
+            parser.set_defaults(**{other: None})
     args = parser.parse_args(argv)
     if args.data == "shapes" and args.root is not None:
         raise InputError("--root given, but --data shapes is drawn by code; pass --data folder to use your own images")

@@ -30,7 +30,7 @@ def draw(part, index):
     image = _background(rng)
     mask = np.zeros((SIZE, SIZE), np.uint8)
     for _ in range(rng.randint(1, 4)):
-        inside, _ = _outline(rng, kind=rng.randint(6), radius=rng.uniform(5, 12))
+        inside, _ = _outline(rng, kind=rng.randint(6), radius=rng.uniform(5, 11))
         image[inside] = _colour(rng, hue=rng.uniform())
     label = -1
     if part.startswith("encoder"):
@@ -38,7 +38,7 @@ def draw(part, index):
         _object(rng, image, mask, label, radius=rng.uniform(14, 22))
     else:
         for _ in range(rng.randint(2, 5)):
-            _object(rng, image, mask, rng.randint(6), radius=rng.uniform(9, 16))
+            _object(rng, image, mask, rng.randint(6), radius=rng.uniform(11, 19))
     image += rng.uniform(-0.04, 0.04, image.shape)                        # sensor noise
     return np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), mask, label
 
@@ -48,7 +48,7 @@ def _object(rng, image, mask, k, radius):
     inside, (y, x) = _outline(rng, kind=k if rng.uniform() < 0.80 else rng.randint(6), radius=radius)
     texture = _texture(rng, kind=k if rng.uniform() < 0.90 else rng.randint(6), y=y, x=x)
     hue = k / 6 + 0.20 * (rng.uniform() + rng.uniform() + rng.uniform() - 1.5)        # sd 0.20 * sqrt(3 / 12) = 0.10
-    surface = _colour(rng, hue) + texture[..., None] * rng.uniform(0.12, 0.3)
+    surface = _colour(rng, hue) + texture[..., None] * rng.uniform(0.18, 0.32)
     image[inside] = surface[inside]
     mask[inside] = k + 1
 
@@ -56,7 +56,7 @@ def _object(rng, image, mask, k, radius):
 def _background(rng):
     """Smooth noise of three octaves and a lighting gradient: (64, 64, 3) float64, around 0.45."""
     image = np.full((SIZE, SIZE, 3), 0.45)
-    for cells, amplitude in ((2, 0.20), (6, 0.15), (16, 0.12)):
+    for cells, amplitude in ((2, 0.15), (6, 0.10), (16, 0.06)):
         grid = rng.uniform(-amplitude, amplitude, (cells + 1, cells + 1, 3))
         at = np.arange(SIZE) * cells / SIZE
         low = at.astype(int)

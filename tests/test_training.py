@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -225,6 +226,14 @@ def test_every_flag_changes_what_is_computed(more, script, few_shapes, tmp_path)
     assert not same_tensors(load(tmp_path / "plain" / "last.pt")["model"], load(tmp_path / "other" / "last.pt")["model"])
 
 
+def test_epochs_replace_the_recipes_steps(script, few_shapes, tmp_path):
+    base = ["--width", 1 / 32, "--image-size", 32, "--encoder-weights", "random"]
+    assert script("pretrain_decoder", *base, "--batch-size", 5, "--epochs", 2, "--out", tmp_path)[0] == 0
+    assert load(tmp_path / "last.pt")["step"] == 5                        # 24 samples in batches of 5: the last one is filled up
+    status, _, err = script("pretrain_decoder", *base, "--steps", 3, "--epochs", 2, "--out", tmp_path / "o")
+    assert status == 2 and "not allowed with argument" in err
+
+
 def test_sigma_is_another_name_for_gamma(script, few_shapes, tmp_path):
     for name, more in (("gamma", ["--gamma", 0.5]), ("sigma", ["--sigma", 1])):
         assert script("pretrain_decoder", *flags("pretrain_decoder"), *more, "--out", tmp_path / name)[0] == 0
@@ -334,6 +343,28 @@ def test_masks_that_are_all_ignored_train_to_nothing_and_no_error(script, folder
     status, out, err = script("finetune", "--data", "folder", "--root", folder, "--encoder", "hybrid-small", "--width", 1 / 32, "--crop-size", 32,
                               "--steps", 2, "--batch-size", 2, "--workers", 0, "--out", tmp_path / "o")
     assert status == 0 and losses(tmp_path / "o") == [0.0], err           # logged at the last step
+
+
+# ------------------------------------------------------------------------------------------------ README
+
+
+@pytest.mark.parametrize("stage", ["pretrain_decoder", "finetune"])
+def test_a_checkpoint_works_with_model_py_alone_as_readme_shows(stage, script, few_shapes, tmp_path):
+    assert script(stage, *flags(stage), "--out", tmp_path)[0] == 0
+    code = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "torch.load" in block)
+    shutil.copy(ROOT / "model.py", tmp_path)
+    done = subprocess.run([sys.executable, "-c", code + "\nprint(tuple(y.shape))"], cwd=tmp_path, capture_output=True, text=True,
+                          env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+    assert done.stdout.strip() == f"(1, {7 if stage == 'finetune' else 3}, 300, 500)", done.stderr
+
+
+def test_every_file_and_flag_that_readme_names_exists():
+    readme = (ROOT / "README.md").read_text()
+    for name in re.findall(r"`(\w+\.py)`", readme):
+        assert (ROOT / name).exists(), name
+    sources = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    flags_named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) - {"--nproc_per_node", "--nproc", "--nnodes", "--node", "--master", "--index-url", "--help"}
+    assert not [flag for flag in flags_named if f'"{flag}"' not in sources]
 
 
 # ------------------------------------------------------------------------------------------------ bad input: one line, status 2
