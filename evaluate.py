@@ -28,8 +28,8 @@ from pictures import overlay, palette
 from runtime import InputError
 
 RECIPE = {
-    "shapes": dict(scales=[1.0], flip=False, window=0, workers=0),
-    "paper": dict(scales=[1.0], flip=True, window=512, workers=runtime.default_workers()),
+    "shapes": dict(scales=[1.0], flip=False, workers=0),
+    "paper": dict(scales=[1.0], flip=True, workers=runtime.default_workers()),
 }
 
 
@@ -156,13 +156,14 @@ def parse_arguments(argv=None):
     parser.add_argument("--scales", type=runtime.positive_float, nargs="+", metavar="S", help="image scales to average over (5.1)")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image (5.1)")
     parser.add_argument("--window", type=runtime.non_negative_int, metavar="N", help="side of the sliding window; 0: the whole image; "
-                        "PAPER SILENT except for Cityscapes (1024)")
+                        "PAPER SILENT except for Cityscapes, 1024 (default: the crop size of the fine-tuning)")
     parser.add_argument("--stride", type=runtime.positive_int, metavar="N", help="step of the sliding window (default: its side)")
     parser.add_argument("--average", choices=("logits", "probabilities"), default="logits", help="what is averaged; PAPER SILENT")
     parser.add_argument("--save-predictions", metavar="DIR", help="write index PNGs and colour overlays there")
     parser.add_argument("--workers", type=runtime.non_negative_int, metavar="N", help="loader processes per process")
     runtime.add_device_arguments(parser)
     then = {} if checkpoint is None else checkpoint["args"]
+    parser.set_defaults(window=then.get("crop_size", 0))
     usual = {"data": then.get("data", "shapes"), "root": then.get("root"), "list": then.get("val_list")}
     args = runtime.parse(parser, RECIPE, argv, usual)
     if args.stride is not None and not args.window:

@@ -118,7 +118,7 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
     args = dict(encoder="hybrid-small", width=1 / 32, out_channels=3, condition_on_gamma=False)
     torch.save(dict(model=model.build_unet(**args).state_dict(), model_args=args, class_names=["sky", "sea", "sand"],
-                    args=dict(data="folder", root=None, val_list=None)), path)
+                    args=dict(data="folder", root=None, val_list=None, crop_size=32)), path)
     return path
 
 

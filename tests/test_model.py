@@ -138,6 +138,13 @@ def test_the_output_has_the_size_of_the_input_whatever_that_is(size):
         assert UNet(ResNet50(), 1 / 16, 2).eval()(torch.randn(1, 3, *size)).shape == (1, 2, *size)
 
 
+@pytest.mark.parametrize("size", [(224, 224), (512, 512), (1024, 1024), (1024, 2048), (500, 333)])
+@torch.no_grad()
+def test_the_full_size_network_takes_the_papers_sizes(size):
+    with torch.device("meta"):
+        assert build_unet("hybrid", 1, 19)(torch.zeros(1, 3, *size)).shape == (1, 19, *size)
+
+
 @torch.no_grad()
 def test_what_an_image_gets_does_not_depend_on_its_batch():
     unet, x = tiny_unet(), torch.randn(4, 3, 48, 32)
