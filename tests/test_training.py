@@ -134,7 +134,7 @@ def test_two_processes_and_accumulation_equal_one_process(stage, script, few_sha
                                 f"runtime.run({stage}.main)\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(test_data_script)]
     done = subprocess.run([*command, *flags(stage), *map(str, more), "--out", str(tmp_path / "two")], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200)
     assert done.returncode == 0, done.stderr
     for other in ("accumulated", "two"):
         assert losses(tmp_path / other) == pytest.approx(losses(tmp_path / "one"), rel=1e-5), other
@@ -258,7 +258,7 @@ def test_the_card_command_trains_a_missing_encoder_first_and_keeps_it(tmp_path):
         shutil.copy(file, tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pretrain_decoder.py", "--gamma", "0.95", "--steps", "2"]
     for attempt in range(2):
-        done = subprocess.run([*command, *(["--seed", "1", "--out", "other"] if attempt else [])], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command, *(["--seed", "1", "--out", "other"] if attempt else [])], cwd=tmp_path, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stderr
         assert ("training one first" in done.stdout) == (attempt == 0)
     encoder = load(tmp_path / "runs/shapes/pretrain_encoder/last.pt")
@@ -442,7 +442,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused(script, few_shapes, tmp
 
 def test_reproduce_runs_everything_once_and_reports_what_was_measured(tmp_path):
     command = [sys.executable, str(ROOT / "reproduce.py"), "--out", str(tmp_path), "--labels", "3", "--seeds", "0", "--steps", "2", "2", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(run["method"], run["labels"], run["seed"]) for run in results] == [(m, 3, 0) for m in ("No pretraining", "Supervised", "DeP", "DDeP")]
@@ -454,7 +454,7 @@ def test_reproduce_runs_everything_once_and_reports_what_was_measured(tmp_path):
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("label_efficiency.png", "predictions.png"))
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("last.pt")}
     shutil.rmtree(tmp_path / "runs/seed0/ddep_3_labels")                  # one run is missing: that one is made again, no other
-    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    assert subprocess.run(command, capture_output=True, timeout=1200).returncode == 0
     again = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("last.pt")}
     assert [path.parent.name for path in times if again[path] != times[path]] == ["ddep_3_labels"]
     assert json.loads((tmp_path / "results.json").read_text()) == results

@@ -17,6 +17,14 @@ from model import HybridViT, ResNet50, build_classifier, build_encoder, load_enc
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    """The network is full-size here."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def arrays():
     """The stand-in for Google's file."""
