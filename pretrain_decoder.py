@@ -82,8 +82,8 @@ def find_encoder_weights(args, processes):
     path = os.path.join(SHAPES_ENCODER, "last.pt")
     if processes.is_main and not runtime.is_finished(SHAPES_ENCODER):
         print(f"no encoder at {path}: training one first (stage 1, once)", flush=True)
-        torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
-        alone = {key: value for key, value in os.environ.items() if key not in torchrun}
+        group = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}  # it runs alone, not as a process of torchrun's
+        alone = {key: value for key, value in os.environ.items() if key not in group}
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrain_encoder.py")
         status = subprocess.run([sys.executable, script, "--out", SHAPES_ENCODER, "--device", args.device], env=alone).returncode
         if status:
