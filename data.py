@@ -81,11 +81,13 @@ def read_mask(path, num_classes):
     if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
         raise SampleError(f"{path}: mask is {image.mode}, expected an index image (palette or grey) whose pixel values are class "
                          f"indices 0 to {num_classes - 1}, or 255 to ignore; convert its colours to indices first")
+    if image.format == "JPEG":
+        raise SampleError(f"{path}: mask is a JPEG, whose compression changes values; expected a PNG of class indices")
     mask = np.asarray(image).astype(np.int64)
     wrong = mask[(mask < 0) | (mask >= num_classes) & (mask != IGNORE)]
     if wrong.size:
         raise SampleError(f"{path}: mask value {wrong[0]}, expected 0 to {num_classes - 1}, or 255 to ignore; "
-                         f"correct the mask or pass a larger --num-classes")
+                         f"correct the mask or the number of classes")
     return torch.from_numpy(mask.astype(np.uint8))
 
 
@@ -216,11 +218,12 @@ def segmentation_pairs(data, root, part, num_classes=None, list_file=None):
     """
     if data == "shapes":
         return Shapes(part, SHAPES_COUNTS[part]), list(shapes.CLASSES)
+    if root is not None or list_file is None:
+        _require_folder(root)
     names = class_names(root, num_classes)
     if list_file is not None:
         base = root if root is not None else os.path.dirname(os.path.abspath(list_file))
         return Pairs(base, list_pairs(list_file, base), len(names)), names
-    _require_folder(root)
     image_root, mask_root = os.path.join(root, "images", part), os.path.join(root, "masks", part)
     if not os.path.isdir(image_root):
         if part == "train":
@@ -245,7 +248,7 @@ def class_names(root, num_classes=None):
     path = None if root is None else os.path.join(root, "classes.txt")
     if path is None or not os.path.isfile(path):
         if num_classes is None:
-            raise InputError(f"{root}: how many classes? pass --num-classes N, or write their names, one a line, to classes.txt")
+            raise InputError(f"{root or 'without --root'}: how many classes? pass --num-classes N, or write their names, one a line, to classes.txt")
         return [f"class {i}" for i in range(num_classes)]
     names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if num_classes not in (None, len(names)):
@@ -340,7 +343,8 @@ def label_subset(ids, amount, seed):
     if isinstance(amount, Fraction):
         count = PAPER_COUNTS.get((len(ids), amount), round(len(ids) * amount))
     if not 1 <= count <= len(ids):
-        raise InputError(f"{amount} of {len(ids)} labelled images are {count}; expected 1 to {len(ids)}")
+        asked = f"{amount} of them is {count}" if isinstance(amount, Fraction) else f"{amount} asked for"
+        raise InputError(f"there are {len(ids)} labelled images, {asked}; expected 1 to {len(ids)}")
     ranked = sorted(range(len(ids)), key=lambda i: hashlib.sha256(f"{seed}/{Path(ids[i]).as_posix()}".encode()).digest())
     return sorted(ranked[:count])
 

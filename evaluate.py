@@ -159,7 +159,7 @@ def parse_arguments(argv=None):
                         "PAPER SILENT except for Cityscapes, 1024 (default: the crop size of the fine-tuning)")
     parser.add_argument("--stride", type=runtime.positive_int, metavar="N", help="step of the sliding window (default: its side)")
     parser.add_argument("--average", choices=("logits", "probabilities"), default="logits", help="what is averaged; PAPER SILENT")
-    parser.add_argument("--save-predictions", metavar="DIR", help="write index PNGs and colour overlays there")
+    parser.add_argument("--save-predictions", metavar="DIR", help="write index PNGs and colour overlays there; works without masks too, on all images in ROOT")
     parser.add_argument("--workers", type=runtime.non_negative_int, metavar="N", help="loader processes per process")
     runtime.add_device_arguments(parser)
     then = {} if checkpoint is None else checkpoint["args"]
@@ -183,13 +183,14 @@ def main():
         if args.save_predictions is None:
             raise InputError(f"{args.root}: no folder masks in it, so nothing to compare with; pass --save-predictions DIR to write "
                              f"predictions, or a root with images/{args.split} and masks/{args.split}")
+        args.out = args.save_predictions                                  # there are no scores: everything goes there
     else:
         source, own_names = segmentation_pairs(args.data, args.root, args.split, len(names), args.list)
         labelled = True
         if source is None:
             raise InputError(f"{args.root}: no folder images/{args.split}; pass --split train, or --list FILE")
         if own_names != names and not own_names[0].startswith("class "):
-            raise InputError(f"{args.root}/classes.txt names {own_names}, the checkpoint was fine-tuned for {names}; expected the same")
+            raise InputError(f"--data {args.data} has the classes {own_names}, {args.checkpoint} was fine-tuned for {names}; expected the same")
 
     model = build_unet(**checkpoint["model_args"])
     with runtime.as_input_error():
@@ -200,8 +201,10 @@ def main():
     args_path = os.path.join(args.out, "args.json")
     if os.path.exists(args_path):                                         # the scores of other flags are not overwritten
         with open(args_path) as file:
-            runtime.refuse_other_flags(args.out, json.load(file), vars(args))
+            runtime.refuse_other_flags(args.out, json.load(file), vars(args), runtime.FREE_TO_CHANGE | {"save_predictions"})
     runtime.write_arguments(args, processes)
+
+    runtime.say(processes, f"{args.checkpoint} on {len(source)} images of {args.root or args.data}, {processes.world} x {device.type}, {precision}")
 
     def write(index, prediction, image):
         write_prediction(args.save_predictions, os.path.splitext(source.name(index))[0], prediction, image, len(names))

@@ -38,7 +38,7 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a flag's default where it has one and its help does not tell."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,7 +76,7 @@ def add_training_arguments(parser, data):
     """The flags that the three training stages share. Their defaults come from each stage's RECIPE."""
     add_data_arguments(parser, data)
     parser.add_argument("--out", metavar="DIR", help="where everything goes; a run already there is continued "
-                                                     "(default: runs/DATA/STAGE)")
+                                                     "(default: a folder of the script's name in runs/DATA)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps")
     length.add_argument("--epochs", type=positive_float, metavar="N", help="passes over the images, instead of --steps")
@@ -86,7 +86,7 @@ def add_training_arguments(parser, data):
     parser.add_argument("--lr", type=positive_float, metavar="X", help="peak learning rate of Adam (5.1)")
     parser.add_argument("--warmup-steps", type=non_negative_int, metavar="N", help="linear warm-up before the cosine; PAPER SILENT")
     parser.add_argument("--weight-decay", type=non_negative_float, metavar="X", help="L2 penalty of Adam (5.1 for fine-tuning)")
-    parser.add_argument("--clip-norm", type=positive_float, metavar="X", help="largest norm of the gradient; PAPER SILENT (default: no clipping)")
+    parser.add_argument("--clip-norm", type=positive_float, metavar="X", help="largest norm of the gradient; PAPER SILENT, so none on real data")
     parser.add_argument("--decoupled-weight-decay", action="store_true", help="AdamW instead of Adam; PAPER SILENT on which")
     parser.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="fresh weights, order, crops, flips, noise")
     parser.add_argument("--workers", type=non_negative_int, metavar="N", help="loader processes per process; 0: none")
@@ -202,7 +202,7 @@ class Processes:
 
     def wrap(self, module):
         """`module`, its gradients averaged over the processes. Freeze first: wrap only what trains."""
-        return DistributedDataParallel(module, broadcast_buffers=False) if self.world > 1 else module
+        return DistributedDataParallel(module) if self.world > 1 else module
 
 
 def start_processes(device="auto"):
@@ -330,11 +330,11 @@ def weights_path(source, processes):
 def load_checkpoint(path):
     """A checkpoint of ours: a dict of tensors and plain values with "model" and "model_args"."""
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; expected a checkpoint, such as runs/shapes/finetune/best.pt")
+        raise InputError(f"{path}: no such file; expected a checkpoint, best.pt or last.pt of a stage")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                            # torch.load fails in many ways on what is no checkpoint
-        raise InputError(f"{path}: not a checkpoint ({str(error).splitlines()[0][:100]})") from None
+        raise InputError(f"{path}: not a checkpoint ({type(error).__name__} while reading it); expected best.pt or last.pt of a stage") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= set(checkpoint):
         raise InputError(f"{path}: not a checkpoint of these scripts; expected \"model\" and \"model_args\" in it")
     return checkpoint

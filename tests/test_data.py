@@ -165,7 +165,7 @@ def test_subsets_of_one_seed_are_nested_and_a_function_of_the_ids():
     for count in (0, 501):
         with pytest.raises(InputError, match="expected 1 to 500"):
             data.label_subset(ids, count, seed=0)
-    with pytest.raises(InputError, match="1/3000 of 500 labelled images are 0"):
+    with pytest.raises(InputError, match="there are 500 labelled images, 1/3000 of them is 0"):
         data.label_subset(ids, Fraction(1, 3000), seed=0)
 
 

@@ -152,6 +152,18 @@ def test_images_without_masks_can_be_predicted(script, checkpoint, tmp_path):
     assert Image.open(tmp_path / "p" / "index" / "sub" / "one.png").size == (77, 30)
 
 
+def test_images_without_masks_do_not_get_in_the_way_of_scores(script, checkpoint, folder, tmp_path):
+    own = tmp_path / "last.pt"                                            # README's two lines, one after the other, without --out
+    own.write_bytes(checkpoint.read_bytes())
+    write_image(tmp_path / "photos" / "one.jpg", 30, 77)
+    flags = ["--checkpoint", own, "--workers", 0]
+    assert script("evaluate", *flags, "--root", folder)[0] == 0
+    status, _, err = script("evaluate", *flags, "--data", "folder", "--root", tmp_path / "photos", "--save-predictions", tmp_path / "p")
+    assert status == 0, err
+    status, _, err = script("evaluate", *flags, "--root", folder, "--save-predictions", tmp_path / "q")
+    assert status == 0 and (tmp_path / "q" / "overlay" / "images" / "val" / "e.png").exists(), err
+
+
 def test_the_number_of_processes_does_not_change_an_integer(checkpoint, folder, tmp_path):
     for i in range(3):                                                    # 5 images: not divisible by 2
         write_image(folder / "images" / "val" / f"g{i}.png", 20, 33 + i, seed=9 + i)

@@ -264,6 +264,8 @@ def test_frozen_means_that_no_byte_moves_whatever_is_called():
 
 def test_model_py_and_noise_py_work_alone_in_an_empty_folder(tmp_path):
     code = {"model": "import torch, model; u = model.build_unet('hybrid-small', 1/16, 3); y = u(torch.zeros(1, 3, 40, 30)); "
+                     "c = model.build_classifier('hybrid-small', 6); torch.save({'model': c.state_dict(), 'model_args': {}}, 'w.pt'); "
+                     "model.load_encoder_weights(u.encoder, 'w.pt'); assert torch.equal(u.encoder.cls, c.encoder.cls); "
                      "u.decoder.replace_head(4); print(tuple(y.shape), 'torchvision' in __import__('sys').modules)",
             "noise": "import torch, noise; x = torch.zeros(2, 3, 4, 4); e = noise.sample_noise(x.shape, [0, 1]); "
                      "print(tuple(noise.scaled_additive_noise(x, e, 0.95).shape), noise.denoising_loss(x, e).item() > 0)"}

@@ -390,9 +390,11 @@ def test_every_file_and_flag_that_readme_names_exists():
     ("finetune", ["--init", "{text}"], "cannot be read as weights"),
     ("finetune", ["--labels", "4", "--fraction", "0.5"], "not allowed with argument"),
     ("finetune", ["--fraction", "2"], "'2' is not a share of the images"),
-    ("finetune", ["--labels", "100000"], "100000 of 512 labelled images are 100000; expected 1 to 512"),
+    ("finetune", ["--labels", "100000"], "there are 512 labelled images, 100000 asked for; expected 1 to 512"),
     ("finetune", ["--data", "folder", "--root", "{images}", "--num-classes", "3"], "no folder images/train; expected"),
     ("finetune", ["--data", "folder", "--root", "{images}"], "how many classes? pass --num-classes"),
+    ("finetune", ["--data", "folder", "--root", "nowhere"], "nowhere: no such folder"),
+    ("finetune", ["--data", "folder"], "which folder? pass --root DIR"),
 ])
 def test_bad_flags_end_in_one_line_and_status_2(stage, more, message, script, tmp_path):
     (tmp_path / "empty").mkdir()
