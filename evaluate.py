@@ -202,6 +202,7 @@ def main():
     if os.path.exists(args_path):                                         # the scores of other flags are not overwritten
         with open(args_path) as file:
             runtime.refuse_other_flags(args.out, json.load(file), vars(args), runtime.FREE_TO_CHANGE | {"save_predictions"})
+    processes.barrier()                                                   # all have read what is there before the main one writes
     runtime.write_arguments(args, processes)
 
     runtime.say(processes, f"{args.checkpoint} on {len(source)} images of {args.root or args.data}, {processes.world} x {device.type}, {precision}")

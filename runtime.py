@@ -356,10 +356,14 @@ def is_finished(out):
 
 def finish(out, metrics):
     """Write metrics.json, the last thing that a run does."""
-    beside = os.path.join(out, "metrics.json.tmp")
-    with open(beside, "w") as file:
-        json.dump(metrics, file, indent=2)
-    os.replace(beside, os.path.join(out, "metrics.json"))
+    write_json(os.path.join(out, "metrics.json"), metrics)
+
+
+def write_json(path, content):
+    """There whole or not at all, as `save`."""
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(content, file, indent=2)
+    os.replace(f"{path}.tmp", path)
 
 
 def say(processes, text):
@@ -379,8 +383,7 @@ def write_arguments(args, processes):
     if processes.is_main:
         try:
             os.makedirs(args.out, exist_ok=True)
-            with open(os.path.join(args.out, "args.json"), "w") as file:
-                json.dump(vars(args), file, indent=2)
+            write_json(os.path.join(args.out, "args.json"), vars(args))
         except OSError as error:
             raise InputError(f"{args.out}: cannot be written ({error.strerror}); pass another --out") from None
 
