@@ -22,14 +22,20 @@ from PIL import Image
 from tqdm import tqdm
 
 import runtime
-from data import DATA, IGNORE, Each, ImageFiles, Samples, list_images, load, raise_errors, segmentation_pairs, to_pixels
+from data import IGNORE, Each, Samples, load, raise_errors, to_pixels
+from datasets import LABELLED, class_colours, pretraining_images, segmentation_pairs
 from model import build_unet, load_strictly
-from pictures import overlay, palette
+from pictures import overlay
 from runtime import InputError
 
-RECIPE = {
+MULTI_SCALE = dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
+RECIPE = {                                                                # 5.1
     "shapes": dict(scales=[1.0], flip=False, workers=0),
     "paper": dict(scales=[1.0], flip=True, workers=runtime.default_workers()),
+    "cityscapes": dict(window=1024),                                      # two halves of 1024x2048
+    "pascal_context": MULTI_SCALE,
+    "ade20k": MULTI_SCALE,
+    "voc": MULTI_SCALE,                                                   # PAPER SILENT: as Pascal Context, whose images they are
 }
 
 
@@ -98,7 +104,8 @@ def predict_windows(model, x, window, stride):
 def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None, average="logits"):
     """Averaged scores (1, C, H, W) of one image x (1, 3, H, W) in [-1, 1] over scales, each with its mirror image if `flip` (5.1).
 
-    Every scale's logits are brought to the image's own size (bilinear) and averaged. PAPER SILENT on averaging logits or
+    Every scale's logits are brought to the image's own size (bilinear) and averaged. In memory at a time: ONE window in the network
+    and three maps of logits, (C, H, W), the scaled one and the image's own two. PAPER SILENT on averaging logits or
     probabilities ("average the results"): `average` takes either name.
     """
     total = 0.0
@@ -149,7 +156,7 @@ def parse_arguments(argv=None):
     if checkpoint is not None and ("class_names" not in checkpoint or "width" not in checkpoint["model_args"]):
         raise InputError(f"{path}: not a checkpoint of finetune.py; this network was never fine-tuned for segmentation")
 
-    runtime.add_data_arguments(parser, DATA)
+    runtime.add_data_arguments(parser, LABELLED)
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which part of the data set")
     parser.add_argument("--list", metavar="FILE", help="text file with one `image mask` per line, instead of a split")
     parser.add_argument("--out", metavar="DIR", help="where metrics.json goes (default: evaluate_NAME beside the checkpoint NAME.pt)")
@@ -166,6 +173,8 @@ def parse_arguments(argv=None):
     parser.set_defaults(window=then.get("crop_size", 0))
     usual = {"data": then.get("data", "shapes"), "root": then.get("root"), "list": then.get("val_list")}
     args = runtime.parse(parser, RECIPE, argv, usual)
+    if checkpoint["model_args"]["encoder"] == "resnet50" and runtime.peek(argv, "--scales") is None:
+        args.scales = [1.0]                                               # Table 7: ResNet-50 without multi-scale
     if args.stride is not None and not args.window:
         raise InputError("--stride without --window: the whole image is one window; pass --window N too")
     args.out = args.out or os.path.join(os.path.dirname(path), f"evaluate_{os.path.splitext(os.path.basename(path))[0]}")
@@ -179,7 +188,7 @@ def main():
     names = checkpoint["class_names"]
 
     if args.data == "folder" and args.list is None and args.root and not os.path.isdir(os.path.join(args.root, "masks")):
-        source, labelled = ImageFiles(args.root, list_images(args.root)), False
+        source, labelled = pretraining_images(args.data, args.root), False
         if args.save_predictions is None:
             raise InputError(f"{args.root}: no folder masks in it, so nothing to compare with; pass --save-predictions DIR to write "
                              f"predictions, or a root with images/{args.split} and masks/{args.split}")
@@ -207,8 +216,12 @@ def main():
 
     runtime.say(processes, f"{args.checkpoint} on {len(source)} images of {args.root or args.data}, {processes.world} x {device.type}, {precision}")
 
+    if source.note:
+        runtime.say(processes, source.note)
+    colours = class_colours(checkpoint["args"]["data"], len(names))
+
     def write(index, prediction, image):
-        write_prediction(args.save_predictions, os.path.splitext(source.name(index))[0], prediction, image, len(names))
+        write_prediction(args.save_predictions, os.path.splitext(source.name(index))[0], prediction, image, colours)
 
     metrics = evaluate(model, source, names, processes, precision, args.workers, progress=processes.is_main and sys.stderr.isatty(),
                        on_prediction=write if args.save_predictions else None, scales=args.scales, flip=args.flip, window=args.window,
@@ -224,15 +237,15 @@ def main():
             print(f"predictions: {os.path.join(args.save_predictions, 'index')} and {os.path.join(args.save_predictions, 'overlay')}")
 
 
-def write_prediction(folder, name, prediction, image, num_classes):
+def write_prediction(folder, name, prediction, image, colours):
     """folder/index/<name>.png (palette PNG of class indices) and folder/overlay/<name>.png (colours over the image)."""
     index_path, overlay_path = (os.path.join(folder, kind, name + ".png") for kind in ("index", "overlay"))
     os.makedirs(os.path.dirname(index_path), exist_ok=True)
     os.makedirs(os.path.dirname(overlay_path), exist_ok=True)
     index = Image.fromarray(prediction.numpy())
-    index.putpalette(palette(num_classes).tobytes())
+    index.putpalette(colours.tobytes())
     index.save(index_path)
-    Image.fromarray(overlay(image.permute(1, 2, 0).numpy(), prediction.numpy(), num_classes)).save(overlay_path)
+    Image.fromarray(overlay(image.permute(1, 2, 0).numpy(), prediction.numpy(), colours)).save(overlay_path)
 
 
 if __name__ == "__main__":

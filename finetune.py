@@ -13,14 +13,13 @@ args.json, labelled.txt (the images used), metrics.json (last.pt's scores), pred
 """
 import argparse
 import os
-from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
 
 import runtime
-from data import DATA, IGNORE, Batches, Samples, label_subset, load, raise_errors, segmentation_pairs, segmentation_transform, to_pixels
+from data import IGNORE, Batches, Samples, load, raise_errors, segmentation_transform, to_pixels
+from datasets import LABELLED, add_subset_arguments, check, chosen_labels, class_colours, segmentation_pairs
 from evaluate import evaluate, predict, table
 from model import ENCODERS, build_unet, load_encoder_weights, load_strictly, read_weights
 from pictures import colour_mask, from_pixels, sheet
@@ -32,27 +31,23 @@ RECIPE = {
                    weight_decay=0.0, clip_norm=1.0, workers=0, save_every=125, eval_every=250),
     "paper": dict(crop_size=512, crop="random", min_area=0.08, steps=10_000, batch_size=16, micro_batch=4, lr=1e-4, warmup_steps=0,
                   weight_decay=1e-4, workers=runtime.default_workers(), save_every=500, eval_every=500),
+    "cityscapes": dict(crop_size=1024, micro_batch=2),                    # 5.1; the others 512
 }
 NETWORK = {"shapes": ("hybrid-small", 1 / 4), "paper": ("hybrid", 1.0)}          # encoder and width, where --init does not tell
 
 
 def parse_arguments(argv=None):
     parser = runtime.Parser(__doc__)
-    runtime.add_training_arguments(parser, DATA)
+    runtime.add_training_arguments(parser, LABELLED)
     parser.add_argument("--init", default="none", metavar="PATH", help="initial weights: a path, imagenet21k or imagenet1k; or none")
     parser.add_argument("--encoder", choices=ENCODERS, help="the encoder network (default: that of --init)")
     parser.add_argument("--width", type=runtime.positive_float, metavar="W", help="decoder width, see pretrain_decoder.py "
                         "(default: that of --init)")
-    parser.add_argument("--num-classes", type=runtime.positive_int, metavar="N", help="with folder: mask values are 0 to N-1, or 255 to "
-                        "ignore (default: as many as ROOT/classes.txt names)")
+    parser.add_argument("--num-classes", type=runtime.positive_int, metavar="N", help="folder: mask values are 0 to N-1, or 255 to ignore "
+                        "(default: as many as ROOT/classes.txt names); pascal_context: 59, or 60 with the background; PAPER SILENT")
     parser.add_argument("--train-list", metavar="FILE", help="text file with one `image mask` per line, instead of ROOT/images/train")
     parser.add_argument("--val-list", metavar="FILE", help="the same for validation")
-    labels = parser.add_mutually_exclusive_group()
-    labels.add_argument("--fraction", type=fraction, metavar="F",
-                        help="share of the labelled images to use: 1/8, 0.05, 5%% (default: all)")
-    labels.add_argument("--labels", type=runtime.positive_int, metavar="N", help="number of labelled images to use")
-    parser.add_argument("--subset-seed", type=runtime.non_negative_int, default=0, metavar="N",
-                        help="which ones; subsets of one seed are nested")
+    add_subset_arguments(parser)
     parser.add_argument("--crop-size", type=runtime.positive_int, metavar="N",
                         help="side of the square training crops (5.1: 512, Cityscapes 1024)")
     parser.add_argument("--crop", choices=("random", "inception"),
@@ -76,17 +71,6 @@ def with_network(args, init):
             raise InputError(f"--{key} {asked}, but {args.init} was made with {key} {made_with[key]}; drop the flag, or pass another --init")
         network[key] = asked if asked is not None else made_with.get(key, fallback)
     return argparse.Namespace(**{**vars(args), **network})
-
-
-def fraction(text):
-    """"1/8", "0.05" or "5%" as a string that says the same in lowest terms: arguments are saved as plain values."""
-    try:
-        value = Fraction(text[:-1]) / 100 if text.endswith("%") else Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        value = Fraction(0)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share of the images, such as 1/8, 0.05 or 5%")
-    return str(value)
 
 
 def initialise(model, args, init):
@@ -120,11 +104,9 @@ def main():
     # Data: all labelled images, or a nested subset of them
     train, names = segmentation_pairs(args.data, args.root, "train", args.num_classes, args.train_list)
     val = None
-    if args.val_list is not None or args.train_list is None:
+    if args.val_list is not None or args.train_list is None or args.root is not None:
         val, _ = segmentation_pairs(args.data, args.root, "val", args.num_classes, args.val_list)
-    if args.labels is not None or args.fraction is not None:
-        ids = [train.name(i) for i in range(len(train))]
-        train = train.subset(label_subset(ids, args.labels or Fraction(args.fraction), args.subset_seed))
+    notes, train = [train.note] + [val.note] * (val is not None), chosen_labels(train, args)
     steps = runtime.steps_of(args, len(train))
 
     # Model: everything trains (section 2)
@@ -159,7 +141,12 @@ def main():
     log.say(f"stage 3: {args.encoder}, decoder x{args.width:g}, {len(train)} labelled images, {len(names)} classes, "
             f"{len(val) if val else 'no'} validation images, steps {start} to {steps}, {processes.world} x {device.type}, {precision}")
     log.say(origin)
-    check_pairs([source for source in (train, val) if source is not None] if args.data != "shapes" else [], processes, log)
+    for note in notes:
+        log.say(note)
+    if args.data == "folder":                                             # the named sets are not read twice
+        for source in (train, *([val] if val is not None else [])):
+            log.say(f"checking {len(source)} images and masks")
+            check(source, processes.rank, processes.world)
     if processes.is_main:
         with open(os.path.join(args.out, "labelled.txt"), "w", encoding="utf-8") as file:
             file.writelines(train.line(i) + "\n" for i in range(len(train)))
@@ -209,23 +196,14 @@ def main():
     log.close()
     if processes.is_main:
         if val is not None:
-            draw_predictions(model, val, len(names), device, args.crop_size).save(os.path.join(args.out, "predictions.png"))
+            draw_predictions(model, val, class_colours(args.data, len(names)), device, args.crop_size).save(os.path.join(args.out, "predictions.png"))
             print(table(metrics))
         runtime.finish(args.out, metrics)
         print(f"fine-tuned: {os.path.join(args.out, 'last.pt')}" + (f"; best.pt has mIoU {best:.4f}" if val is not None else ""))
 
 
-def check_pairs(sources, processes, log):
-    """Read every pair once before training: a wrong mask is named now, not after an hour. The processes share the work."""
-    for source in sources:
-        log.say(f"checking {len(source)} images and masks")
-        with ThreadPoolExecutor(8) as pool:
-            for _ in pool.map(source.read, range(processes.rank, len(source), processes.world)):
-                pass
-
-
 @torch.no_grad()
-def draw_predictions(model, source, num_classes, device, window, rows=6):
+def draw_predictions(model, source, colours, device, window, rows=6):
     """Image, truth and prediction of validation images, evenly picked."""
     model.eval()
     pictures = []
@@ -233,7 +211,7 @@ def draw_predictions(model, source, num_classes, device, window, rows=6):
         sample = source.read(i)
         x = to_pixels(sample["image"].as_subclass(torch.Tensor)[None].to(device))
         said = predict(model, x, window=window).argmax(1)[0].cpu()
-        pictures.append([from_pixels(x[0]), colour_mask(sample["mask"], num_classes), colour_mask(said, num_classes)])
+        pictures.append([from_pixels(x[0]), colour_mask(sample["mask"], colours), colour_mask(said, colours)])
     return sheet(pictures[:rows], ["image", "truth", "prediction"], height=160)
 
 

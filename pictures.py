@@ -22,16 +22,16 @@ def palette(count):
     return np.array(colours[:count], np.uint8)
 
 
-def colour_mask(mask, count):
-    """Class indices (H, W) as uint8 (H, W, 3); ignored pixels are white."""
+def colour_mask(mask, colours):
+    """Class indices (H, W) in these colours (N, 3), as uint8 (H, W, 3); ignored pixels are white."""
     table = np.full((256, 3), IGNORED, np.uint8)
-    table[:count] = palette(count)
+    table[:len(colours)] = colours
     return table[np.asarray(mask)]
 
 
-def overlay(image, mask, count):
+def overlay(image, mask, colours):
     """The colours of `mask` half over `image`, uint8 (H, W, 3)."""
-    return ((image.astype(np.uint16) + colour_mask(mask, count)) // 2).astype(np.uint8)
+    return ((image.astype(np.uint16) + colour_mask(mask, colours)) // 2).astype(np.uint8)
 
 
 def sheet(rows, titles=None, captions=None, height=128):

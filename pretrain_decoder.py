@@ -2,7 +2,7 @@
 
     python pretrain_decoder.py                                                              # the embedded data, on a CPU
     python pretrain_decoder.py --data folder --root photos --encoder-weights encoder.pt     # your own images, one GPU
-    torchrun --nproc_per_node=8 pretrain_decoder.py --data folder --root imagenet21k --encoder-weights encoder.pt   # eight
+    torchrun --nproc_per_node=8 pretrain_decoder.py --data imagenet21k --root imagenet21k --encoder-weights encoder.pt   # eight
 
 In: any folder of images, no labels, and the weights of the encoder. Out, in --out: last.pt, which finetune.py takes as --init;
 log.jsonl, args.json, panel_start.png and panel_end.png. The same command again continues where it stopped.
@@ -18,7 +18,8 @@ import torch
 
 import noise
 import runtime
-from data import DATA, Batches, Samples, load, pretraining_images, pretraining_transform, raise_errors, to_pixels
+from data import Batches, Samples, load, pretraining_transform, raise_errors, to_pixels
+from datasets import UNLABELLED, pretraining_images
 from model import ENCODERS, build_unet, freeze, load_encoder_weights
 from pictures import from_pixels, sheet
 from runtime import InputError
@@ -34,8 +35,10 @@ SHAPES_ENCODER = os.path.join("runs", "shapes", "pretrain_encoder")
 
 def parse_arguments(argv=None):
     parser = runtime.Parser(__doc__)
-    runtime.add_training_arguments(parser, DATA)
+    runtime.add_training_arguments(parser, UNLABELLED)
     parser.set_defaults(weight_decay=0.0)                                 # PAPER SILENT on the weight decay of pretraining
+    parser.add_argument("--cache", metavar="DIR", help="folder for the index of a large listing (default: beside the data)")
+    parser.add_argument("--coarse", action="store_true", help="cityscapes: with the images of train_extra (Table 3: fine & coarse)")
     parser.add_argument("--method", choices=("ddep", "dep"), default="ddep", help="ddep: the encoder is frozen; dep: all trains")
     parser.add_argument("--gamma", type=runtime.unit_float, metavar="G",
                         help="noise level of Eq. 5, 0 to 1; 0.95 unless another flag sets it")
@@ -108,7 +111,8 @@ def main():
     share = runtime.share_of(args.batch_size, processes)
 
     # Data
-    images = pretraining_images(args.data, args.root)
+    with processes.one_first():                                           # it lists the images, for all on its machine
+        images = pretraining_images(args.data, args.root, args.cache, args.coarse)
     steps = runtime.steps_of(args, len(images))
 
     # Model
@@ -159,6 +163,7 @@ def main():
     log = runtime.Log(args, processes, steps, start)
     log.say(f"stage 2: {args.method}, {args.encoder} ({encoder_weights or 'fresh weights'}), decoder x{args.width:g}, "
             f"{len(images)} images, steps {start} to {steps}, {processes.world} x {device.type}, {precision}")
+    log.say(images.note)
     if processes.is_main and start == 0:
         draw_panel(args, model, samples, device).save(os.path.join(args.out, "panel_start.png"))
     unreadable = runtime.Unreadable(len(images), processes, log)

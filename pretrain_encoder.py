@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import runtime
-from data import (DATA, Batches, Each, Samples, centre_crop, classification_images, load, pretraining_transform, raise_errors,
-                  to_pixels)
+from data import Batches, Each, Samples, centre_crop, load, pretraining_transform, raise_errors, to_pixels
+from datasets import CLASSIFIED, classification_images
 from model import ENCODERS, build_classifier
 from pictures import from_pixels, sheet
 
@@ -31,7 +31,8 @@ RECIPE = {
 
 def parse_arguments(argv=None):
     parser = runtime.Parser(__doc__)
-    runtime.add_training_arguments(parser, DATA)
+    runtime.add_training_arguments(parser, CLASSIFIED)
+    parser.add_argument("--cache", metavar="DIR", help="folder for the index of a large listing (default: beside the data)")
     parser.add_argument("--encoder", choices=ENCODERS, help="the network")
     parser.add_argument("--image-size", type=runtime.positive_int, metavar="N", help="side of the square crops, in pixels")
     parser.add_argument("--min-area", type=runtime.unit_float, metavar="X", help="smallest share of a picture's area that a crop shows")
@@ -63,7 +64,8 @@ def main():
     share = runtime.share_of(args.batch_size, processes)
 
     # Data
-    train, val, names = classification_images(args.data, args.root)
+    with processes.one_first():                                           # it lists the images, for all on its machine
+        train, val, names = classification_images(args.data, args.root, args.cache)
     steps = runtime.steps_of(args, len(train))
 
     # Model: everything trains
@@ -96,6 +98,7 @@ def main():
     log = runtime.Log(args, processes, steps, start)
     log.say(f"stage 1: {args.encoder} as a classifier of {len(names)} classes, {len(train)} images, steps {start} to {steps}, "
             f"{processes.world} x {device.type}, {precision}")
+    log.say(train.note)
     unreadable = runtime.Unreadable(len(train), processes, log)
     def validate(done):
         """Measure top-1, and keep the weights in best.pt if none were better: (top-1, best so far)."""

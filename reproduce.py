@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 import runtime
-from data import segmentation_pairs, to_pixels
+from data import to_pixels
+from datasets import class_colours, segmentation_pairs
 from evaluate import predict
 from model import build_unet
 from pictures import colour_mask, curves, from_pixels, sheet
@@ -171,7 +172,7 @@ def prediction_grid(args, rows=6):
         sample = val.read(i)
         x = to_pixels(sample["image"].as_subclass(torch.Tensor)[None])
         masks = [sample["mask"]] + [predict(network, x).argmax(1)[0] for network in networks]
-        pictures.append([from_pixels(x[0])] + [colour_mask(mask, len(names)) for mask in masks])
+        pictures.append([from_pixels(x[0])] + [colour_mask(mask, class_colours("shapes", len(names))) for mask in masks])
     return sheet(pictures[:rows], ["image", "truth", *METHODS], height=112)
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -115,19 +115,21 @@ def peek(argv, flag, default=None):
 
 
 def parse(parser, recipe, argv=None, usual=None):
-    """Parse the command line with the defaults of the chosen data set: recipe["shapes"], or recipe["paper"] for real data.
+    """Parse the command line with the defaults of the chosen data set: recipe["shapes"], or for real data recipe["paper"], overlaid
+    with recipe[data] where there is one.
 
     usual: other defaults, of "data" and of flags that belong to that data set (evaluate.py: what the checkpoint was made with).
     """
     usual = usual or {"data": "shapes"}
     data = peek(argv, "--data", usual["data"])
-    parser.set_defaults(**recipe["shapes" if data == "shapes" else "paper"], **(usual if data == usual["data"] else {}))
+    defaults = recipe["shapes"] if data == "shapes" else {**recipe["paper"], **recipe.get(data, {})}
+    parser.set_defaults(**defaults, **(usual if data == usual["data"] else {}))
     for flag, other in (("--steps", "epochs"), ("--epochs", "steps")):    # the one that is given replaces the recipe's
         if peek(argv, flag) is not None:
             parser.set_defaults(**{other: None})
     args = parser.parse_args(argv)
     if args.data == "shapes" and args.root is not None:
-        raise InputError("--root given, but --data shapes is drawn by code; pass --data folder to use your own images")
+        raise InputError("--root given, but --data shapes is drawn by code; pass --data to name another set, folder for your own")
     return args
 
 
@@ -199,6 +201,18 @@ class Processes:
     def barrier(self):
         if self.world > 1:
             dist.barrier()
+
+    @contextmanager
+    def one_first(self):
+        """One process of each machine does what is inside before the others: it makes a file, they find it."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if first:
+                self.barrier()
 
     def wrap(self, module):
         """`module`, its gradients averaged over the processes. Freeze first: wrap only what trains."""
@@ -303,27 +317,35 @@ def require_finite(loss, step, out):
 # Checkpoints
 
 # Flags that may change between a run and its continuation: they do not alter what is computed.
-FREE_TO_CHANGE = {"out", "workers", "save_every", "log_every", "device", "compile", "micro_batch"}
+FREE_TO_CHANGE = {"out", "cache", "workers", "save_every", "log_every", "device", "compile", "micro_batch"}
+
+
+@contextmanager
+def replacing(path, beside=None):
+    """A file to write in, which takes the place of `path` whole or not at all: written beside, flushed to disk, renamed."""
+    beside = beside or f"{path}.tmp"
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(beside)
+        raise
 
 
 def save(path, checkpoint):
-    """torch.save that is there whole or not at all: written beside, flushed to disk, renamed."""
-    beside = f"{path}.tmp"
-    with open(beside, "wb") as file:
+    with replacing(path) as file:
         torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def weights_path(source, processes):
     """The file that --encoder-weights or --init means: a path is itself, a published name is fetched, once per machine."""
     if source not in PUBLISHED:
         return source
-    with as_input_error():
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            published_weights(source)
-        processes.barrier()
+    with as_input_error(), processes.one_first():
         return published_weights(source)
 
 
@@ -360,10 +382,8 @@ def finish(out, metrics):
 
 
 def write_json(path, content):
-    """There whole or not at all, as `save`."""
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(content, file, indent=2)
-    os.replace(f"{path}.tmp", path)
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
 
 
 def say(processes, text):
@@ -467,8 +487,8 @@ class Log:
             self.file.write(json.dumps(values) + "\n")
 
     def say(self, text):
-        """A line for the user, above the progress bar."""
-        if self.is_main:
+        """A line for the user, above the progress bar; none for an empty text."""
+        if self.is_main and text:
             self.bar.write(text) if self.terminal else print(text, flush=True)
 
     def close(self):

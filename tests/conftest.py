@@ -47,8 +47,8 @@ def script(monkeypatch, capsys):
 @pytest.fixture
 def few_shapes(monkeypatch):
     """The embedded data, cut to a dozen pictures a part."""
-    import data
-    monkeypatch.setattr(data, "SHAPES_COUNTS", {part: 12 for part in data.SHAPES_COUNTS})
+    import datasets
+    monkeypatch.setattr(datasets, "SHAPES_COUNTS", {part: 12 for part in datasets.SHAPES_COUNTS})
 
 
 def torchrun(processes, name, *flags, cwd=None):

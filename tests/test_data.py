@@ -1,6 +1,5 @@
 """data.py and shapes.py: reading, cropping, ordering, sharing out."""
 import hashlib
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,8 +9,11 @@ from PIL import Image
 from torchvision import tv_tensors
 
 import data
+import datasets
 import shapes
 from runtime import InputError
+
+THREE = data.label_map({0: 0, 1: 1, 2: 2})
 
 # ------------------------------------------------------------------------------------------------ reading
 
@@ -62,111 +64,18 @@ def test_a_mask_is_its_indices_never_its_colours(tmp_path):
     Image.fromarray(indices).save(tmp_path / "grey.png")
     Image.fromarray(indices.astype(np.uint16)).save(tmp_path / "grey16.png")
     for name in ("palette.png", "grey.png", "grey16.png"):
-        assert np.array_equal(data.read_mask(tmp_path / name, 3), indices), name
+        assert np.array_equal(data.read_mask(tmp_path / name, THREE), indices), name
     Image.fromarray(np.array([[True, False]])).save(tmp_path / "binary.png")
-    assert data.read_mask(tmp_path / "binary.png", 2).tolist() == [[1, 0]]
+    assert data.read_mask(tmp_path / "binary.png", THREE).tolist() == [[1, 0]]
 
 
 def test_a_wrong_mask_is_named_with_its_value(tmp_path):
     write_mask(tmp_path / "high.png", [[0, 7]])
     with pytest.raises(InputError, match=r"high.png: mask value 7, expected 0 to 2, or 255"):
-        data.read_mask(tmp_path / "high.png", 3)
+        data.read_mask(tmp_path / "high.png", THREE)
     write_image(tmp_path / "colours.png")
     with pytest.raises(InputError, match=r"colours.png: mask is RGB, expected an index image"):
-        data.read_mask(tmp_path / "colours.png", 3)
-
-
-# ------------------------------------------------------------------------------------------------ a user's folders
-
-
-def test_a_folder_is_read_pair_by_pair(folder):
-    source, names = data.segmentation_pairs("folder", str(folder), "train")
-    assert names == ["sky", "sea", "sand"]
-    assert [source.name(i) for i in range(len(source))] == ["images/train/a.jpg", "images/train/b ö.png", "images/train/c.jpg",
-                                                           "images/train/sub/d.png"]
-    for i in range(4):
-        sample = source.read(i)
-        assert sample["image"].shape == (3, 41 + i, 57 - i) and sample["mask"].shape == (41 + i, 57 - i)
-        with Image.open(folder / "masks" / "train" / (source.name(i)[len("images/train/"):-4] + ".png")) as mask:
-            assert np.array_equal(sample["mask"], np.asarray(mask))
-
-
-def test_a_list_file_is_read_pair_by_pair_spaces_and_all(folder):
-    lines = ["images/train/a.jpg masks/train/a.png", "images/train/b ö.png masks/train/b ö.png",
-             "images/train/c.jpg\tmasks/train/c.png"]
-    (folder / "list.txt").write_text("\n".join(lines), encoding="utf-8")              # no final newline
-    source, _ = data.segmentation_pairs("folder", str(folder), "train", list_file=str(folder / "list.txt"))
-    assert source.pairs == [("images/train/a.jpg", "masks/train/a.png"), ("images/train/b ö.png", "masks/train/b ö.png"),
-                            ("images/train/c.jpg", "masks/train/c.png")]
-    beside, _ = data.segmentation_pairs("folder", None, "train", num_classes=3, list_file=str(folder / "list.txt"))
-    assert torch.equal(beside.read(1)["mask"], source.read(1)["mask"])
-    assert [source.line(i) for i in range(3)] == [line if "\t" in line else line.replace(" masks", "\tmasks") for line in lines]
-
-
-def test_links_are_followed_and_a_circle_ends(folder):
-    (folder / "images" / "train" / "circle").symlink_to(folder / "images" / "train")
-    (folder / "linked").symlink_to(folder / "images" / "val")
-    assert len(data.list_images(str(folder / "images"))) == 6
-    assert data.list_images(str(folder / "linked")) == ["e.jpg", "f.png"]
-
-
-@pytest.mark.parametrize("spoil, message", [
-    (lambda root: (root / "masks/train/c.png").unlink(), r"images/train/c.jpg: no mask for this image; expected .*masks/train/c.png"),
-    (lambda root: (root / "images/train/c.jpg").unlink(), r"masks/train/c.png: no image for this mask"),
-    (lambda root: (root / "images/train").rename(root / "images/training"), r"no folder images/train; expected"),
-    (lambda root: write_image(root / "images/train/c.png"), r"c.jpg and c.png differ in their extension alone"),
-    (lambda root: (root / "classes.txt").unlink(), r"how many classes\? pass --num-classes"),
-    (lambda root: (root / "classes.txt").write_text("sky\nsky\n"), r"classes.txt: a class name stands there twice"),
-])
-def test_a_folder_with_a_fault_is_refused_by_name(folder, spoil, message):
-    spoil(folder)
-    with pytest.raises(InputError, match=message):
-        data.segmentation_pairs("folder", str(folder), "train")
-
-
-def test_an_image_and_a_mask_of_different_size_are_named(folder):
-    write_mask(folder / "masks/train/c.png", np.zeros((10, 20)))
-    source, _ = data.segmentation_pairs("folder", str(folder), "train")
-    with pytest.raises(InputError, match=r"masks/train/c.png: mask is 20x10, its image .*images/train/c.jpg is 55x43"):
-        source.read(2)
-
-
-def test_class_folders_are_labelled_by_their_names(tmp_path):
-    for part, count in (("train", 3), ("val", 2)):
-        for name in ("cat", "dog"):
-            for i in range(count):
-                write_image(tmp_path / part / name / f"{i}.jpg")
-    train, val, names = data.classification_images("folder", str(tmp_path))
-    assert names == ["cat", "dog"] and len(train) == 6 and len(val) == 4
-    assert [(val.name(i), val.read(i)["label"]) for i in range(4)] == [("cat/0.jpg", 0), ("cat/1.jpg", 0), ("dog/0.jpg", 1), ("dog/1.jpg", 1)]
-    train, val, names = data.classification_images("folder", str(tmp_path / "train"))            # no val/: one image is held out
-    assert len(train) == 5 and len(val) == 1 and val.name(0) not in train.paths
-
-
-# ------------------------------------------------------------------------------------------------ label subsets
-
-
-@pytest.mark.parametrize("size, share, count", [
-    (2975, "1/30", 100), (2975, "1/8", 372), (2975, "1/4", 744), (2975, "0.25", 744), (2975, "0.02", 60), (2975, "0.01", 30),
-    (4998, "0.2", 1000), (4998, "0.1", 500), (4998, "0.05", 250), (4998, "0.01", 50),
-    (20210, "0.2", 4042), (20210, "0.1", 2021), (20210, "0.05", 1010), (20210, "0.01", 202)])
-def test_a_share_of_a_data_set_is_the_papers_count(size, share, count):
-    assert len(data.label_subset([str(i) for i in range(size)], Fraction(share), seed=0)) == count
-
-
-def test_subsets_of_one_seed_are_nested_and_a_function_of_the_ids():
-    ids = [f"image {i}" for i in range(500)]
-    sizes = [1, 5, 50, 500]
-    subsets = [set(data.label_subset(ids, n, seed=3)) for n in sizes]
-    assert [len(s) for s in subsets] == sizes and all(a < b for a, b in zip(subsets, subsets[1:]))
-    assert set(data.label_subset(ids, 50, seed=4)) != subsets[2]
-    backwards = data.label_subset(ids[::-1], 50, seed=3)
-    assert {ids[::-1][i] for i in backwards} == {ids[i] for i in subsets[2]}
-    for count in (0, 501):
-        with pytest.raises(InputError, match="expected 1 to 500"):
-            data.label_subset(ids, count, seed=0)
-    with pytest.raises(InputError, match="there are 500 labelled images, 1/3000 of them is 0"):
-        data.label_subset(ids, Fraction(1, 3000), seed=0)
+        data.read_mask(tmp_path / "colours.png", THREE)
 
 
 # ------------------------------------------------------------------------------------------------ crops
@@ -235,7 +144,7 @@ def test_every_image_is_evaluated_once_on_any_number_of_processes():
 
 
 def test_samples_are_the_same_for_0_and_2_workers_and_after_a_restart():
-    source = data.Shapes("unlabelled", 12)
+    source = datasets.Shapes("unlabelled", 12)
     samples = data.Samples(source, data.pretraining_transform(32, 0.3), seed=5)
 
     def run(workers, start=0):
@@ -253,7 +162,7 @@ def test_reading_samples_leaves_the_global_generator_alone():
     torch.manual_seed(7)
     wanted = torch.rand(3)
     torch.manual_seed(7)
-    data.Samples(data.Shapes("train", 1), data.segmentation_transform(32), seed=0)[0, 0]
+    data.Samples(datasets.Shapes("train", 1), data.segmentation_transform(32), seed=0)[0, 0]
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -261,7 +170,7 @@ def test_an_unreadable_picture_is_replaced_by_the_next_and_reported(tmp_path):
     for i in range(4):
         write_image(tmp_path / f"{i}.png", 32, 32, seed=i)
     (tmp_path / "1.png").write_text("broken")
-    source = data.pretraining_images("folder", str(tmp_path))
+    source = datasets.pretraining_images("folder", str(tmp_path))
     sample = data.Samples(source, seed=0, skip_unreadable=True)[0, 1]
     assert torch.equal(sample["image"], data.read_image(tmp_path / "2.png")) and sample["unreadable"][0][0] == 1
     assert isinstance(data.Samples(source, seed=0)[0, 1], data.UnreadableImage)
@@ -273,7 +182,7 @@ def test_an_unreadable_picture_is_replaced_by_the_next_and_reported(tmp_path):
 def test_an_error_in_a_worker_arrives_as_it_is(tmp_path):
     write_image(tmp_path / "0.png", 32, 32)
     (tmp_path / "1.png").write_text("broken")
-    samples = data.Samples(data.ImageFiles(tmp_path, ["0.png", "1.png"]))
+    samples = data.Samples(datasets.pretraining_images("folder", str(tmp_path)))
     with pytest.raises(InputError, match=r"^.*1.png: not a readable image .*$"):
         list(data.raise_errors(data.load(samples, data.Each(2), workers=1)))
 
@@ -310,8 +219,3 @@ def test_no_single_cue_settles_a_class_but_each_tells_something():
     means = np.array([np.mean(h, 0) for h in hues.values()])
     right = [np.argmin(((means - h) ** 2).sum(1)) == k for k, values in enumerate(hues.values()) for h in values]
     assert 0.25 < np.mean(right) < 0.75                                   # chance is 0.17
-
-
-def test_unlabelled_pictures_carry_no_label():
-    assert set(data.Shapes("unlabelled", 1).read(0)) == {"image"}
-    assert set(data.Shapes("encoder_train", 1).read(0)) == {"image", "label"} and set(data.Shapes("val", 1).read(0)) == {"image", "mask"}

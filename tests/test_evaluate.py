@@ -10,6 +10,7 @@ from conftest import TINY, torchrun, write_image, write_mask
 from PIL import Image
 
 import data
+import datasets
 import evaluate
 import runtime
 
@@ -95,7 +96,7 @@ def test_windows_flips_and_scales_are_what_a_slow_loop_computes(size, average):
 
 
 def test_every_image_of_a_folder_counts_once_at_its_own_size(folder):
-    source, names = data.segmentation_pairs("folder", str(folder), "val")
+    source, names = datasets.segmentation_pairs("folder", str(folder), "val")
     metrics = evaluate.evaluate(Colours(), source, names, ALONE)
     hits = total = 0
     for i in range(2):
