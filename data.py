@@ -11,6 +11,7 @@ generator or loader state to save.
 Images travel as uint8 (3, H, W) and become float32 in [-1, 1] on the device (`to_pixels`). Masks are uint8 (H, W) class
 indices, 255 = ignore.
 """
+import signal
 import warnings
 from contextlib import contextmanager
 
@@ -201,10 +202,14 @@ class Batches(Sampler):
 
 
 class Each(Sampler):
-    """Every sample once, dealt out to the processes: none is padded, none counted twice. One at a time where sizes differ."""
+    """Every sample once, dealt out to the processes: none is padded, none counted twice. One at a time where sizes differ.
+
+    rounds: the number of batches of the process that has most.
+    """
 
     def __init__(self, count, rank=0, world=1, batch_size=1):
         self.indices, self.batch_size = range(rank, count, world), batch_size
+        self.rounds = -(-len(range(0, count, world)) // batch_size)
 
     def __len__(self):
         return -(-len(self.indices) // self.batch_size)
@@ -217,7 +222,14 @@ class Each(Sampler):
 def load(samples, batches, workers=0, pin_memory=False):
     """A DataLoader over `batches` (Batches or Each); iterate over it with `raise_errors`."""
     return DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory,
-                      prefetch_factor=2 if workers else None)
+                      prefetch_factor=2 if workers else None, worker_init_fn=_leave_signals_to_the_main_process)
+
+
+def _leave_signals_to_the_main_process(worker):
+    """A signal that stops a run reaches its loader workers too; they go on until the main process has saved."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def raise_errors(loader):
@@ -226,6 +238,16 @@ def raise_errors(loader):
         if isinstance(batch, InputError):
             raise batch
         yield batch
+
+
+def in_rounds(loader, between):
+    """The batches of a loader over Each, errors raised; between() is called before each, equally often on all processes."""
+    batches = raise_errors(loader)
+    for _ in range(loader.batch_sampler.rounds):
+        between()
+        batch = next(batches, None)
+        if batch is not None:                                             # else others have one more
+            yield batch
 
 
 def _collate(items):

@@ -12,7 +12,6 @@ ONE confusion matrix is summed over all pixels of all images and processes; IoU 
 mean over the classes that occur, in the truth or in a prediction. Pixels with mask value 255 do not count.
 """
 import argparse
-import json
 import os
 import sys
 
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoints
 import runtime
-from data import IGNORE, Each, Samples, load, raise_errors, to_pixels
+from data import IGNORE, Each, Samples, in_rounds, load, to_pixels
 from datasets import LABELLED, class_colours, pretraining_images, segmentation_pairs
 from model import build_unet, load_strictly
 from pictures import overlay
@@ -121,18 +121,18 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None, average=
 
 
 @torch.inference_mode()
-def evaluate(model, source, names, processes, precision="fp32", workers=0, progress=False, on_prediction=None, **how):
+def evaluate(model, source, names, processes, precision="fp32", workers=0, progress=False, on_prediction=None, between=lambda: None, **how):
     """The scores of `model` on `source`, every image counted once whatever the number of processes; the same on each of them.
 
     how: the arguments of `predict`. on_prediction(index, prediction (H, W) uint8, image (3, H, W) uint8) sees every image of this
-    process. A source without masks gives empty scores.
+    process; between() is called before each, equally often on all processes. A source without masks gives empty scores.
     """
     was_training = model.training
     model.eval()
     device, n = processes.device, len(names)
     confusion = torch.zeros(n, n, dtype=torch.int64, device=device)
     loader = load(Samples(source), Each(len(source), processes.rank, processes.world), workers)
-    for batch in tqdm(raise_errors(loader), total=len(loader), unit="image", disable=not progress):
+    for batch in tqdm(in_rounds(loader, between), total=len(loader), unit="image", disable=not progress):
         x = to_pixels(batch["image"].to(device)).contiguous(memory_format=torch.channels_last)
         with runtime.autocast(precision, device):
             prediction = predict(model, x, **how).argmax(1)[0]
@@ -152,7 +152,7 @@ def parse_arguments(argv=None):
     parser = runtime.Parser(__doc__)
     parser.add_argument("--checkpoint", metavar="PATH", required=True, help="best.pt or last.pt of finetune.py")
     path = runtime.peek(argv, "--checkpoint")                             # it supplies the default data set
-    checkpoint = runtime.load_checkpoint(path) if path else None
+    checkpoint = checkpoints.load_checkpoint(path) if path else None
     if checkpoint is not None and ("class_names" not in checkpoint or "width" not in checkpoint["model_args"]):
         raise InputError(f"{path}: not a checkpoint of finetune.py; this network was never fine-tuned for segmentation")
 
@@ -209,10 +209,11 @@ def main():
         model.compile()
     args_path = os.path.join(args.out, "args.json")
     if os.path.exists(args_path):                                         # the scores of other flags are not overwritten
-        with open(args_path) as file:
-            runtime.refuse_other_flags(args.out, json.load(file), vars(args), runtime.FREE_TO_CHANGE | {"save_predictions"})
+        checkpoints.refuse_other_flags(args.out, checkpoints.read_json(args_path), vars(args), (checkpoints.FREE_TO_CHANGE | {"save_predictions"}) - {"root"})
     processes.barrier()                                                   # all have read what is there before the main one writes
-    runtime.write_arguments(args, processes)
+    if processes.is_main:
+        checkpoints.make_folder(args.out)
+        runtime.write_json(args_path, vars(args))
 
     runtime.say(processes, f"{args.checkpoint} on {len(source)} images of {args.root or args.data}, {processes.world} x {device.type}, {precision}")
 
@@ -228,8 +229,7 @@ def main():
                        stride=args.stride, average=args.average)
     if processes.is_main:
         if labelled:
-            with open(os.path.join(args.out, "metrics.json"), "w") as file:
-                json.dump(metrics, file, indent=2)
+            runtime.write_json(os.path.join(args.out, "metrics.json"), metrics)
             print(table(metrics))
         else:
             print(f"{len(source)} images predicted, no masks to compare with")

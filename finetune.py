@@ -17,6 +17,7 @@ import os
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import runtime
 from data import IGNORE, Batches, Samples, load, raise_errors, segmentation_transform, to_pixels
 from datasets import LABELLED, add_subset_arguments, check, chosen_labels, class_colours, segmentation_pairs
@@ -94,11 +95,12 @@ def initialise(model, args, init):
 def main():
     args = parse_arguments()
     processes = runtime.start_processes(args.device)
-    init_path = runtime.weights_path(args.init, processes)
+    init_path = checkpoints.weights_path(args.init, processes)
     with runtime.as_input_error():
         init = None if args.init == "none" else read_weights(init_path)
     args = with_network(args, init)
-    device, precision = processes.device, runtime.resolve_precision(args.precision, processes.device)
+    device = processes.device
+    args.precision = precision = runtime.resolve_precision(args.precision, device)
     runtime.share_of(args.batch_size, processes)
 
     # Data: all labelled images, or a nested subset of them
@@ -120,14 +122,14 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # Continue, or say that there is nothing left to do
-    checkpoint = runtime.resume(args, processes)
-    start, best, loss = 0, -1.0, None
+    run = checkpoints.Run(args, processes, data="; ".join(source.fingerprint() for source in (train, val) if source is not None))
+    start, best, loss, checkpoint = 0, -1.0, None, run.checkpoint
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         start, best, loss = checkpoint["step"], checkpoint["best"], checkpoint["loss"]
-    if runtime.is_finished(args.out):
+    if run.is_finished():
         return runtime.say(processes, f"{args.out}: finished at step {steps}, see metrics.json there")
 
     if args.compile:
@@ -141,29 +143,32 @@ def main():
     log.say(f"stage 3: {args.encoder}, decoder x{args.width:g}, {len(train)} labelled images, {len(names)} classes, "
             f"{len(val) if val else 'no'} validation images, steps {start} to {steps}, {processes.world} x {device.type}, {precision}")
     log.say(origin)
-    for note in notes:
+    for note in (*notes, *run.notes):
         log.say(note)
     if args.data == "folder":                                             # the named sets are not read twice
         for source in (train, *([val] if val is not None else [])):
             log.say(f"checking {len(source)} images and masks")
             check(source, processes.rank, processes.world)
     if processes.is_main:
-        with open(os.path.join(args.out, "labelled.txt"), "w", encoding="utf-8") as file:
-            file.writelines(train.line(i) + "\n" for i in range(len(train)))
+        with runtime.replacing(os.path.join(args.out, "labelled.txt")) as file:
+            file.writelines(os.fsencode(train.line(i)) + b"\n" for i in range(len(train)))
 
     def validate(done):
         """Measure, and keep the weights in best.pt if none were better: (scores, best mIoU so far)."""
-        metrics = evaluate(model, val, names, processes, precision, args.workers, window=args.crop_size)
+        metrics = evaluate(model, val, names, processes, precision, args.workers, between=run.stop_if_told, window=args.crop_size)
         miou = metrics["miou"] or 0.0                                     # None where every validation pixel is ignored
         log.record(step=done, miou=miou, pixel_accuracy=metrics["pixel_accuracy"])
         log.say(f"step {done}: mIoU {miou:.4f}")
         if miou > best and processes.is_main:
-            runtime.save(os.path.join(args.out, "best.pt"), dict(model=model.state_dict(), model_args=model_args, step=done, best=miou,
-                                                                 class_names=names, args=vars(args)))
+            checkpoints.save(os.path.join(args.out, "best.pt"), dict(model=model.state_dict(), model_args=model_args, step=done, best=miou,
+                                                                     class_names=names, args=vars(args)))
         return metrics, max(best, miou)
 
+    run.catch_signals()
     model.train()
     for step, batch in enumerate(log.timed(raise_errors(loader)), start=start):
+        if val is not None and step and step % args.eval_every == 0:      # after the save of this step: a stop may come
+            _, best = validate(step)
         runtime.set_rate(optimizer, rate := runtime.cosine_rate(step, steps, args.lr, args.warmup_steps))
         # The mean is over the pixels that count in the GLOBAL batch: a mean per process would weigh them by where they lie.
         counted = processes.sum((batch["mask"] != IGNORE).sum().to(device)).clamp(min=1)
@@ -176,21 +181,20 @@ def main():
                 part_loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum") / counted
                 scaler.scale(part_loss * processes.world).backward()      # DDP divides by the number of processes
             loss += part_loss.detach()
-        loss = processes.sum(loss).item()
-        runtime.require_finite(loss, step, args.out)
-        runtime.clip_gradients(model.parameters(), args.clip_norm, optimizer, scaler)
+        loss, stopping = run.sum_loss(loss)
+        norm = runtime.clip_gradients(model.parameters(), args.clip_norm, optimizer, scaler)
+        runtime.require_finite(loss, norm, step, scaler, batch, train, args, processes)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         log.step(step + 1, loss, rate)
 
         done = step + 1
-        if val is not None and done % args.eval_every == 0 and done < steps:
-            _, best = validate(done)
-        if processes.is_main and (done % args.save_every == 0 or done == steps):
-            runtime.save(os.path.join(args.out, "last.pt"),
-                         dict(model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                              step=done, loss=loss, best=best, class_names=names, args=vars(args)))
+        if run.save_is_due(done) or done % args.eval_every == 0 or done == steps or stopping:
+            run.save(done, model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                     loss=loss, best=best, class_names=names)
+        if stopping:
+            run.stop()
 
     metrics, best = validate(steps) if val is not None else ({"loss": loss}, None)
     log.close()
@@ -198,7 +202,7 @@ def main():
         if val is not None:
             draw_predictions(model, val, class_colours(args.data, len(names)), device, args.crop_size).save(os.path.join(args.out, "predictions.png"))
             print(table(metrics))
-        runtime.finish(args.out, metrics)
+        run.finish(metrics)
         print(f"fine-tuned: {os.path.join(args.out, 'last.pt')}" + (f"; best.pt has mIoU {best:.4f}" if val is not None else ""))
 
 

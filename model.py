@@ -201,19 +201,30 @@ class ResNet50(nn.Module):
 
     forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16, 32 with 64, 256, 512, 1024, 2048
     channels. torchvision's weights expect ImageNet's mean and deviation: this encoder converts, nobody else has to know.
+
+    PAPER SILENT on its BatchNorm. Here it always normalises with the stored statistics, which no training changes; its scale and
+    shift train. So what an image gets does not depend on the rest of its batch, nor on how a batch is split over processes.
     """
 
     def __init__(self):
         super().__init__()
         from torchvision.models import resnet50                # here: the rest of this file needs torch alone
         self.channels, self.strides = (64, 256, 512, 1024, 2048), (2, 4, 8, 16, 32)
-        net = resnet50(weights=None)
+        net = resnet50(weights=None, zero_init_residual=True)  # a fresh unit starts as its shortcut, which needs no statistics
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
         # (x + 1) / 2 is in [0, 1]; minus mean, over std. Constants, so not in the state dict.
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         self.register_buffer("shift", (2 * mean - 1).reshape(3, 1, 1), persistent=False)
         self.register_buffer("scale", (2 * std).reshape(3, 1, 1), persistent=False)
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        for part in self.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.eval()
+        return self
 
     def forward(self, x):                                      # (B, 3, H, W)
         stride2 = F.relu(self.bn1(self.conv1((x - self.shift) / self.scale)))

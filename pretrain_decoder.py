@@ -16,6 +16,7 @@ import sys
 
 import torch
 
+import checkpoints
 import noise
 import runtime
 from data import Batches, Samples, load, pretraining_transform, raise_errors, to_pixels
@@ -78,12 +79,12 @@ def find_encoder_weights(args, processes):
     if args.encoder_weights == "random" or (args.encoder_weights is None and args.method == "dep"):
         return None
     if args.encoder_weights is not None:
-        return runtime.weights_path(args.encoder_weights, processes)
+        return checkpoints.weights_path(args.encoder_weights, processes)
     if args.data != "shapes" or args.encoder != "hybrid-small":
         raise InputError("DDeP pretrains the decoder of a trained encoder: pass --encoder-weights PATH, or imagenet21k for the paper's; "
                          "--encoder-weights random freezes an untrained one")
     path = os.path.join(SHAPES_ENCODER, "last.pt")
-    if processes.is_main and not runtime.is_finished(SHAPES_ENCODER):
+    if processes.is_main and not checkpoints.is_finished(SHAPES_ENCODER):
         print(f"no encoder at {path}: training one first (stage 1, once)", flush=True)
         group = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}  # it runs alone, not as a process of torchrun's
         alone = {key: value for key, value in os.environ.items() if key not in group}
@@ -107,7 +108,8 @@ def add_noise(args, x, seeds):
 def main():
     args = parse_arguments()
     processes = runtime.start_processes(args.device)
-    device, precision = processes.device, runtime.resolve_precision(args.precision, processes.device)
+    device = processes.device
+    args.precision = precision = runtime.resolve_precision(args.precision, device)
     share = runtime.share_of(args.batch_size, processes)
 
     # Data
@@ -133,14 +135,14 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # Continue, or say that there is nothing left to do
-    checkpoint = runtime.resume(args, processes)
-    start, loss = 0, None
+    run = checkpoints.Run(args, processes, data=images.fingerprint())
+    start, loss, checkpoint = 0, None, run.checkpoint
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         start, loss = checkpoint["step"], checkpoint["loss"]
-    if runtime.is_finished(args.out):
+    if run.is_finished():
         return runtime.say(processes, f"{args.out}: finished at step {steps}, see metrics.json there")
 
     if args.compile:                                                      # in place: the names in the checkpoint stay
@@ -163,10 +165,12 @@ def main():
     log = runtime.Log(args, processes, steps, start)
     log.say(f"stage 2: {args.method}, {args.encoder} ({encoder_weights or 'fresh weights'}), decoder x{args.width:g}, "
             f"{len(images)} images, steps {start} to {steps}, {processes.world} x {device.type}, {precision}")
-    log.say(images.note)
+    for note in (images.note, *run.notes):
+        log.say(note)
     if processes.is_main and start == 0:
         draw_panel(args, model, samples, device).save(os.path.join(args.out, "panel_start.png"))
-    unreadable = runtime.Unreadable(len(images), processes, log)
+    unreadable = runtime.Unreadable(len(images), processes, log, checkpoint["unreadable"] if checkpoint else [])
+    run.catch_signals()
     model.train()
     for step, batch in enumerate(log.timed(raise_errors(loader)), start=start):
         runtime.set_rate(optimizer, rate := runtime.cosine_rate(step, steps, args.lr, args.warmup_steps))
@@ -180,24 +184,25 @@ def main():
                 part_loss = noise.denoising_loss(prediction, eps if args.target == "noise" else x) * (len(x) / share)
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
-        loss = processes.sum(loss).item() / processes.world
-        runtime.require_finite(loss, step, args.out)
-        runtime.clip_gradients(trained.parameters(), args.clip_norm, optimizer, scaler)
+        loss, stopping = run.sum_loss(loss / processes.world)
+        norm = runtime.clip_gradients(trained.parameters(), args.clip_norm, optimizer, scaler)
+        runtime.require_finite(loss, norm, step, scaler, batch, images, args, processes)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         log.step(step + 1, loss, rate)
 
         done = step + 1
-        if processes.is_main and (done % args.save_every == 0 or done == steps):
-            runtime.save(os.path.join(args.out, "last.pt"),
-                         dict(model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(),
-                              scaler=scaler.state_dict(), step=done, loss=loss, args=vars(args)))
+        if run.save_is_due(done) or done == steps or stopping:
+            run.save(done, model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                     loss=loss, unreadable=sorted(unreadable.known))
+        if stopping:
+            run.stop()
     log.close()
 
     if processes.is_main:
         draw_panel(args, model, samples, device).save(os.path.join(args.out, "panel_end.png"))
-        runtime.finish(args.out, dict(step=steps, loss=loss))
+        run.finish(dict(step=steps, loss=loss))
         print(f"the network for stage 3: --init {os.path.join(args.out, 'last.pt')}")
 
 

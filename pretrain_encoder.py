@@ -13,8 +13,9 @@ import os
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import runtime
-from data import Batches, Each, Samples, centre_crop, load, pretraining_transform, raise_errors, to_pixels
+from data import Batches, Each, Samples, centre_crop, in_rounds, load, pretraining_transform, raise_errors, to_pixels
 from datasets import CLASSIFIED, classification_images
 from model import ENCODERS, build_classifier
 from pictures import from_pixels, sheet
@@ -43,11 +44,11 @@ def parse_arguments(argv=None):
 
 
 @torch.no_grad()
-def top1(model, loader, autocast, processes):
-    """Share of right answers over the whole validation set, every image once."""
+def top1(model, loader, autocast, processes, between=lambda: None):
+    """Share of right answers over the whole validation set, every image once. between: called before each batch."""
     model.eval()
     right, seen = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    for batch in raise_errors(loader):
+    for batch in in_rounds(loader, between):
         with autocast():
             logits = model(to_pixels(batch["image"].to(processes.device)))
         right += (logits.argmax(1).cpu() == batch["label"]).sum()
@@ -60,7 +61,8 @@ def top1(model, loader, autocast, processes):
 def main():
     args = parse_arguments()
     processes = runtime.start_processes(args.device)
-    device, precision = processes.device, runtime.resolve_precision(args.precision, processes.device)
+    device = processes.device
+    args.precision = precision = runtime.resolve_precision(args.precision, device)
     share = runtime.share_of(args.batch_size, processes)
 
     # Data
@@ -76,14 +78,14 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # Continue, or say that there is nothing left to do
-    checkpoint = runtime.resume(args, processes)
-    start, best, loss = 0, -1.0, None
+    run = checkpoints.Run(args, processes, data=f"{train.fingerprint()}; {val.fingerprint()}")
+    start, best, loss, checkpoint = 0, -1.0, None, run.checkpoint
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         start, best, loss = checkpoint["step"], checkpoint["best"], checkpoint["loss"]
-    if runtime.is_finished(args.out):
+    if run.is_finished():
         return runtime.say(processes, f"{args.out}: finished at step {steps}, see metrics.json there")
 
     if args.compile:
@@ -98,20 +100,25 @@ def main():
     log = runtime.Log(args, processes, steps, start)
     log.say(f"stage 1: {args.encoder} as a classifier of {len(names)} classes, {len(train)} images, steps {start} to {steps}, "
             f"{processes.world} x {device.type}, {precision}")
-    log.say(train.note)
-    unreadable = runtime.Unreadable(len(train), processes, log)
+    for note in (train.note, *run.notes):
+        log.say(note)
+    unreadable = runtime.Unreadable(len(train), processes, log, checkpoint["unreadable"] if checkpoint else [])
+
     def validate(done):
         """Measure top-1, and keep the weights in best.pt if none were better: (top-1, best so far)."""
-        score = top1(model, val_loader, lambda: runtime.autocast(precision, device), processes)
+        score = top1(model, val_loader, lambda: runtime.autocast(precision, device), processes, run.stop_if_told)
         log.record(step=done, top1=score)
         log.say(f"step {done}: top-1 {score:.4f} on {len(val)} validation images")
         if score > best and processes.is_main:
-            runtime.save(os.path.join(args.out, "best.pt"),
-                         dict(model=model.state_dict(), model_args=model_args, step=done, best=score, class_names=names))
+            checkpoints.save(os.path.join(args.out, "best.pt"),
+                             dict(model=model.state_dict(), model_args=model_args, step=done, best=score, class_names=names))
         return score, max(best, score)
 
+    run.catch_signals()
     model.train()
     for step, batch in enumerate(log.timed(raise_errors(loader)), start=start):
+        if step and step % args.eval_every == 0:                          # after the save of this step: a stop may come
+            _, best = validate(step)
         runtime.set_rate(optimizer, rate := runtime.cosine_rate(step, steps, args.lr, args.warmup_steps))
         unreadable.note(batch, step)
         loss = torch.zeros((), device=device)
@@ -122,27 +129,26 @@ def main():
                 part_loss = F.cross_entropy(logits.float(), part["label"].to(device), reduction="sum") / share
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
-        loss = processes.sum(loss).item() / processes.world
-        runtime.require_finite(loss, step, args.out)
-        runtime.clip_gradients(model.parameters(), args.clip_norm, optimizer, scaler)
+        loss, stopping = run.sum_loss(loss / processes.world)
+        norm = runtime.clip_gradients(model.parameters(), args.clip_norm, optimizer, scaler)
+        runtime.require_finite(loss, norm, step, scaler, batch, train, args, processes)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         log.step(step + 1, loss, rate)
 
         done = step + 1
-        if done % args.eval_every == 0 and done < steps:
-            _, best = validate(done)
-        if processes.is_main and (done % args.save_every == 0 or done == steps):
-            runtime.save(os.path.join(args.out, "last.pt"),
-                         dict(model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(),
-                              scaler=scaler.state_dict(), step=done, loss=loss, best=best, class_names=names, args=vars(args)))
+        if run.save_is_due(done) or done % args.eval_every == 0 or done == steps or stopping:
+            run.save(done, model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                     loss=loss, best=best, class_names=names, unreadable=sorted(unreadable.known))
+        if stopping:
+            run.stop()
 
     score, best = validate(steps)
     log.close()
     if processes.is_main:
         draw_samples(model, val_samples, names, device).save(os.path.join(args.out, "samples.png"))
-        runtime.finish(args.out, dict(top1=score, best_top1=best, images=len(val), loss=loss))
+        run.finish(dict(top1=score, best_top1=best, images=len(val), loss=loss))
         print(f"top-1 {score:.4f}; the encoder for stage 2: --encoder-weights {os.path.join(args.out, 'last.pt')}")
 
 

@@ -12,6 +12,7 @@ right), predictions.png.
 """
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import time
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import runtime
 from data import to_pixels
 from datasets import class_colours, segmentation_pairs
@@ -80,7 +82,7 @@ def run_name(method, labels):
 def run_all(runs, args):
     """Run what is not finished, --jobs at a time, each with its share of the cores. Their output goes to output.txt in their folders."""
     def finished(name):
-        return runtime.is_finished(os.path.join(args.out, "runs", name))
+        return checkpoints.is_finished(os.path.join(args.out, "runs", name))
 
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)), "PYTHONUNBUFFERED": "1"}
     waiting, running = {name: run for name, run in runs.items() if not finished(name)}, {}
@@ -163,7 +165,7 @@ def prediction_grid(args, rows=6):
     val, names = segmentation_pairs("shapes", None, "val")
     networks = []
     for method in METHODS:
-        checkpoint = runtime.load_checkpoint(os.path.join(args.out, "runs", f"seed{args.seeds[0]}", run_name(method, budget), "last.pt"))
+        checkpoint = checkpoints.load_checkpoint(os.path.join(args.out, "runs", f"seed{args.seeds[0]}", run_name(method, budget), "last.pt"))
         network = build_unet(**checkpoint["model_args"])
         network.load_state_dict(checkpoint["model"])
         networks.append(network.eval())
@@ -179,10 +181,12 @@ def prediction_grid(args, rows=6):
 def main():
     args = parse_arguments()
     runs = plan(args)
+    checkpoints.make_folder(args.out)
+    lock = checkpoints.claim(args.out)                                    # noqa: F841  held until this process ends
     if os.path.exists(path := os.path.join(args.out, "args.json")):
-        with open(path) as file:
-            runtime.refuse_other_flags(args.out, json.load(file), vars(args), free={"out", "jobs", "device", "seeds", "labels"})
-    runtime.write_arguments(args, runtime.Processes(0, 1, torch.device("cpu")))
+        checkpoints.refuse_other_flags(args.out, checkpoints.read_json(path), vars(args), free={"out", "jobs", "device", "seeds", "labels"})
+    runtime.write_json(path, vars(args))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)             # as Ctrl-C: the runs are stopped, and save
     print(f"{len(runs)} runs into {args.out}/runs, {args.jobs} at a time; stop and start again as you like", flush=True)
     run_all(runs, args)
 

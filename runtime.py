@@ -1,8 +1,10 @@
 """What every script needs around its maths: user errors, arguments, processes and devices, rates, checkpoints, the log."""
 import argparse
+import errno
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
@@ -14,10 +16,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import PUBLISHED, published_weights
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A user's mistake is one line on stderr and exit status 2
+
+
+class Stopped(Exception):
+    """A signal stopped the run, whose state is saved."""
+
+
+TRY_AGAIN = 75                                                            # exit status of that: EX_TEMPFAIL, "the same command later"
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class InputError(Exception):
@@ -52,18 +60,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Run a script's main(); turn an InputError into its line and exit status 2."""
+    """Run a script's main(). Exit status 2 and a line for an InputError or a disk that cannot be written; TRY_AGAIN for Stopped."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM))}
+    script, is_main = os.path.basename(sys.argv[0]), os.environ.get("RANK", "0") == "0"
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        if is_main or not error.everywhere:
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
         else:                                                             # the first process to exit ends all: let rank 0 speak
             time.sleep(5)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        print(f"{script}: error: {error.filename or 'a file'} cannot be written ({error.strerror}); what was saved before is whole. "
+              f"Mend that, and the same command continues", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except Stopped as stop:
+        if is_main:
+            print(stop, file=sys.stderr, flush=True)
+        sys.exit(TRY_AGAIN)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -90,7 +112,7 @@ def add_training_arguments(parser, data):
     parser.add_argument("--decoupled-weight-decay", action="store_true", help="AdamW instead of Adam; PAPER SILENT on which")
     parser.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="fresh weights, order, crops, flips, noise")
     parser.add_argument("--workers", type=non_negative_int, metavar="N", help="loader processes per process; 0: none")
-    parser.add_argument("--save-every", type=positive_int, metavar="N", help="steps between checkpoints")
+    parser.add_argument("--save-every", type=steps_or_minutes, metavar="N", help="steps between checkpoints, or minutes: 500 or 10min")
     parser.add_argument("--log-every", type=positive_int, default=10, metavar="N", help="steps between lines of log.jsonl")
     add_device_arguments(parser)
 
@@ -151,6 +173,12 @@ def non_negative_float(text):
 
 def unit_float(text):
     return _number(text, float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+
+def steps_or_minutes(text):
+    if text.endswith("min"):
+        return f"{positive_float(text.removesuffix('min')):g}min"
+    return positive_int(text)
 
 
 def _number(text, kind, allowed, expected):
@@ -301,84 +329,53 @@ def gradient_sync(module, now):
 
 
 def clip_gradients(parameters, norm, optimizer, scaler):
-    """Scale the gradient down to `norm`, where it is longer; None: leave it."""
-    if norm is not None:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, norm)
+    """Scale the gradient down to `norm`, where it is longer; None: leave it. Returns how long it was."""
+    scaler.unscale_(optimizer)
+    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if norm is None else norm).item()
 
 
-def require_finite(loss, step, out):
-    if not math.isfinite(loss):
-        raise InputError(f"the loss is {loss} at step {step}: stopped before it reached the weights; {out}/last.pt holds the last "
-                         f"good ones, if one was saved. Try a lower --lr, --warmup-steps, or --precision fp32")
+def require_finite(loss, norm, step, scaler, batch, source, args, processes):
+    """Stop a run whose loss or gradient is infinite or no number, before that reaches the weights, and name the images of the batch.
+
+    With fp16 its scaler skips such steps, and lowers its scale; when that has fallen below 1e-6, nothing will help.
+    """
+    if math.isfinite(loss) and math.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() > 1e-6:
+        return
+    names = sum(processes.gather([source.name(int(i)) for i in batch["index"]]), [])
+    listing = os.path.join(args.out, f"not_finite_step_{step}.txt")
+    if processes.is_main:
+        with replacing(listing) as file:
+            file.writelines(os.fsencode(name) + b"\n" for name in names)
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:g}, but its gradient's norm is {norm},"
+    raise InputError(f"{what} at step {step}: stopped before it reached the weights; {args.out}/last.pt holds the last good ones, if one "
+                     f"was saved. The batch's images are listed in {listing}. Try a lower --lr, --warmup-steps, --clip-norm, or --precision fp32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-# Flags that may change between a run and its continuation: they do not alter what is computed.
-FREE_TO_CHANGE = {"out", "cache", "workers", "save_every", "log_every", "device", "compile", "micro_batch"}
+# Files
 
 
 @contextmanager
-def replacing(path, beside=None):
-    """A file to write in, which takes the place of `path` whole or not at all: written beside, flushed to disk, renamed."""
+def replacing(path, beside=None, keep=None):
+    """A file to write in, which takes the place of `path` whole or not at all: written beside, flushed to disk, renamed.
+
+    keep: where the file goes that was there before. Raises OSError, with the path, where it cannot be written.
+    """
     beside = beside or f"{path}.tmp"
     try:
         with open(beside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and os.path.exists(path):
+            os.replace(path, keep)
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             os.remove(beside)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
         raise
-
-
-def save(path, checkpoint):
-    with replacing(path) as file:
-        torch.save(checkpoint, file)
-
-
-def weights_path(source, processes):
-    """The file that --encoder-weights or --init means: a path is itself, a published name is fetched, once per machine."""
-    if source not in PUBLISHED:
-        return source
-    with as_input_error(), processes.one_first():
-        return published_weights(source)
-
-
-def load_checkpoint(path):
-    """A checkpoint of ours: a dict of tensors and plain values with "model" and "model_args"."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; expected a checkpoint, best.pt or last.pt of a stage")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                            # torch.load fails in many ways on what is no checkpoint
-        raise InputError(f"{path}: not a checkpoint ({type(error).__name__} while reading it); expected best.pt or last.pt of a stage") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= set(checkpoint):
-        raise InputError(f"{path}: not a checkpoint of these scripts; expected \"model\" and \"model_args\" in it")
-    return checkpoint
-
-
-def resume(args, processes):
-    """Claim --out: the checkpoint to continue from, or None for a new run. Other flags than that run's are refused."""
-    path = os.path.join(args.out, "last.pt")
-    checkpoint = load_checkpoint(path) if os.path.exists(path) else None
-    if checkpoint is not None:
-        refuse_other_flags(args.out, checkpoint["args"], vars(args))
-    write_arguments(args, processes)
-    return checkpoint
-
-
-def is_finished(out):
-    return os.path.exists(os.path.join(out, "metrics.json"))
-
-
-def finish(out, metrics):
-    """Write metrics.json, the last thing that a run does."""
-    write_json(os.path.join(out, "metrics.json"), metrics)
 
 
 def write_json(path, content):
@@ -387,25 +384,8 @@ def write_json(path, content):
 
 
 def say(processes, text):
-    if processes.is_main:
+    if processes.is_main and text:
         print(text, flush=True)
-
-
-def refuse_other_flags(out, then, now, free=FREE_TO_CHANGE):
-    changed = [f"--{key.replace('_', '-')} was {then.get(key)}, is {now.get(key)}"
-               for key in sorted((set(then) | set(now)) - free) if then.get(key) != now.get(key)]
-    if changed:
-        raise InputError(f"{out} holds a run with other flags: {'; '.join(changed)}. Pass a new --out, or the same flags")
-
-
-def write_arguments(args, processes):
-    """Make --out and write the resolved arguments to args.json there."""
-    if processes.is_main:
-        try:
-            os.makedirs(args.out, exist_ok=True)
-            write_json(os.path.join(args.out, "args.json"), vars(args))
-        except OSError as error:
-            raise InputError(f"{args.out}: cannot be written ({error.strerror}); pass another --out") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,8 +395,8 @@ def write_arguments(args, processes):
 class Unreadable:
     """Files that did not decode: each named once, all counted; more than one in a hundred of the data set stops the run."""
 
-    def __init__(self, count, processes, log):
-        self.count, self.processes, self.log, self.known, self.fresh = count, processes, log, set(), []
+    def __init__(self, count, processes, log, known=()):
+        self.count, self.processes, self.log, self.known, self.fresh = count, processes, log, set(known), []
 
     def note(self, batch, step):
         """Take in what a batch reports; the processes compare notes every log_every steps and at the end."""
@@ -432,6 +412,18 @@ class Unreadable:
             raise InputError(f"{len(self.known)} of {self.count} images are unreadable, more than 1 %; remove or mend them")
 
 
+def kept_lines(path, start):
+    """The lines of a log that a run which goes on at step `start` will not write again; a torn line is dropped."""
+    if start == 0 or not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            with suppress(ValueError):
+                values = json.loads(line)
+                if line.endswith(b"\n") and values["step"] < start + ("loss" in values):           # a score of step `start` is measured again
+                    yield line
+
+
 class Log:
     """log.jsonl and what the user sees: a progress bar on a terminal, elsewhere a line a minute. Silent but on the main process."""
 
@@ -444,12 +436,9 @@ class Log:
         self.waiting = 0.0
         if self.is_main:
             path = os.path.join(args.out, "log.jsonl")
-            kept = []
-            if start > 0 and os.path.exists(path):                        # lines after the checkpoint will be written again
-                with open(path) as file:
-                    kept = [line for line in file if json.loads(line)["step"] <= start]
-            self.file = open(path, "w", buffering=1)
-            self.file.writelines(kept)
+            with replacing(path) as file:
+                file.writelines(kept_lines(path, start))
+            self.file = open(path, "a", buffering=1)
 
     def timed(self, batches):
         """The batches, the time spent waiting for each counted."""

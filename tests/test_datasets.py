@@ -13,7 +13,6 @@ from PIL import Image
 
 import datasets
 import image_index
-import shapes
 from datasets import classification_images, pretraining_images, segmentation_pairs
 from image_index import ImageIndex
 from runtime import InputError
