@@ -59,19 +59,20 @@ class Run:
 
     def _newest(self):
         """(the newest whole checkpoint or None, whether last.pt is damaged)."""
-        reasons = {name: damage(self._path(name)) for name in ("last.pt", "previous.pt") if os.path.exists(self._path(name))}
-        whole = [name for name, reason in reasons.items() if reason is None]
-        if reasons and not whole:
-            name, reason = next(iter(reasons.items()))
-            raise InputError(f"{self._path(name)}: damaged ({reason}), and there is no whole checkpoint before it; remove it to start anew")
-        if not whole:
-            return None, False
-        checkpoint = load_checkpoint(self._path(whole[0]))
-        damaged = reasons.get("last.pt") is not None
-        if damaged:
-            self.notes.append(f"{self._path('last.pt')} is damaged ({reasons['last.pt']}), kept as last.pt.damaged; "
-                              f"continuing from previous.pt, step {checkpoint['step']}")
-        return checkpoint, damaged
+        reasons = []
+        for name in ("last.pt", "previous.pt"):
+            if os.path.exists(self._path(name)):
+                try:
+                    checkpoint = load_checkpoint(self._path(name))
+                except InputError as error:
+                    reasons.append(str(error))
+                    continue
+                if reasons:
+                    self.notes.append(f"{reasons[0]}; it is kept as last.pt.damaged, continuing from previous.pt, step {checkpoint['step']}")
+                return checkpoint, bool(reasons)
+        if reasons:
+            raise InputError(f"{reasons[0]}; and there is no whole one before it. Remove {self.args.out} to start anew")
+        return None, False
 
     def is_finished(self):
         return is_finished(self.args.out)
@@ -151,7 +152,10 @@ def is_finished(out):
 def save(path, checkpoint, keep=None):
     """torch.save that is there whole or not at all. keep: where the file goes that was there before."""
     with replacing(path, keep=keep) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:                                     # torch hides a full disk behind one of its own
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def damage(path):
@@ -170,11 +174,11 @@ def load_checkpoint(path):
         raise InputError(f"{path}: no such file; expected a checkpoint, best.pt or last.pt of a stage")
     reason = damage(path)
     if reason is not None:
-        raise InputError(f"{path}: not a whole checkpoint ({reason}); expected best.pt or last.pt of a stage")
+        raise InputError(f"{path}: not a whole checkpoint ({reason})")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                            # torch.load fails in many ways on what is no checkpoint
-        raise InputError(f"{path}: not a checkpoint ({type(error).__name__} while reading it); expected best.pt or last.pt of a stage") from None
+        raise InputError(f"{path}: not a checkpoint ({type(error).__name__} while reading it)") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= set(checkpoint):
         raise InputError(f"{path}: not a checkpoint of these scripts; expected \"model\" and \"model_args\" in it")
     return checkpoint

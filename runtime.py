@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -262,7 +263,10 @@ def start_processes(device="auto"):
         gpus = torch.cuda.device_count()
         torch.cuda.set_device(local_rank % gpus)
     if world > 1:                                                         # NCCL wants a GPU for each process; gloo shares
-        dist.init_process_group("nccl" if device == "cuda" and local_world <= gpus else "gloo", timeout=timedelta(minutes=60))
+        backend, patience = "nccl" if device == "cuda" and local_world <= gpus else "gloo", timedelta(minutes=60)
+        # A group that torchrun restarts (--max-restarts) must not read the addresses that the one before it left in the store.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", next(rendezvous("env://", timeout=patience))[0])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return Processes(rank, world, torch.device(device, local_rank % gpus) if device == "cuda" else torch.device(device))
 
 

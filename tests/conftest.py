@@ -1,8 +1,12 @@
 """Shared by the tests: the project's scripts run in this process or in processes of their own, on the smallest networks."""
 import importlib
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +60,128 @@ def torchrun(processes, name, *flags, cwd=None):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(ROOT / f"{name}.py")]
     return subprocess.run([*command, *map(str, flags)], cwd=cwd, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200)
+
+
+# ------------------------------------------------------------------------------------------------ processes that can be killed
+
+# They fork from a server that has imported torch once: a run starts in a tenth of a second.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["conftest", "checkpoints", "pretrain_encoder", "pretrain_decoder", "finetune"])
+
+
+class Forked:
+    """A stage in processes of its own, on a dozen shapes; patches: functions of this module with their arguments, called first."""
+
+    def __init__(self, tmp_path, name, *flags, processes=1, patches=()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        self.output = tmp_path / f"output_{port}.txt"
+        self.ranks = [FORK.Process(target=_stage, args=(name, list(map(str, flags)), {**group, "RANK": rank, "LOCAL_RANK": rank}, str(self.output), patches))
+                      for rank in range(processes)]
+        for rank in self.ranks:
+            rank.start()
+
+    def wait(self):
+        """The exit statuses, rank by rank; -9 for a killed one."""
+        for rank in self.ranks:
+            rank.join()
+        return [rank.exitcode for rank in self.ranks]
+
+    def until(self, there):
+        """Wait until there() is true; fail if the run ends before."""
+        while not there():
+            assert self.ranks[0].is_alive(), self.text()
+            time.sleep(0.01)
+
+    def text(self):
+        return self.output.read_text()
+
+
+def _stage(name, flags, environment, output, patches):
+    import datasets
+    file = open(output, "a", buffering=1)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = file
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    datasets.SHAPES_COUNTS = {part: 12 for part in datasets.SHAPES_COUNTS}
+    for patch, *arguments in patches:
+        globals()[patch](*arguments)
+    sys.argv = [f"{name}.py", *flags]
+    runtime.run(importlib.import_module(name).main)
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_rename(number, after):
+    """SIGKILL before or after the number-th file takes its place."""
+    replace, calls = os.replace, []
+
+    def dying(*args):
+        calls.append(0)
+        if len(calls) == number and not after:
+            _die()
+        replace(*args)
+        if len(calls) == number:
+            _die()
+    os.replace = dying
+
+
+def die_in_save(number):
+    """SIGKILL in the middle of writing the number-th checkpoint."""
+    import io
+    save, calls = torch.save, []
+
+    def dying(content, file):
+        calls.append(0)
+        if len(calls) < number:
+            return save(content, file)
+        whole = io.BytesIO()
+        save(content, whole)
+        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+        file.flush()
+        _die()
+    torch.save = dying
+
+
+def fill_disk(saves):
+    """After so many checkpoints no file can grow beyond 2 kB: a stand-in for a full disk."""
+    import resource
+    save, calls = torch.save, []
+
+    def filling(content, file):
+        calls.append(0)
+        if len(calls) > saves:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        save(content, file)
+    torch.save = filling
+
+
+def validate_slowly(marker):
+    """Each image of a validation takes a while, and leaves `marker`."""
+    import data
+    import evaluate
+    import pretrain_encoder
+
+    def slow(*args):
+        for batch in data.in_rounds(*args):
+            Path(marker).touch()
+            time.sleep(0.05)
+            yield batch
+    evaluate.in_rounds = pretrain_encoder.in_rounds = slow
+
+
+def step_slowly():
+    step = torch.optim.Adam.step
+
+    def slow(self, *args, **kwargs):
+        time.sleep(0.2)
+        return step(self, *args, **kwargs)
+    torch.optim.Adam.step = slow
 
 
 def write_image(path, height=40, width=56, seed=0):

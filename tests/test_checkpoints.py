@@ -1,0 +1,432 @@
+"""checkpoints.py: killed at any instant, the run ends with the same bits; and every other promise in README's table."""
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, Forked, write_image
+from PIL import Image
+
+import checkpoints
+import data
+import datasets
+import runtime
+
+STAGES = list(TINY)
+STEPS = {stage: ["--steps", 6, "--save-every", 2, "--eval-every", 3, "--micro-batch", 1] for stage in STAGES}
+STEPS["pretrain_decoder"] = ["--steps", 6, "--save-every", 2, "--encoder-weights", "random"]
+
+
+def flags(stage, out, *more):
+    return [*TINY[stage], *STEPS[stage], *more, "--out", out]
+
+
+def everything(out):
+    """What a run leaves: the tensors of its checkpoints, its scores, the losses and scores in its log."""
+    found = {name: torch.load(out / name, weights_only=True) for name in ("last.pt", "best.pt") if (out / name).exists()}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [{key: line[key] for key in ("step", "loss", "rate", "top1", "miou") if key in line} for line in log]
+    return {name: {key: content[key] for key in ("model", "optimizer", "step", "best") if key in content} for name, content in found.items()}, \
+        json.loads((out / "metrics.json").read_text()), lines
+
+
+def same(a, b):
+    """Equal to the bit, all the way down."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """undisturbed(stage, processes) -> what a run leaves that nobody disturbs; made once."""
+    made = {}
+
+    def make(stage, processes=1):
+        if (stage, processes) not in made:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            assert Forked(folder, stage, *flags(stage, folder / "out"), processes=processes).wait() == [0] * processes
+            made[stage, processes] = everything(folder / "out")
+        return made[stage, processes]
+    return make
+
+
+# ------------------------------------------------------------------------------------------------ killed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_random_instants_the_run_ends_with_the_same_bits(stage, undisturbed, tmp_path):
+    wanted, rng, kills = undisturbed(stage), random.Random(stage), 0
+    started = time.monotonic()
+    run = Forked(tmp_path, stage, *flags(stage, tmp_path / "whole"))
+    assert run.wait() == [0]
+    duration = time.monotonic() - started
+    while kills < 8:
+        run = Forked(tmp_path, stage, *flags(stage, tmp_path / "out"))
+        run.ranks[0].join(rng.uniform(0, 1.2 * duration))
+        if run.ranks[0].is_alive():
+            run.ranks[0].kill()
+            assert run.wait() in ([-9], [0])
+            kills += 1
+        if (tmp_path / "out" / "metrics.json").exists():                  # finished: once more from the start
+            assert same(everything(tmp_path / "out"), wanted)
+            shutil.rmtree(tmp_path / "out")
+    assert Forked(tmp_path, stage, *flags(stage, tmp_path / "out")).wait() == [0]
+    assert same(everything(tmp_path / "out"), wanted)
+
+
+@pytest.mark.parametrize("patch", [("die_in_save", n) for n in (1, 2, 3)] + [("die_in_rename", n, after) for n in range(1, 11) for after in (False, True)],
+                         ids=lambda patch: "-".join(map(str, patch)))
+def test_killed_inside_a_save_the_run_ends_with_the_same_bits(patch, undisturbed, tmp_path):
+    run = Forked(tmp_path, "finetune", *flags("finetune", tmp_path / "out"), patches=[patch])
+    assert run.wait() == [-9], run.text()
+    again = Forked(tmp_path, "finetune", *flags("finetune", tmp_path / "out"))
+    assert again.wait() == [0], again.text()
+    assert same(everything(tmp_path / "out"), undisturbed("finetune"))
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_nothing_that_was_saved_is_done_again(tmp_path):
+    run = Forked(tmp_path, "pretrain_decoder", *flags("pretrain_decoder", tmp_path / "out"), patches=[("die_in_save", 3)])
+    assert run.wait() == [-9]
+    again = Forked(tmp_path, "pretrain_decoder", *flags("pretrain_decoder", tmp_path / "out"))
+    assert again.wait() == [0] and "steps 4 to 6" in again.text()
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[:5000] + b"\xff" + path.read_bytes()[5001:]),
+    lambda path: path.unlink()])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(spoil, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    assert Forked(tmp_path, "finetune", *flags("finetune", out)).wait() == [0]
+    assert torch.load(out / "previous.pt", weights_only=True)["step"] == 4
+    spoil(out / "last.pt")
+    (out / "metrics.json").unlink()
+    there = (out / "last.pt").exists()
+    run = Forked(tmp_path, "finetune", *flags("finetune", out))
+    assert run.wait() == [0] and "steps 4 to 6" in run.text()
+    assert ("last.pt: not a whole checkpoint (" in run.text() and "continuing from previous.pt, step 4" in run.text()) == there == (out / "last.pt.damaged").exists()
+    assert same(everything(out), undisturbed("finetune"))
+
+
+def test_two_damaged_checkpoints_are_refused(tmp_path):
+    out = tmp_path / "out"
+    assert Forked(tmp_path, "finetune", *flags("finetune", out)).wait() == [0]
+    for name in ("last.pt", "previous.pt"):
+        (out / name).write_bytes(b"PK")
+    run = Forked(tmp_path, "finetune", *flags("finetune", out))
+    assert run.wait() == [2] and "last.pt: not a whole checkpoint (" in run.text() and f"Remove {out} to start anew" in run.text()
+
+
+def test_an_altered_byte_is_noticed_or_changes_nothing(tmp_path):
+    content = {"model": {f"layer {i}": torch.randn(20, 30) for i in range(5)}, "model_args": {}, "step": 3, "args": {"lr": 0.1}}
+    checkpoints.save(tmp_path / "a.pt", content)
+    whole, rng, noticed = (tmp_path / "a.pt").read_bytes(), random.Random(0), 0
+    assert checkpoints.damage(tmp_path / "a.pt") is None
+    for _ in range(300):
+        at = rng.randrange(len(whole))
+        (tmp_path / "b.pt").write_bytes(whole[:at] + bytes([whole[at] ^ rng.randrange(1, 256)]) + whole[at + 1:])
+        try:
+            assert same(checkpoints.load_checkpoint(tmp_path / "b.pt"), content)
+        except runtime.InputError:
+            noticed += 1
+    assert noticed > 200
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_signal_saves_at_the_end_of_the_step_and_the_run_can_continue(stage, name, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    run = Forked(tmp_path, stage, *flags(stage, out), patches=[("step_slowly",)])
+    run.until(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= 1)
+    os.kill(run.ranks[0].pid, getattr(signal, name))
+    assert run.wait() == [runtime.TRY_AGAIN], run.text()
+    step = torch.load(out / "last.pt", weights_only=True)["step"]
+    assert f"stopped by {name}: saved at step {step} in {out}; the same command continues" in run.text() and 1 <= step < 6
+    again = Forked(tmp_path, stage, *flags(stage, out))
+    assert again.wait() == [0] and f"steps {step} to 6" in again.text()
+    assert same(everything(out), undisturbed(stage))
+
+
+@pytest.mark.parametrize("stage", ["pretrain_encoder", "finetune"])
+def test_a_signal_to_one_process_stops_all_even_in_a_validation(stage, undisturbed, tmp_path):
+    out, marker = tmp_path / "out", tmp_path / "validating"
+    run = Forked(tmp_path, stage, *flags(stage, out), processes=2, patches=[("validate_slowly", str(marker))])
+    run.until(lambda: (out / "last.pt").exists() and torch.load(out / "last.pt", weights_only=True)["step"] == 3)
+    marker.unlink(missing_ok=True)
+    run.until(marker.exists)
+    os.kill(run.ranks[1].pid, signal.SIGTERM)
+    assert run.wait() == [runtime.TRY_AGAIN] * 2, run.text()
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 3 and not {"miou", "top1"} & set((out / "log.jsonl").read_text().split('"'))
+    assert Forked(tmp_path, stage, *flags(stage, out), processes=2).wait() == [0, 0]
+    assert same(everything(out), undisturbed(stage, 2))
+
+
+def driver(tmp_path, stage, body=""):
+    """A script for torchrun: the stage on a dozen shapes, after `body`."""
+    path = tmp_path / "driver.py"
+    path.write_text(f"import os, signal, sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                    f"import conftest, datasets, runtime, torch, {stage}\n{body}\n"
+                    f"datasets.SHAPES_COUNTS = {{part: 12 for part in datasets.SHAPES_COUNTS}}\nruntime.run({stage}.main)\n")
+    return path
+
+
+def torchrun_command(path, *more):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more, str(path)]
+
+
+def test_torchrun_passes_sigterm_on_and_loader_workers_do_not_die_first(undisturbed, tmp_path):
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    path = driver(tmp_path, "pretrain_decoder", "conftest.step_slowly()")
+    with open(text, "w") as file:
+        run = subprocess.Popen([*torchrun_command(path), *map(str, flags("pretrain_decoder", out, "--workers", 2))], stdout=file, stderr=file,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n")):
+            assert run.poll() is None, text.read_text()
+            time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)
+        run.wait()
+    step = torch.load(out / "last.pt", weights_only=True)["step"]
+    assert f"stopped by SIGTERM: saved at step {step}" in text.read_text() and "DataLoader worker" not in text.read_text() and step < 6
+    assert Forked(tmp_path, "pretrain_decoder", *flags("pretrain_decoder", out), processes=2).wait() == [0, 0]
+    assert same(everything(out), undisturbed("pretrain_decoder", 2))
+
+
+def test_torchrun_restarts_the_group_when_a_process_is_killed(undisturbed, tmp_path):
+    body = f"""
+step, calls = torch.optim.Adam.step, []
+def dying(self, *args, **kwargs):
+    calls.append(0)
+    if len(calls) == 4 and os.environ["RANK"] == "1" and not os.path.exists({str(tmp_path / "died")!r}):
+        open({str(tmp_path / "died")!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+torch.optim.Adam.step = dying"""
+    done = subprocess.run([*torchrun_command(driver(tmp_path, "finetune", body), "--max-restarts=1"), *map(str, flags("finetune", tmp_path / "out"))],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "died").exists() and "steps 0 to 6" in done.stdout and re.search("steps [34] to 6", done.stdout)
+    assert same(everything(tmp_path / "out"), undisturbed("finetune", 2))
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+@pytest.mark.parametrize("encoder", ["hybrid-small", "resnet50"])
+@pytest.mark.parametrize("stage, more", [("pretrain_encoder", []), ("pretrain_decoder", []), ("pretrain_decoder", ["--method", "dep"]), ("finetune", [])])
+def test_1_2_and_4_processes_with_and_without_accumulation_are_one_run(stage, more, encoder, tmp_path):
+    size = "--crop-size" if stage == "finetune" else "--image-size"
+    base = [*TINY[stage], *more, "--encoder", encoder, "--steps", 2, "--batch-size", 8, size, 32, "--lr", 1e-4]
+    if stage == "pretrain_decoder":
+        base += ["--encoder-weights", "random"]
+    found = {}
+    for processes, micro_batch in ((1, 8), (1, 3), (2, 4), (4, 1)):
+        out = tmp_path / f"{processes}_{micro_batch}"
+        run = Forked(tmp_path, stage, *base, "--micro-batch", micro_batch, "--out", out, processes=processes)
+        assert run.wait() == [0] * processes, run.text()
+        found[processes, micro_batch] = [line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
+        weights = torch.load(out / "last.pt", weights_only=True)["model"]
+        assert not any("module." in name or "_orig_mod" in name for name in weights)
+    for key, losses in found.items():
+        assert len(losses) == 2 and losses == pytest.approx(found[1, 8], rel=1e-5), key
+
+
+def test_a_run_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
+    out = tmp_path / "out"
+    assert Forked(tmp_path, "finetune", *flags("finetune", out), patches=[("die_in_save", 4)]).wait() == [-9]
+    run = Forked(tmp_path, "finetune", *flags("finetune", out), processes=2)
+    assert run.wait() == [0, 0] and "begun on 1 processes, continued on 2: the same samples" in run.text()
+    (_, _, ours), (_, _, wanted) = everything(out), undisturbed("finetune")
+    ours, wanted = ([line["loss"] for line in lines if "loss" in line] for lines in (ours, wanted))
+    assert len(ours) == 6 and ours == pytest.approx(wanted, rel=1e-5)
+
+
+def test_other_data_is_refused(script, tmp_path):
+    for i in range(4):
+        write_image(tmp_path / "photos" / f"{i}.png", 40, 40, seed=i)
+    base = ["--data", "folder", "--root", tmp_path / "photos", "--encoder", "hybrid-small", *TINY["pretrain_decoder"], "--encoder-weights", "random",
+            "--workers", 0, "--out", tmp_path / "out"]
+    assert script("pretrain_decoder", *base)[0] == 0
+    shutil.move(tmp_path / "photos", tmp_path / "moved")                  # the same images elsewhere are the same data
+    moved = [tmp_path / "moved" if flag == tmp_path / "photos" else flag for flag in base]
+    assert "finished" in script("pretrain_decoder", *moved)[1]
+    write_image(tmp_path / "moved" / "another.png", 40, 40)
+    status, _, err = script("pretrain_decoder", *moved)
+    rows = err.splitlines()
+    assert status == 2 and "other flags or data" in rows[0] and rows[2].split()[0] == "data" and "4 images" in rows[2] and "5 images" in rows[2]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+    out = tmp_path / "out"
+    first = Forked(tmp_path, "finetune", *flags("finetune", out), patches=[("step_slowly",)])
+    first.until(lambda: (out / "log.jsonl").exists())
+    second = Forked(tmp_path, "finetune", *flags("finetune", out))
+    assert second.wait() == [2] and f"another run is writing there (process {first.ranks[0].pid} on " in second.text()
+    assert first.wait() == [0]
+
+
+# ------------------------------------------------------------------------------------------------ disks
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(undisturbed, tmp_path):
+    out = tmp_path / "out"
+    run = Forked(tmp_path, "pretrain_decoder", *flags("pretrain_decoder", out), patches=[("fill_disk", 1)])
+    assert run.wait() == [2], run.text()
+    assert "last.pt cannot be written (File too large); what was saved before is whole" in run.text() and "Traceback" not in run.text()
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 2 and not list(out.glob("*.tmp"))
+    assert Forked(tmp_path, "pretrain_decoder", *flags("pretrain_decoder", out)).wait() == [0]
+    assert same(everything(out), undisturbed("pretrain_decoder"))
+
+
+@pytest.mark.parametrize("number, text", [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system"),
+                                          (errno.EACCES, "Permission denied")])
+@pytest.mark.parametrize("where", ["last.pt", "log.jsonl", "metrics.json"])
+def test_a_disk_that_cannot_be_written_is_said_in_one_line(number, text, where, script, few_shapes, tmp_path, monkeypatch):
+    def failing(path, mode="r", *args, **kwargs):
+        if where in str(path) and ("w" in mode or "a" in mode):
+            raise OSError(number, text, str(path))
+        return open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(runtime, "open", failing, raising=False)
+    status, _, err = script("finetune", *flags("finetune", tmp_path))
+    assert status == 2 and where in err and f"cannot be written ({text})" in err and err.count("\n") == 1
+    monkeypatch.undo()
+    assert not (tmp_path / "metrics.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------ numbers that go wrong
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_stops_the_run_and_lists_the_batch(stage, script, few_shapes, tmp_path, monkeypatch):
+    calls = []
+
+    def spoil(loss):
+        def spoiled(prediction, *args, **kwargs):
+            calls.append(0)                                               # a finite loss whose gradient is inf * 0
+            return loss(prediction, *args, **kwargs) + ((prediction.sum() * 0).sqrt() if len(calls) == 3 else 0)
+        return spoiled
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", spoil(torch.nn.functional.cross_entropy))
+    monkeypatch.setattr(torch.nn.functional, "mse_loss", spoil(torch.nn.functional.mse_loss))
+    status, _, err = script(stage, *flags(stage, tmp_path, "--micro-batch", 4))
+    assert status == 2 and "its gradient's norm is nan, at step 2" in err and err.count("\n") == 1
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 2 and all(value.isfinite().all() for value in checkpoint["model"].values())
+    names = (tmp_path / "not_finite_step_2.txt").read_text().split()
+    source = {"pretrain_encoder": datasets.classification_images("shapes", None)[0], "pretrain_decoder": datasets.pretraining_images("shapes", None),
+              "finetune": datasets.segmentation_pairs("shapes", None, "train")[0]}[stage]
+    if stage == "finetune":
+        source = source.subset(datasets.label_subset([source.name(i) for i in range(12)], 6, 0))
+    batch = list(data.Batches(len(source), 4, 6))[2]
+    assert names == [source.name(i) for _, i in batch]
+
+
+def test_fp16_skips_steps_until_nothing_will_help(tmp_path):
+    class Scaler:
+        def __init__(self, scale):
+            self.scale = scale
+
+        def is_enabled(self):
+            return True
+
+        def get_scale(self):
+            return self.scale
+
+    args = type("Args", (), {"out": str(tmp_path)})
+    alone, source, batch = runtime.Processes(0, 1, torch.device("cpu")), datasets.Shapes("train", 3), {"index": torch.tensor([2])}
+    runtime.require_finite(float("inf"), float("nan"), 7, Scaler(65536.0), batch, source, args, alone)
+    with pytest.raises(runtime.InputError, match="the loss is inf at step 7"):
+        runtime.require_finite(float("inf"), float("nan"), 7, Scaler(1e-7), batch, source, args, alone)
+
+
+# ------------------------------------------------------------------------------------------------ bad pictures
+
+
+def png_with_header(width, height, rows=b""):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def bad_pictures(folder):
+    """Ten kinds, by name; those in UNREADABLE do not decode, the others are only unusual."""
+    colours = np.random.RandomState(9).randint(0, 256, (24, 36, 3), dtype=np.uint8)
+    picture = Image.fromarray(colours)
+    picture.save(folder / "00100_truncated.jpg")
+    (folder / "00100_truncated.jpg").write_bytes((folder / "00100_truncated.jpg").read_bytes()[:400])
+    (folder / "00300_zero_bytes.png").write_bytes(b"")
+    (folder / "00301_text.jpg").write_text("<html>404</html>")            # next to the other: two replacements in a row
+    (folder / "00700_huge_header.png").write_bytes(png_with_header(60_000, 60_000))
+    (folder / "00900_bomb.png").write_bytes(png_with_header(20_000, 20_000, bytes(2501 * 20_000)))
+    picture.save(folder / "01100_animated.webp", save_all=True, append_images=[Image.fromarray(255 - colours)], duration=100, lossless=True)
+    Image.fromarray(colours[:1, :1]).save(folder / "01200_one_pixel.png")
+    picture.convert("CMYK").save(folder / "01300_cmyk.jpg")
+    Image.fromarray(colours[..., 0].astype(np.uint16) * 257).save(folder / "01400_16_bit.png")
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    picture.save(folder / "01500_rotated.jpg", exif=exif)
+
+
+UNREADABLE = {"00100_truncated.jpg": "truncated", "00300_zero_bytes.png": "cannot identify image file", "00301_text.jpg": "cannot identify image file",
+              "00700_huge_header.png": "decompression bomb", "00900_bomb.png": "decompression bomb"}
+
+
+def test_what_is_said_of_each_bad_picture(tmp_path):
+    bad_pictures(tmp_path)
+    source = datasets.pretraining_images("folder", str(tmp_path))
+    said = {}
+    for i in range(len(source)):
+        try:
+            image = source.read(i)["image"]
+            assert image.dtype == torch.uint8 and image.shape[0] == 3
+        except data.UnreadableImage as error:
+            said[source.name(i)] = str(error)
+    assert said.keys() == UNREADABLE.keys() and len(source) == 10
+    for name, reason in UNREADABLE.items():
+        assert said[name].startswith(f"{tmp_path / name}: not a readable image (") and reason in said[name] and "\n" not in said[name]
+
+
+def test_pretraining_runs_through_damaged_files_as_if_they_were_their_neighbours(script, tmp_path):
+    photos, clean = tmp_path / "photos", tmp_path / "clean"
+    photos.mkdir()
+    rng = np.random.RandomState(0)
+    for i in range(1990):
+        Image.fromarray(rng.randint(0, 256, (8, 8, 3), dtype=np.uint8)).save(photos / f"{i:05}.png")
+    bad_pictures(photos)
+    base = ["--data", "folder", "--encoder", "hybrid-small", "--width", 1 / 32, "--image-size", 16, "--batch-size", 100, "--micro-batch", 100, "--epochs", 2,
+            "--log-every", 1, "--encoder-weights", "random", "--workers", 0]
+    status, out, err = script("pretrain_decoder", *base, "--root", photos, "--out", tmp_path / "a")
+    assert status == 0, err
+    for name in UNREADABLE:
+        assert out.count(f"{name}: not a readable image") == 1, name      # once, though each came up twice
+    assert out.count("skipped") == len(UNREADABLE)
+    shutil.copytree(photos, clean)
+    names = sorted(os.listdir(photos))
+    for name in UNREADABLE:
+        neighbour = next(other for other in names[names.index(name) + 1:] if other not in UNREADABLE)
+        (clean / name).write_bytes((photos / neighbour).read_bytes())
+    status, out, err = script("pretrain_decoder", *base, "--root", clean, "--out", tmp_path / "b")
+    assert status == 0 and "skipped" not in out, err
+    a, b = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in "ab")
+    assert same(a["model"], b["model"]) and a["step"] == 40
