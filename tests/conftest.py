@@ -66,7 +66,7 @@ def torchrun(processes, name, *flags, cwd=None):
 
 # They fork from a server that has imported torch once: a run starts in a tenth of a second.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["conftest", "checkpoints", "pretrain_encoder", "pretrain_decoder", "finetune"])
+FORK.set_forkserver_preload(["conftest", "checkpoints", "pretrain_encoder", "pretrain_decoder", "finetune", "evaluate"])
 
 
 class Forked:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import TINY, torchrun, write_image, write_mask
+from conftest import TINY, Forked, write_image, write_mask
 from PIL import Image
 
 import data
@@ -170,11 +170,11 @@ def test_the_number_of_processes_does_not_change_an_integer(checkpoint, folder, 
     for i in range(3):                                                    # 5 images: not divisible by 2
         write_image(folder / "images" / "val" / f"g{i}.png", 20, 33 + i, seed=9 + i)
         write_mask(folder / "masks" / "val" / f"g{i}.png", np.random.RandomState(i).choice([0, 1, 2], (20, 33 + i)))
-    for processes in (1, 2):
-        done = torchrun(processes, "evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0, "--out", tmp_path / str(processes))
-        assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "12")
-    assert one == two and one["images"] == 5
+    for processes in (1, 2, 4):
+        run = Forked(tmp_path, "evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0, "--out", tmp_path / str(processes), processes=processes)
+        assert run.wait() == [0] * processes, run.text()
+    one, two, four = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "124")
+    assert one == two == four and one["images"] == 5
 
 
 def test_the_scores_of_other_flags_are_not_overwritten(script, checkpoint, folder, tmp_path):

@@ -336,8 +336,10 @@ def test_every_file_and_flag_that_readme_names_exists():
     readme = (ROOT / "README.md").read_text()
     for name in re.findall(r"`(\w+\.py)`", readme):
         assert (ROOT / name).exists(), name
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    assert not [name for name in re.findall(r"`(test_\w+)`", readme) if f"def {name}(" not in tests]
     sources = "".join(path.read_text() for path in ROOT.glob("*.py"))
-    flags_named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) - {"--nproc_per_node", "--nproc", "--nnodes", "--node", "--master", "--help", "--no-flip"}
+    flags_named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) - {"--nproc_per_node", "--nproc", "--nnodes", "--node", "--master", "--help", "--no-flip", "--max-restarts"}
     assert not [flag for flag in flags_named if f'"{flag}"' not in sources]
 
 
