@@ -48,6 +48,8 @@ class Run:
             self.saved_step, before = self.checkpoint["step"], self.checkpoint["processes"]
             if before != processes.world:
                 self.notes.append(f"begun on {before} processes, continued on {processes.world}: the same samples, results equal but for rounding")
+        elif os.path.exists(self._path("args.json")):
+            self.notes.append(f"{args.out}: a run began here and saved nothing; starting over")
         processes.barrier()                                               # all have read before one writes
         if processes.is_main:
             if damaged:
@@ -184,10 +186,12 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def weights_path(source, processes):
+def weights_path(source, encoder, processes):
     """The file that --encoder-weights or --init means: a path is itself, a published name is fetched, once per machine."""
     if source not in PUBLISHED:
         return source
+    if encoder not in (None, PUBLISHED[source][0]):
+        raise InputError(f"{source} are weights of --encoder {PUBLISHED[source][0]}, this is {encoder}; pass the one or the other")
     with as_input_error(), processes.one_first():
         return published_weights(source)
 

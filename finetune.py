@@ -22,7 +22,7 @@ import runtime
 from data import IGNORE, Batches, Samples, load, raise_errors, segmentation_transform, to_pixels
 from datasets import LABELLED, add_subset_arguments, check, chosen_labels, class_colours, segmentation_pairs
 from evaluate import evaluate, predict, table
-from model import ENCODERS, build_unet, load_encoder_weights, load_strictly, read_weights
+from model import ENCODERS, PUBLISHED, build_unet, load_encoder_weights, load_strictly, read_weights
 from pictures import colour_mask, from_pixels, sheet
 from runtime import InputError
 
@@ -64,7 +64,7 @@ def parse_arguments(argv=None):
 
 def with_network(args, init):
     """args with --encoder and --width filled in: those that `init` was made with, or else those of the data set."""
-    made_with = (init or {}).get("model_args", {})                        # published weights have none
+    made_with = {"encoder": PUBLISHED[args.init][0]} if args.init in PUBLISHED else (init or {}).get("model_args", {})
     network = {}
     for key, fallback in zip(("encoder", "width"), NETWORK["shapes" if args.data == "shapes" else "paper"]):
         asked = getattr(args, key)
@@ -95,7 +95,7 @@ def initialise(model, args, init):
 def main():
     args = parse_arguments()
     processes = runtime.start_processes(args.device)
-    init_path = checkpoints.weights_path(args.init, processes)
+    init_path = checkpoints.weights_path(args.init, args.encoder, processes)
     with runtime.as_input_error():
         init = None if args.init == "none" else read_weights(init_path)
     args = with_network(args, init)

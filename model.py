@@ -404,9 +404,9 @@ def freeze(module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
 
-PUBLISHED = {                                                  # name: (address, first digits of its SHA-256 where the publisher gives them)
-    "imagenet21k": ("https://storage.googleapis.com/vit_models/imagenet21k/R50+ViT-B_16.npz", None),
-    "imagenet1k": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),    # torchvision's IMAGENET1K_V1
+PUBLISHED = {                                                  # name: (encoder, address, first digits of its SHA-256 where they are given)
+    "imagenet21k": ("hybrid", "https://storage.googleapis.com/vit_models/imagenet21k/R50+ViT-B_16.npz", None),
+    "imagenet1k": ("resnet50", "https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),    # torchvision's IMAGENET1K_V1
 }
 
 
@@ -487,7 +487,7 @@ def published_weights(name):
     A file gets its name there only when it is whole and holds what it should. Raises ValueError, with the address, where it cannot be
     fetched.
     """
-    address, sha256 = PUBLISHED[name]
+    _, address, sha256 = PUBLISHED[name]
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -79,7 +79,7 @@ def find_encoder_weights(args, processes):
     if args.encoder_weights == "random" or (args.encoder_weights is None and args.method == "dep"):
         return None
     if args.encoder_weights is not None:
-        return checkpoints.weights_path(args.encoder_weights, processes)
+        return checkpoints.weights_path(args.encoder_weights, args.encoder, processes)
     if args.data != "shapes" or args.encoder != "hybrid-small":
         raise InputError("DDeP pretrains the decoder of a trained encoder: pass --encoder-weights PATH, or imagenet21k for the paper's; "
                          "--encoder-weights random freezes an untrained one")

@@ -1,4 +1,4 @@
-"""What every script needs around its maths: user errors, arguments, processes and devices, rates, checkpoints, the log."""
+"""What every script needs around its maths: user errors, arguments, processes and devices, rates, files, the log."""
 import argparse
 import errno
 import json

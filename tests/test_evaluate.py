@@ -96,6 +96,27 @@ def test_windows_flips_and_scales_are_what_a_slow_loop_computes(size, average):
     torch.testing.assert_close(ours, torch.stack(answers).mean(0), rtol=1e-4, atol=1e-5)
 
 
+def test_one_window_at_a_time_is_in_the_network():
+    seen = []
+
+    class Recorder(Colours):
+        def forward(self, x):
+            seen.append(tuple(x.shape))
+            return super().forward(x)
+
+    evaluate.predict(Recorder(), torch.randn(1, 3, 40, 70), scales=(0.5, 1.75), flip=True, window=16, stride=16)
+    assert all(shape[0] == 1 and max(shape[2:]) <= 16 for shape in seen) and len(seen) == 2 * (2 * 3 + 5 * 8)
+
+
+@pytest.mark.parametrize("height, width", [(1, 37), (300, 1), (1, 1)])
+def test_pictures_of_one_pixel_a_side_go_through_a_real_network(height, width):
+    import model
+    unet = model.build_unet("hybrid-small", 1 / 32, 4).eval()
+    for how in (dict(), dict(window=32), dict(window=32, scales=(0.5, 1.0, 1.75), flip=True)):
+        with torch.no_grad():
+            assert evaluate.predict(unet, torch.rand(1, 3, height, width), **how).shape == (1, 4, height, width)
+
+
 def test_every_image_of_a_folder_counts_once_at_its_own_size(folder):
     source, names = datasets.segmentation_pairs("folder", str(folder), "val")
     metrics = evaluate.evaluate(Colours(), source, names, ALONE)

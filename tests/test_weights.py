@@ -258,7 +258,7 @@ def server(tmp_path, monkeypatch):
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setitem(model.PUBLISHED, "imagenet1k", (f"http://127.0.0.1:{running.server_port}/resnet50.pth", None))
+    monkeypatch.setitem(model.PUBLISHED, "imagenet1k", ("resnet50", f"http://127.0.0.1:{running.server_port}/resnet50.pth", None))
     yield served, requests
     running.shutdown()
 
@@ -279,7 +279,7 @@ def test_a_published_name_is_fetched_once_and_checked(server, tmp_path):
 def test_a_wrong_hash_is_refused(server, monkeypatch, tmp_path):
     served, _ = server
     torch.save({"layer4.2.conv3.weight": torch.zeros(1)}, served / "resnet50.pth")
-    monkeypatch.setitem(model.PUBLISHED, "imagenet1k", (model.PUBLISHED["imagenet1k"][0], "0676ba61"))
+    monkeypatch.setitem(model.PUBLISHED, "imagenet1k", (*model.PUBLISHED["imagenet1k"][:2], "0676ba61"))
     with pytest.raises(ValueError, match="imagenet1k: cannot fetch http.*pass its path instead"):
         model.published_weights("imagenet1k")
     assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
@@ -287,7 +287,7 @@ def test_a_wrong_hash_is_refused(server, monkeypatch, tmp_path):
 
 def test_offline_one_line_gives_the_address(script, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setitem(model.PUBLISHED, "imagenet21k", ("http://127.0.0.1:9/R50+ViT-B_16.npz", None))       # nobody listens there
+    monkeypatch.setitem(model.PUBLISHED, "imagenet21k", ("hybrid", "http://127.0.0.1:9/R50+ViT-B_16.npz", None))       # nobody listens there
     status, _, err = script("pretrain_decoder", "--encoder", "hybrid", "--image-size", 32, "--encoder-weights", "imagenet21k", "--out", tmp_path / "o")
     assert status == 2 and err.count("\n") == 1
     assert "imagenet21k: cannot fetch http://127.0.0.1:9/R50+ViT-B_16.npz" in err and "pass its path instead" in err
