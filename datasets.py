@@ -33,7 +33,7 @@ from tqdm import tqdm
 import runtime
 import shapes
 from data import SampleError, UnreadableImage, label_map, read_image, read_mask
-from image_index import ImageIndex
+from image_index import SYNSET, ImageIndex
 from pictures import palette
 from runtime import InputError
 
@@ -203,8 +203,9 @@ def classification_images(data, root, cache=None):
     names = sorted({_class_of(container) for container in train.containers} - {"."})
     if len(names) < 2:
         raise InputError(f"{train.root}: {len(names)} class folders, expected two or more, each with the images of one class")
-    if len(train) and _class_of(train.containers[train.container(0)]) == ".":
-        raise InputError(f"{os.path.join(train.root, train.name(0))}: an image outside the class folders; expected {train.root}/<class>/<image>")
+    present = {_class_of(container) for container, count in zip(train.containers, np.diff(train.ends, prepend=0)) if count}
+    if set(names) - present:
+        raise InputError(f"{os.path.join(train.root, min(set(names) - present))}: no images of this class")
     if train.root != root and os.path.isdir(os.path.join(root, "val")):
         val = ImageIndex.of_folder(os.path.join(root, "val"), cache=cache)
         unknown = {_class_of(container) for container in val.containers} - {*names, "."}
@@ -222,6 +223,9 @@ def _class_of(container):
 
 
 def _classes(index, names):
+    """The class number of each container of the index."""
+    if index.containers[index.container(0)] == ".":                       # the folder itself comes first
+        raise InputError(f"{os.path.join(index.root, index.name(0))}: an image outside the class folders; expected {index.root}/<class>/<image>")
     number = {name: i for i, name in enumerate(names)}
     return np.array([number.get(_class_of(container), -1) for container in index.containers], np.int32)
 
@@ -229,7 +233,7 @@ def _classes(index, names):
 def _synsets(root, cache):
     """(index, note) of ImageNet-21k: .tar files or folders in root, or in root/train."""
     for base in (root, os.path.join(root, "train")):
-        if os.path.isdir(base) and any(re.fullmatch(r"n\d{8}(\.tar)?", entry.name) for entry in os.scandir(base)):
+        if os.path.isdir(base) and any(SYNSET.fullmatch(entry.name) for entry in os.scandir(base)):
             index = ImageIndex.of_synsets(base, cache)
             count = len(index.containers)
             known = " or ".join(f"{n} ({release})" for n, release in SYNSETS.items())
@@ -322,7 +326,8 @@ def _voc_folder(root, year, folders):
     if os.path.isdir(os.path.join(root, "JPEGImages")):
         years = [root]
     tree = f"VOCdevkit/VOC{year or '20xx'} with {', '.join(folders)}"
-    of_that_year = [place for place in years if year is None or os.path.basename(os.path.realpath(place)) == f"VOC{year}"]
+    other_year = re.compile(rf"VOC(?!{year})\d{{4}}") if year else re.compile("(?!)")
+    of_that_year = [place for place in years if not other_year.fullmatch(os.path.basename(os.path.realpath(place)))]
     if not of_that_year:
         found = f"found {', '.join(map(os.path.basename, years))}, " if years else ""
         raise InputError(f"{root}: {found}expected {tree}")
