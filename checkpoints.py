@@ -122,11 +122,11 @@ class Run:
         write_json(self._path("metrics.json"), metrics)
 
 
-def make_folder(out):
+def make_folder(path, flag="--out"):
     try:
-        os.makedirs(out, exist_ok=True)
+        os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); pass another --out") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror}); pass another {flag}") from None
 
 
 def claim(out):

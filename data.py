@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -61,7 +61,14 @@ def read_image(source, name=None):
                 image = image.convert("RGBA")
             return v2.functional.pil_to_tensor(image.convert("RGB"))
     except Exception as error:                                            # Pillow's decoders meet broken bytes with all kinds of errors
-        raise UnreadableImage(f"{name or source}: not a readable image ({error})") from None
+        raise UnreadableImage(f"{name or source}: not a readable image ({_reason(error)})") from None
+
+
+def _reason(error):
+    """What Pillow says, without the name of the file or of a buffer in memory."""
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify image file"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def label_map(classes):
@@ -83,7 +90,7 @@ def read_mask(path, labels):
         with Image.open(path) as image:
             image.load()
     except Exception as error:                                            # as in read_image
-        raise SampleError(f"{path}: not a readable mask ({error})") from None
+        raise SampleError(f"{path}: not a readable mask ({_reason(error)})") from None
     if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
         raise SampleError(f"{path}: mask is {image.mode}, expected an index image (palette or grey) whose pixel values are class "
                           f"indices {expected}; convert its colours to indices first")
@@ -92,7 +99,7 @@ def read_mask(path, labels):
     values = np.asarray(image).astype(np.int64)
     mask = np.where((values >= 0) & (values <= 255), labels[values.clip(0, 255)], -1)
     if (mask < 0).any():
-        raise SampleError(f"{path}: mask value {values[mask < 0][0]}, expected {expected}; correct the mask or the number of classes")
+        raise SampleError(f"{path}: mask value {values[mask < 0][0]}, expected {expected}; correct the mask or, for your own data, the number of classes")
     return torch.from_numpy(mask.astype(np.uint8))
 
 

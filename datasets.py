@@ -459,7 +459,7 @@ def _require_folder(root):
     if root is None:
         raise InputError("which folder? pass --root DIR")
     if not os.path.isdir(root):
-        raise InputError(f"{root}: no such folder; pass --root with the folder of the data")
+        raise InputError(f"{root}: {'not a folder' if os.path.exists(root) else 'no such folder'}; pass --root with the folder of the data")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

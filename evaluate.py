@@ -177,6 +177,8 @@ def parse_arguments(argv=None):
         args.scales = [1.0]                                               # Table 7: ResNet-50 without multi-scale
     if args.stride is not None and not args.window:
         raise InputError("--stride without --window: the whole image is one window; pass --window N too")
+    if args.stride is not None and args.stride > args.window:
+        raise InputError(f"--stride {args.stride} is longer than --window {args.window}: no window would see what lies between; pass a shorter one")
     args.out = args.out or os.path.join(os.path.dirname(path), f"evaluate_{os.path.splitext(os.path.basename(path))[0]}")
     return args, checkpoint
 
@@ -194,12 +196,14 @@ def main():
                              f"predictions, or a root with images/{args.split} and masks/{args.split}")
         args.out = args.save_predictions                                  # there are no scores: everything goes there
     else:
-        source, own_names = segmentation_pairs(args.data, args.root, args.split, len(names), args.list)
+        asked = len(names) if args.data == "folder" or len(names) == 60 and args.data == "pascal_context" else None
+        source, own_names = segmentation_pairs(args.data, args.root, args.split, asked, args.list)
         labelled = True
         if source is None:
             raise InputError(f"{args.root}: no folder images/{args.split}; pass --split train, or --list FILE")
         if own_names != names and not own_names[0].startswith("class "):
-            raise InputError(f"--data {args.data} has the classes {own_names}, {args.checkpoint} was fine-tuned for {names}; expected the same")
+            raise InputError(f"--data {args.data} has {len(own_names)} classes ({', '.join(own_names[:3])} ...), {args.checkpoint} was fine-tuned for "
+                             f"{len(names)} others ({', '.join(names[:3])} ...); pass the data it was fine-tuned for, or another checkpoint")
 
     model = build_unet(**checkpoint["model_args"])
     with runtime.as_input_error():
@@ -213,6 +217,8 @@ def main():
     processes.barrier()                                                   # all have read what is there before the main one writes
     if processes.is_main:
         checkpoints.make_folder(args.out)
+        if args.save_predictions:
+            checkpoints.make_folder(args.save_predictions, "--save-predictions")
         runtime.write_json(args_path, vars(args))
 
     runtime.say(processes, f"{args.checkpoint} on {len(source)} images of {args.root or args.data}, {processes.world} x {device.type}, {precision}")

@@ -108,7 +108,7 @@ def main():
     val = None
     if args.val_list is not None or args.train_list is None or args.root is not None:
         val, _ = segmentation_pairs(args.data, args.root, "val", args.num_classes, args.val_list)
-    notes, train = [train.note] + [val.note] * (val is not None), chosen_labels(train, args)
+    notes, train = [source.note for source in (train, val) if source is not None], chosen_labels(train, args)
     steps = runtime.steps_of(args, len(train))
 
     # Model: everything trains (section 2)

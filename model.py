@@ -441,7 +441,8 @@ def load_encoder_weights(encoder, source, label=None):
     if isinstance(encoder, HybridViT) and state.get("pos_embedding", encoder.cls).shape[1] == 1 + 24 ** 2 != 1 + encoder.grid ** 2:
         kind += f" at 384 pixels, its 24x24 position grid interpolated to {encoder.grid}x{encoder.grid}"
         state["pos_embedding"] = interpolate_position(state["pos_embedding"], encoder.grid, encoder.grid)
-    load_strictly(encoder, state, f"{label}: {kind}, does not fit {type(encoder).__name__}")
+    made_with = f" (made with --encoder {content['model_args']['encoder']})" if "encoder" in content.get("model_args", {}) else ""
+    load_strictly(encoder, state, f"{label}: {kind}{made_with}, does not fit {type(encoder).__name__}")
     return kind
 
 
@@ -467,14 +468,20 @@ def read_weights(path):
         if start[8:] == b"{":                                  # safetensors: eight bytes of length, then JSON
             from safetensors.torch import load_file            # where it happens to be installed
             return load_file(path)
-        if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
-            import numpy                                       # for .npz alone
-            return dict(numpy.load(path))
+        if zipfile.is_zipfile(path):                           # .npz and what torch.save writes
+            with zipfile.ZipFile(path) as parts:
+                names, damaged = parts.namelist(), parts.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"damaged: {damaged} does not match its checksum")
+            if any(name.endswith(".npy") for name in names):
+                import numpy                                   # for .npz alone
+                return dict(numpy.load(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise ValueError(f"{path}: reading it needs the package {error.name}; install that, or pass the .pth or .bin file") from None
     except Exception as error:                                 # torch.load fails in many ways on what is no checkpoint
-        raise ValueError(f"{path}: cannot be read as weights ({(str(error).splitlines() or [type(error).__name__])[0][:100]})") from None
+        raise ValueError(f"{path}: cannot be read as weights ({error if isinstance(error, zipfile.BadZipFile) else type(error).__name__}); "
+                         f"expected .pth or .bin of plain tensors, .npz or .safetensors") from None
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors")

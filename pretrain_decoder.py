@@ -11,7 +11,6 @@ log.jsonl, args.json, panel_start.png and panel_end.png. The same command again 
     DeP    the same with theta trained as well, from fresh weights unless --encoder-weights says otherwise      (section 3)
 """
 import os
-import subprocess
 import sys
 
 import torch
@@ -89,7 +88,7 @@ def find_encoder_weights(args, processes):
         group = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}  # it runs alone, not as a process of torchrun's
         alone = {key: value for key, value in os.environ.items() if key not in group}
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrain_encoder.py")
-        status = subprocess.run([sys.executable, script, "--out", SHAPES_ENCODER, "--device", args.device], env=alone).returncode
+        status = runtime.run_first([sys.executable, script, "--out", SHAPES_ENCODER, "--device", args.device], alone)
         if status:
             raise InputError(f"stage 1 ended with exit status {status}; see its message above")
     processes.barrier()

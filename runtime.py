@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
@@ -26,7 +27,7 @@ class Stopped(Exception):
 
 
 TRY_AGAIN = 75                                                            # exit status of that: EX_TEMPFAIL, "the same command later"
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 
 
 class InputError(Exception):
@@ -72,11 +73,14 @@ def run(main):
         else:                                                             # the first process to exit ends all: let rank 0 speak
             time.sleep(5)
         sys.exit(2)
+    except BrokenPipeError:                                               # nobody reads the output any more: ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
         print(f"{script}: error: {error.filename or 'a file'} cannot be written ({error.strerror}); what was saved before is whole. "
-              f"Mend that, and the same command continues", file=sys.stderr, flush=True)
+              f"Mend that and type the same command again", file=sys.stderr, flush=True)
         sys.exit(2)
     except Stopped as stop:
         if is_main:
@@ -89,6 +93,24 @@ def run(main):
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def run_first(command, environment):
+    """Run another script before this one goes on; signals are passed on to it. Its exit status; raises Stopped where a signal ended it."""
+    process, told = subprocess.Popen(command, env=environment), []
+
+    def pass_on(number, frame):
+        told.append(signal.Signals(number).name)
+        process.send_signal(signal.SIGTERM)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+    before = [signal.signal(number, pass_on) for number in numbers]
+    status = process.wait()
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+    if told:
+        raise Stopped(f"stopped by {told[0]}, and so is {os.path.basename(command[1])}; the same command continues")
+    return status
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -150,7 +150,33 @@ def test_an_altered_byte_is_noticed_or_changes_nothing(tmp_path):
     assert noticed > 200
 
 
+@pytest.mark.parametrize("stage, flag", [("finetune", "--init"), ("pretrain_decoder", "--encoder-weights")])
+def test_altered_weights_are_refused_as_a_start_too(stage, flag, script, few_shapes, tmp_path):
+    assert script("pretrain_encoder", *TINY["pretrain_encoder"], "--out", tmp_path)[0] == 0
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[:200_000] + bytes([whole[200_000] ^ 1]) + whole[200_001:])
+    status, _, err = script(stage, *TINY[stage], flag, tmp_path / "last.pt", "--out", tmp_path / "o")
+    assert status == 2 and "does not match its checksum" in err and err.count("\n") == 1
+
+
 # ------------------------------------------------------------------------------------------------ signals
+
+
+def test_a_signal_to_stage_2_stops_the_stage_1_that_it_started(tmp_path):
+    """The first command of README, stopped while it trains the missing encoder: nobody is left behind, and the encoder is saved."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    log = tmp_path / "runs/shapes/pretrain_encoder/log.jsonl"
+    run = subprocess.Popen([sys.executable, "pretrain_decoder.py", "--gamma", "0.95"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (log.exists() and log.read_text().count("\n")):
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate()
+    assert run.returncode == runtime.TRY_AGAIN and "stopped by SIGTERM, and so is pretrain_encoder.py" in err and "saved at step" in err
+    assert torch.load(log.parent / "last.pt", weights_only=True)["step"] >= 10
+    checkpoints.claim(str(log.parent)).close()                            # nobody holds it any more
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])

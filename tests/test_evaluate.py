@@ -221,3 +221,19 @@ def test_a_checkpoint_that_was_never_fine_tuned_is_refused(script, few_shapes, t
     assert script("pretrain_decoder", *TINY["pretrain_decoder"], "--encoder-weights", "random", "--out", tmp_path)[0] == 0
     status, _, err = script("evaluate", "--checkpoint", tmp_path / "last.pt")
     assert status == 2 and "not a checkpoint of finetune.py" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--window", "16", "--stride", "32"], "--stride 32 is longer than --window 16: no window would see what lies between"),
+    (["--data", "shapes"], "--data shapes has 7 classes (background, ash, birch ...), {checkpoint} was fine-tuned for 3 others (sky, sea, sand ...)"),
+    (["--save-predictions", "{file}"], "{file}: cannot be written (File exists); pass another --save-predictions"),
+    (["--save-predictions", "{file}/below"], "{file}/below: cannot be written (Not a directory); pass another --save-predictions"),
+    (["--out", "{file}"], "{file}: cannot be written (File exists); pass another --out"),
+    (["--data", "folder", "--root", "{file}"], "{file}: not a folder; pass --root")])
+def test_a_wrong_request_ends_in_one_line_and_status_2(script, checkpoint, folder, tmp_path, more, message):
+    (tmp_path / "file").write_text("a user's file")
+    places = {"file": str(tmp_path / "file"), "checkpoint": str(checkpoint)}
+    status, _, err = script("evaluate", "--checkpoint", checkpoint, *([] if "--data" in more else ["--root", folder]), "--workers", 0,
+                            *([] if "--out" in more else ["--out", tmp_path / "o"]), *[flag.format(**places) for flag in more])
+    assert status == 2 and message.format(**places) in err and err.count("\n") == 1, err
+    assert (tmp_path / "file").read_text() == "a user's file"

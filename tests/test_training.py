@@ -310,6 +310,15 @@ def test_a_folder_is_fine_tuned_and_its_subset_can_be_passed_back(script, folder
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+def test_a_folder_without_validation_images_trains_and_has_no_score(script, folder, tmp_path):
+    for kind in ("images", "masks"):
+        shutil.rmtree(folder / kind / "val")
+    status, out, err = script("finetune", "--data", "folder", "--root", folder, "--encoder", "hybrid-small", "--width", 1 / 32, "--crop-size", 32,
+                              "--steps", 2, "--batch-size", 2, "--workers", 0, "--out", tmp_path / "o")
+    assert status == 0 and "no validation images" in out and (tmp_path / "o" / "last.pt").exists() and not (tmp_path / "o" / "best.pt").exists(), err
+    assert set(json.loads((tmp_path / "o" / "metrics.json").read_text())) == {"loss"}
+
+
 def test_masks_that_are_all_ignored_train_to_nothing_and_no_error(script, folder, tmp_path):
     for path in (folder / "masks").rglob("*.png"):
         height, width = __import__("PIL.Image").Image.open(path).size[::-1]
