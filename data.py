@@ -99,7 +99,8 @@ def read_mask(path, labels):
     values = np.asarray(image).astype(np.int64)
     mask = np.where((values >= 0) & (values <= 255), labels[values.clip(0, 255)], -1)
     if (mask < 0).any():
-        raise SampleError(f"{path}: mask value {values[mask < 0][0]}, expected {expected}; correct the mask or, for your own data, the number of classes")
+        raise SampleError(f"{path}: mask value {values[mask < 0][0]}, expected {expected}; correct the mask or, for your own data, the "
+                          f"number of classes")
     return torch.from_numpy(mask.astype(np.uint8))
 
 

@@ -262,7 +262,8 @@ def segmentation_pairs(data, root, part, num_classes=None, list_file=None):
         labels = {"": label_map({i: i for i in range(len(names))})}
         base, find = root, _folder_pairs
     else:
-        base, find, names, labels = {"cityscapes": _cityscapes, "pascal_context": _pascal_context, "ade20k": _ade20k, "voc": _voc}[data](root, num_classes)
+        named = {"cityscapes": _cityscapes, "pascal_context": _pascal_context, "ade20k": _ade20k, "voc": _voc}
+        base, find, names, labels = named[data](root, num_classes)
         if num_classes not in (None, len(names)):
             raise InputError(f"--num-classes {num_classes}, but {data} has {'59, or 60' if data == 'pascal_context' else len(names)}")
     if list_file is not None:

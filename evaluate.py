@@ -166,7 +166,8 @@ def parse_arguments(argv=None):
                         "PAPER SILENT except for Cityscapes, 1024 (default: the crop size of the fine-tuning)")
     parser.add_argument("--stride", type=runtime.positive_int, metavar="N", help="step of the sliding window (default: its side)")
     parser.add_argument("--average", choices=("logits", "probabilities"), default="logits", help="what is averaged; PAPER SILENT")
-    parser.add_argument("--save-predictions", metavar="DIR", help="write index PNGs and colour overlays there; works without masks too, on all images in ROOT")
+    parser.add_argument("--save-predictions", metavar="DIR",
+                        help="write index PNGs and colour overlays there; works without masks too, on all images in ROOT")
     parser.add_argument("--workers", type=runtime.non_negative_int, metavar="N", help="loader processes per process")
     runtime.add_device_arguments(parser)
     then = {} if checkpoint is None else checkpoint["args"]

@@ -94,7 +94,7 @@ class ImageIndex:
         """The index from its file, or made anew and, if it is large or a .tar is in it, written there.
 
         containers: their names, or None for all folders below root/<part>. Raises InputError where there is no image, for a broken
-        .tar, and where the index has to be written and cannot be.
+        .tar, and where an index of .tar files or in `cache` cannot be written.
         """
         key = "\0".join([os.path.realpath(root) if cache else "", *parts])
         path = os.path.join(cache or os.path.join(root, FOLDER), hashlib.blake2b(key.encode(), digest_size=8).hexdigest())
@@ -117,7 +117,8 @@ class ImageIndex:
             raise InputError(f"{root}: no images in this folder; expected {', '.join(EXTENSIONS)} there or below")
         records = np.concatenate([group for _, group in listed])
         containers = {name: [*stamp, len(group)] for name, (stamp, group) in zip(names, listed)}
-        if not cache and total < WORTH_KEEPING and not any(name.endswith(".tar") for name in names):
+        must_keep = bool(cache) or any(os.path.isfile(os.path.join(root, name)) for name in names)           # asked for, or .tar files
+        if not must_keep and total < WORTH_KEEPING:
             return cls(root, containers, records)
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -127,6 +128,8 @@ class ImageIndex:
                 file.write(json.dumps({"dtype": records.dtype.descr, "containers": containers}).encode() + b"\n")
                 file.write(records.view(np.uint8))
         except OSError as error:
+            if not must_keep:                                             # folders on a read-only disk: listed each time
+                return cls(root, containers, records)
             raise InputError(f"{path}: the index of the images {'is older than the data and ' if old else ''}cannot be written "
                              f"({error.strerror}); pass --cache with a folder for it") from None
         if old:

@@ -414,6 +414,9 @@ def test_a_large_listing_is_kept_and_mapped_not_copied(tmp_path, monkeypatch):
     names = [again.name(i) for i in range(4)]
     assert names == ["4.jpg", "a/1.jpg", "a/2.png", "b/c/3.jpg"] == [source.name(i) for i in range(4)]
     assert len(pickle.dumps(again)) < 2000 and torch.equal(pickle.loads(pickle.dumps(again)).read(3)["image"], source.read(3)["image"])
+    monkeypatch.setattr(image_index, "FOLDER", "a/1.jpg")                 # where nothing can be written: listed, not kept
+    assert not isinstance(pretraining_images("folder", str(tmp_path)).index.records, np.memmap)
+    monkeypatch.setattr(image_index, "FOLDER", ".ddep_index")
     write_image(tmp_path / "b" / "c" / "5.jpg")                           # a new image, found by its folder's time of change
     assert len(pretraining_images("folder", str(tmp_path))) == 5
     with open(next((tmp_path / image_index.FOLDER).iterdir()), "r+b") as file:
