@@ -86,7 +86,10 @@ class Forked:
     def wait(self):
         """The exit statuses, rank by rank; -9 for a killed one."""
         for rank in self.ranks:
-            rank.join()
+            rank.join(600)
+            if rank.exitcode is None:                                     # hangs: end it, so that the test fails instead
+                rank.kill()
+                rank.join()
         return [rank.exitcode for rank in self.ranks]
 
     def until(self, there):
@@ -170,7 +173,7 @@ def validate_slowly(marker):
     def slow(*args):
         for batch in data.in_rounds(*args):
             Path(marker).touch()
-            time.sleep(0.05)
+            time.sleep(0.2)
             yield batch
     evaluate.in_rounds = pretrain_encoder.in_rounds = slow
 
@@ -179,7 +182,7 @@ def step_slowly():
     step = torch.optim.Adam.step
 
     def slow(self, *args, **kwargs):
-        time.sleep(0.2)
+        time.sleep(0.4)
         return step(self, *args, **kwargs)
     torch.optim.Adam.step = slow
 
