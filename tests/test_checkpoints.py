@@ -108,6 +108,22 @@ def test_nothing_that_was_saved_is_done_again(tmp_path):
     assert again.wait() == [0] and "steps 4 to 6" in again.text()
 
 
+@pytest.mark.parametrize("every, before", [("10min", [2, 4]), ("5min", [1, 2, 3, 4]), ("1000min", []), ("3", [3])])
+def test_checkpoints_come_every_so_many_minutes_or_steps(every, before, script, few_shapes, tmp_path, monkeypatch):
+    clock, saved = type("Clock", (), {"now": 0}), []
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock.now)
+    step, save = torch.optim.Adam.step, checkpoints.save
+
+    def slow(self, *args, **kwargs):                                      # five minutes a step
+        clock.now += 300
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", slow)
+    monkeypatch.setattr(checkpoints, "save", lambda path, content, keep=None: saved.append(content["step"]) or save(path, content, keep))
+    assert script("pretrain_decoder", *TINY["pretrain_decoder"], "--steps", 5, "--encoder-weights", "random", "--save-every", every, "--out", tmp_path)[0] == 0
+    assert saved == [*before, 5]
+
+
 @pytest.mark.parametrize("spoil", [
     lambda path: path.write_bytes(path.read_bytes()[:-100]),
     lambda path: path.write_bytes(b""),
