@@ -14,11 +14,10 @@ import os
 import signal
 import socket
 import time
-import zipfile
 
 import torch
 
-from model import PUBLISHED, published_weights
+from model import PUBLISHED, published_weights, read_weights
 from runtime import InputError, Stopped, as_input_error, replacing, write_json
 
 try:
@@ -160,28 +159,11 @@ def save(path, checkpoint, keep=None):
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def damage(path):
-    """What is wrong with a file of torch.save, or None: it is a zip, which holds a CRC-32 of each of its parts."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            part = file.testzip()
-        return f"{part} does not match its checksum" if part else None
-    except Exception as error:                                            # broken bytes are met in many ways
-        return str(error) or type(error).__name__
-
-
 def load_checkpoint(path):
-    """A checkpoint of ours: a dict of tensors and plain values with "model" and "model_args"."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; expected a checkpoint, best.pt or last.pt of a stage")
-    reason = damage(path)
-    if reason is not None:
-        raise InputError(f"{path}: not a whole checkpoint ({reason})")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                            # torch.load fails in many ways on what is no checkpoint
-        raise InputError(f"{path}: not a checkpoint ({type(error).__name__} while reading it)") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= set(checkpoint):
+    """A checkpoint of ours: a dict of tensors and plain values with "model" and "model_args"; refused where its checksums do not hold."""
+    with as_input_error():
+        checkpoint = read_weights(path)
+    if not {"model", "model_args"} <= set(checkpoint):
         raise InputError(f"{path}: not a checkpoint of these scripts; expected \"model\" and \"model_args\" in it")
     return checkpoint
 

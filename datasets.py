@@ -445,6 +445,8 @@ def class_names(root, num_classes=None):
     if path is None or not os.path.isfile(path):
         if num_classes is None:
             raise InputError(f"{root or 'without --root'}: how many classes? pass --num-classes N, or write their names, one a line, to classes.txt")
+        if not 2 <= num_classes <= 255:
+            raise InputError(f"--num-classes {num_classes}: expected 2 to 255 (mask values are bytes, and 255 is ignored)")
         return [f"class {i}" for i in range(num_classes)]
     names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if num_classes not in (None, len(names)):

@@ -64,8 +64,10 @@ class ImageIndex:
             os.close(file)
 
     def fingerprint(self):
-        """A digest of names, places and sizes."""
-        return hashlib.blake2b(np.ascontiguousarray(self.records), digest_size=8).hexdigest()
+        """A digest of the folders and .tar files, and of the names, places and sizes in them."""
+        digest = hashlib.blake2b(json.dumps([self.containers, self.ends.tolist()]).encode(), digest_size=8)
+        digest.update(np.ascontiguousarray(self.records))
+        return digest.hexdigest()
 
     def __getstate__(self):                                               # loader workers that are not forked map the file too
         return {**self.__dict__, "records": None if self.path else self.records}
@@ -116,6 +118,7 @@ class ImageIndex:
         if not total:
             raise InputError(f"{root}: no images in this folder; expected {', '.join(EXTENSIONS)} there or below")
         records = np.concatenate([group for _, group in listed])
+        records = records.astype(_dtype(int(np.char.str_len(records["name"]).max())))          # a longer name may have gone
         containers = {name: [*stamp, len(group)] for name, (stamp, group) in zip(names, listed)}
         must_keep = bool(cache) or any(os.path.isfile(os.path.join(root, name)) for name in names)           # asked for, or .tar files
         if not must_keep and total < WORTH_KEEPING:

@@ -459,7 +459,8 @@ def load_strictly(module, state, complaint):
 
 
 def read_weights(path):
-    """The content of a weights file (.npz, of torch.save, .safetensors) as a mapping. A ValueError of one line where there is none."""
+    """The content of a weights file (.npz, of torch.save, .safetensors) as a mapping. A ValueError of one line where there is none,
+    or where the CRC-32 of one of its parts (the first two are zip files) does not hold."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; expected weights")
     try:

@@ -499,7 +499,11 @@ class Log:
     def record(self, **values):
         """One line of log.jsonl; "step" must be among the values."""
         if self.is_main:
-            self.file.write(json.dumps(values) + "\n")
+            try:
+                self.file.write(json.dumps(values) + "\n")
+            except OSError as error:                                      # a full disk, say: name the file, for `run`
+                error.filename = self.file.name
+                raise
 
     def say(self, text):
         """A line for the user, above the progress bar; none for an empty text."""

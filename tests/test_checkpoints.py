@@ -1,5 +1,6 @@
 """checkpoints.py: killed at any instant, the run ends with the same bits; and every other promise in README's table."""
 import errno
+import io
 import json
 import os
 import random
@@ -138,7 +139,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(spoil, undis
     there = (out / "last.pt").exists()
     run = Forked(tmp_path, "finetune", *flags("finetune", out))
     assert run.wait() == [0] and "steps 4 to 6" in run.text()
-    assert ("last.pt: not a whole checkpoint (" in run.text() and "continuing from previous.pt, step 4" in run.text()) == there == (out / "last.pt.damaged").exists()
+    assert ("last.pt: cannot be read as weights (" in run.text() and "continuing from previous.pt, step 4" in run.text()) == there == (out / "last.pt.damaged").exists()
     assert same(everything(out), undisturbed("finetune"))
 
 
@@ -148,14 +149,14 @@ def test_two_damaged_checkpoints_are_refused(tmp_path):
     for name in ("last.pt", "previous.pt"):
         (out / name).write_bytes(b"PK")
     run = Forked(tmp_path, "finetune", *flags("finetune", out))
-    assert run.wait() == [2] and "last.pt: not a whole checkpoint (" in run.text() and f"Remove {out} to start anew" in run.text()
+    assert run.wait() == [2] and "last.pt: cannot be read as weights (" in run.text() and f"Remove {out} to start anew" in run.text()
 
 
 def test_an_altered_byte_is_noticed_or_changes_nothing(tmp_path):
     content = {"model": {f"layer {i}": torch.randn(20, 30) for i in range(5)}, "model_args": {}, "step": 3, "args": {"lr": 0.1}}
     checkpoints.save(tmp_path / "a.pt", content)
     whole, rng, noticed = (tmp_path / "a.pt").read_bytes(), random.Random(0), 0
-    assert checkpoints.damage(tmp_path / "a.pt") is None
+    assert same(checkpoints.load_checkpoint(tmp_path / "a.pt"), content)
     for _ in range(300):
         at = rng.randrange(len(whole))
         (tmp_path / "b.pt").write_bytes(whole[:at] + bytes([whole[at] ^ rng.randrange(1, 256)]) + whole[at + 1:])
@@ -354,6 +355,18 @@ def test_a_disk_that_cannot_be_written_is_said_in_one_line(number, text, where, 
     assert status == 2 and where in err and f"cannot be written ({text})" in err and err.count("\n") == 1
     monkeypatch.undo()
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_disk_that_fills_up_under_the_log_is_said_with_its_name(script, few_shapes, tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        name = str(tmp_path / "log.jsonl")
+
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")        # as a write says it: without the name
+
+    monkeypatch.setattr(runtime, "open", lambda path, mode="r", *rest, **how: Full() if mode == "a" else open(path, mode, *rest, **how), raising=False)
+    status, _, err = script("pretrain_decoder", *flags("pretrain_decoder", tmp_path))
+    assert status == 2 and "log.jsonl cannot be written (No space left on device)" in err and err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------ numbers that go wrong

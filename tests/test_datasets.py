@@ -374,6 +374,22 @@ def test_an_index_is_used_again_until_a_tar_changes(tmp_path, monkeypatch, capsy
     assert len(ImageIndex.of_synsets(str(tmp_path))) == 5 and scanned[1:] == ["n00000004.tar"]
 
 
+def test_the_fingerprint_tells_data_apart_and_not_their_history(tmp_path):
+    for name in ("cat/1.jpg", "dog/1.jpg"):
+        write_image(tmp_path / name)
+
+    def fingerprint():
+        return ImageIndex.of_folder(str(tmp_path), cache=str(tmp_path.parent / f"{tmp_path.name} cache")).fingerprint()
+
+    before = fingerprint()
+    write_image(tmp_path / "cat" / "a much longer name.jpg")
+    assert fingerprint() != before
+    (tmp_path / "cat" / "a much longer name.jpg").unlink()
+    assert fingerprint() == before
+    (tmp_path / "dog").rename(tmp_path / "wolf")                          # the same names in another folder
+    assert fingerprint() != before
+
+
 def test_an_index_that_cannot_be_written_asks_for_a_cache(tmp_path, monkeypatch):
     imagenet21k(tmp_path)
     (tmp_path / image_index.FOLDER).write_text("in the way")              # as a read-only disk would be

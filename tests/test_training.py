@@ -383,6 +383,7 @@ def test_every_file_and_flag_that_readme_names_exists():
     ("finetune", ["--fraction", "2"], "'2' is not a share of the images"),
     ("finetune", ["--labels", "100000"], "there are 512 labelled images, 100000 asked for; expected 1 to 512"),
     ("finetune", ["--data", "folder", "--root", "{images}", "--num-classes", "3"], "no folder images/train; expected"),
+    ("finetune", ["--data", "folder", "--root", "{images}", "--num-classes", "300"], "--num-classes 300: expected 2 to 255"),
     ("finetune", ["--data", "folder", "--root", "{images}"], "how many classes? pass --num-classes"),
     ("finetune", ["--data", "folder", "--root", "nowhere"], "nowhere: no such folder"),
     ("finetune", ["--data", "folder"], "which folder? pass --root DIR"),
