@@ -1,18 +1,26 @@
-"""Pictures and masks: how they are read, cropped, flipped, ordered and shared out.
+"""Pictures and masks: how they are found, read, cropped, flipped, ordered and shared out.
 
-    source   = pretraining_images("folder", "photos/")                      # datasets.py: len(source), source.read(i) -> one sample
-    samples  = Samples(source, pretraining_transform(224), seed=0)          # samples[epoch, i] -> one cropped sample
-    batches  = load(samples, Batches(len(source), batch_size=512, steps=1000, seed=0))
+    index   = ImageIndex.of_folder("photos")                           # millions of images, as one array
+    source  = ImageFiles(index)                                        # datasets.py: len, name(i), read(i)
+    samples = Samples(source, pretraining_transform(224), seed=0)      # samples[epoch, i]: a cropped sample
+    loader  = load(samples, Batches(len(source), batch_size=512, steps=1000, seed=0))
 
-Order, crop, flip and noise of a sample are functions of (seed, epoch, index) and of nothing else. So they are the same for
-any number of loader workers, for any number of processes at one global batch size, and after a restart; and there is no
-generator or loader state to save.
+Order, crop, flip and noise of a sample are functions of (seed, epoch, index) and of nothing else. So they are
+the same for any number of loader workers, for any number of processes at one global batch size, and after a
+restart; and there is no state of a generator or loader to save.
 
-Images travel as uint8 (3, H, W) and become float32 in [-1, 1] on the device (`to_pixels`). Masks are uint8 (H, W) class
-indices, 255 = ignore.
-"""
+Images travel as uint8 (3, H, W) and become float32 in [-1, 1] on the device (`to_pixels`). Masks are uint8
+(H, W) class indices; 255 is ignored. """
+import hashlib
+import io
+import json
+import os
+import re
 import signal
+import socket
+import tarfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,19 +29,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from tqdm import tqdm
 
-from runtime import InputError
+from launch import InputError, SampleError, say
+from run_folder import replacing
 
 IGNORE = 255
-
-
-class SampleError(InputError):
-    """A fault in one image or mask, which one process of many meets."""
-    everywhere = False
-
-
-class UnreadableImage(SampleError):
-    """A file that does not decode: an error where it has a label, skipped and counted in pretraining."""
 
 
 def to_pixels(images):
@@ -41,26 +42,32 @@ def to_pixels(images):
     return (images.float() - 127.5) / 127.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading one file
 
 
+class UnreadableImage(SampleError):
+    """A file that does not decode: an error where it has a mask, skipped and counted in pretraining."""
+
+
 def read_image(source, name=None):
-    """Any JPEG, PNG, WebP or BMP (a path, or an open file and its name) as RGB uint8 (3, H, W), turned upright by its EXIF tag.
-    Alpha is dropped, 16-bit greys are scaled to 8, of an animation the first picture is taken. Raises UnreadableImage, whose line
-    names the file."""
+    """A JPEG, PNG, WebP or BMP as RGB uint8 (3, H, W), turned upright by its EXIF tag.
+
+    source: a path, or an open file and its name. Alpha is dropped, 16-bit greys are scaled to 8 bits, the
+    first picture of an animation is taken. Raises UnreadableImage, which names the file. """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                               # Pillow warns of large pictures and odd EXIF tags
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd EXIF tags
             with Image.open(source) as image:
                 image.load()
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":           # 16-bit grey; Pillow's own conversion clips at 255
-                image = Image.fromarray((np.asarray(image, np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.mode.startswith("I") or image.mode == "F":  # 16 bits; Pillow's conversion clips at 255
+                values = np.asarray(image, np.float64).clip(0, 65535) / 257
+                image = Image.fromarray(values.round().astype(np.uint8))
             if "transparency" in image.info and image.mode == "P":
                 image = image.convert("RGBA")
             return v2.functional.pil_to_tensor(image.convert("RGB"))
-    except Exception as error:                                            # Pillow's decoders meet broken bytes with all kinds of errors
+    except Exception as error:  # broken bytes raise errors of all kinds in Pillow
         raise UnreadableImage(f"{name or source}: not a readable image ({_reason(error)})") from None
 
 
@@ -72,8 +79,8 @@ def _reason(error):
 
 
 def label_map(classes):
-    """What the values of a mask stand for: {value: class index, or IGNORE} as (256,) int16, -1 for values that may not occur.
-    255 is always IGNORE."""
+    """{mask value: class index, or IGNORE} as an array (256,), -1 for values that may not occur. 255:
+    IGNORE."""
     table = np.full(256, -1, np.int16)
     table[list(classes)] = list(classes.values())
     table[IGNORE] = IGNORE
@@ -81,44 +88,259 @@ def label_map(classes):
 
 
 def read_mask(path, labels):
-    """An index PNG (palette or grey) as class indices uint8 (H, W), by a label_map: read are the indices, never the colours.
+    """An index PNG (palette or grey) as class indices uint8 (H, W), by a label_map. Colours are never read.
 
-    Raises SampleError for colours and for values that may not occur, naming the file and the value.
+    Raises SampleError for colour masks and for values that may not occur, naming the file and the value.
     """
     expected = f"0 to {np.flatnonzero(labels[:IGNORE] >= 0).max()}, or {IGNORE} to ignore"
     try:
         with Image.open(path) as image:
             image.load()
-    except Exception as error:                                            # as in read_image
+    except Exception as error:  # as in read_image
         raise SampleError(f"{path}: not a readable mask ({_reason(error)})") from None
     if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
-        raise SampleError(f"{path}: mask is {image.mode}, expected an index image (palette or grey) whose pixel values are class "
-                          f"indices {expected}; convert its colours to indices first")
+        raise SampleError(f"{path}: mask is {image.mode}, expected an index image (palette or grey) whose "
+                          f"pixel values are class indices {expected}; convert its colours to indices first")
     if image.format == "JPEG":
-        raise SampleError(f"{path}: mask is a JPEG, whose compression changes values; expected a PNG of class indices")
+        raise SampleError(f"{path}: mask is a JPEG, whose compression changes values; expected a PNG of class "
+                          f"indices")
     values = np.asarray(image).astype(np.int64)
     mask = np.where((values >= 0) & (values <= 255), labels[values.clip(0, 255)], -1)
     if (mask < 0).any():
-        raise SampleError(f"{path}: mask value {values[mask < 0][0]}, expected {expected}; correct the mask or, for your own data, the "
-                          f"number of classes")
+        raise SampleError(f"{path}: mask value {values[mask < 0][0]}, expected {expected}; correct the mask "
+                          "or, for your own data, the number of classes")
     return torch.from_numpy(mask.astype(np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Finding millions of files, in folders or inside .tar files that stay unopened
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+INDEX_FOLDER = ".ddep_index"  # beside the data
+WORTH_KEEPING = 100_000  # images; fewer are listed at every start
+SYNSET = re.compile(r"n\d{8}(\.tar)?")
+
+
+class ImageIndex:
+    """The images of `root`: records (N,) of (name, offset, size), grouped by container: a folder or a .tar
+    file.
+
+    ImageNet-21k holds 14 million images. As Python strings their names would take gigabytes in every process.
+    Here an image is a record of about 40 bytes, a large listing is kept in a file, and all processes and
+    loader workers of a machine map that file: its pages are in memory once.
+
+    The file is a line of JSON (the containers), then the records. It is used again until a folder or .tar
+    file changes; what has changed is listed again. In a .tar an image is read by its offset, with one pread.
+
+    containers: {path relative to root: [time of change in ns, size, number of images]}, in the records'
+    order. """
+
+    def __init__(self, root, containers, records, path=None):
+        self.root, self.containers, self.records, self.path = root, list(containers), records, path
+        self.ends = np.cumsum([count for _, _, count in containers.values()], dtype=np.int64)
+
+    def __len__(self):
+        return len(self.records)
+
+    def container(self, i):
+        """The number of the container of image i."""
+        return np.searchsorted(self.ends, i, side="right")
+
+    def name(self, i):
+        """Image i's path relative to root; inside a .tar: the path of the .tar, then the member's name."""
+        name = os.fsdecode(self.records["name"][i])
+        return os.path.normpath(os.path.join(self.containers[self.container(i)], name))
+
+    def open(self, i):
+        """A path, or a file object with the bytes of a .tar's member: what PIL.Image.open takes."""
+        offset, size = int(self.records["offset"][i]), int(self.records["size"][i])
+        if offset < 0:
+            return os.path.join(self.root, self.name(i))
+        file = os.open(os.path.join(self.root, self.containers[self.container(i)]), os.O_RDONLY)
+        try:
+            return io.BytesIO(os.pread(file, size, offset))
+        finally:
+            os.close(file)
+
+    def fingerprint(self):
+        """A digest of the containers' names and of the names, offsets and sizes in them."""
+        containers = json.dumps([self.containers, self.ends.tolist()]).encode()
+        digest = hashlib.blake2b(containers, digest_size=8)
+        digest.update(np.ascontiguousarray(self.records))
+        return digest.hexdigest()
+
+    def __getstate__(self):  # loader workers that are not forked map the file too
+        return {**self.__dict__, "records": None if self.path else self.records}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self.path:
+            self.records = _read_index(self.path)[1]
+
+    @classmethod
+    def of_folder(cls, root, parts=(".",), cache=None):
+        """Every image below the folders root/<part>; symbolic links are followed, hidden files left out."""
+        return cls._listed(root, cache, "\0".join(parts), lambda: _folders_below(root, parts))
+
+    @classmethod
+    def of_synsets(cls, root, cache=None):
+        """The images of every nXXXXXXXX.tar and every folder nXXXXXXXX in root, as ImageNet-21k has them."""
+        synsets = sorted(entry.name for entry in os.scandir(root) if SYNSET.fullmatch(entry.name))
+        twice = {f"{name}.tar" for name in synsets} & set(synsets)
+        if twice:
+            raise InputError(f"{root}: holds {min(twice)} and a folder of the same name, whose images would "
+                             "count twice; keep one of the two there")
+        return cls._listed(root, cache, "synsets", lambda: synsets, synsets)
+
+    @classmethod
+    def _listed(cls, root, cache, what, find_containers, containers=None):
+        """The index from its file, or listed now and, if it is large or has a .tar in it, written there.
+
+        containers: the containers that there must be, where finding them is cheap. Raises InputError where
+        there is no image, for a broken .tar, and where an index of .tar files or in `cache` cannot be
+        written. """
+        key = "\0".join([os.path.realpath(root) if cache else "", what])
+        file_name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        path = os.path.join(cache or os.path.join(root, INDEX_FOLDER), file_name)
+        old, old_records = _read_index(path)
+        unchanged = all(_stamp(root, name) == known[:2] for name, known in old.items())
+        if old and unchanged and containers in (None, list(old)):
+            return cls(root, old, old_records, path)
+        starts = dict(zip(old, np.cumsum([0] + [count for _, _, count in old.values()])))
+
+        def listing(name):
+            stamp = _stamp(root, name)
+            if name in old and old[name][:2] == stamp:
+                return stamp, old_records[starts[name]:starts[name] + old[name][2]]
+            list_one = _list_tar if os.path.isfile(os.path.join(root, name)) else _list_folder
+            return stamp, list_one(root, name)
+
+        names = find_containers()
+        with ThreadPoolExecutor(16) as pool:  # on a network disk each listing takes its time
+            listed = list(tqdm(pool.map(listing, names), total=len(names), unit="folder", delay=5,
+                               desc="listing images", dynamic_ncols=True))
+        if not sum(len(group) for _, group in listed):
+            raise InputError(f"{root}: no images in this folder, expected {', '.join(EXTENSIONS)}")
+        records = np.concatenate([group for _, group in listed])
+        # Narrowed to the longest name, which may have gone: equal listings have equal fingerprints.
+        records = records.astype(_record(int(np.char.str_len(records["name"]).max())))
+        found = {name: [*stamp, len(group)] for name, (stamp, group) in zip(names, listed)}
+        must_keep = bool(cache) or any(os.path.isfile(os.path.join(root, name)) for name in names)
+        if not must_keep and len(records) < WORTH_KEEPING:
+            return cls(root, found, records)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if "." in found:  # the index folder may just have been made in it
+                found["."][:2] = _stamp(root, ".")
+            beside = f"{path}.{socket.gethostname()}.{os.getpid()}.tmp"  # other machines may list too
+            with replacing(path, beside) as file:
+                file.write(json.dumps({"dtype": records.dtype.descr, "containers": found}).encode() + b"\n")
+                file.write(records.view(np.uint8))
+        except OSError as error:
+            if not must_keep:  # folders on a read-only disk: listed at every start
+                return cls(root, found, records)
+            older = "is older than the data and " if old else ""
+            raise InputError(f"{path}: the index of the images {older}cannot be written ({error.strerror}); "
+                             f"pass --cache with a folder for it") from None
+        if old:
+            say(f"{root}: changed since it was listed; listed again")
+        return cls(root, *_read_index(path), path)
+
+
+def _record(width):
+    return np.dtype([("name", f"S{width}"), ("offset", "<i8"), ("size", "<i8")])
+
+
+def _as_records(rows):
+    """[(name, offset, size), ...] of one container as an array."""
+    rows = [(os.fsencode(name), offset, size) for name, offset, size in rows]
+    return np.array(rows, _record(max((len(name) for name, _, _ in rows), default=1)))
+
+
+def _read_index(path):
+    """(containers, records) of an index file, the records mapped; ({}, None) where it is missing or torn."""
+    try:
+        with open(path, "rb") as file:
+            head = file.readline()
+        known = json.loads(head)
+        dtype = np.dtype([tuple(field) for field in known["dtype"]])
+        count = sum(count for _, _, count in known["containers"].values())
+        if os.path.getsize(path) != len(head) + count * dtype.itemsize:
+            return {}, None
+        return known["containers"], np.memmap(path, dtype, "r", offset=len(head), shape=(count,))
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}, None
+
+
+def _stamp(root, name):
+    """[time of change, size] of a container: when they are the same, its content is taken to be the same."""
+    try:
+        state = os.stat(os.path.join(root, name))
+    except OSError:
+        return None
+    return [state.st_mtime_ns, state.st_size]
+
+
+def _folders_below(root, parts):
+    found = []
+    for part in parts:
+        seen = set()
+        for folder, subfolders, _ in os.walk(os.path.join(root, part), followlinks=True):
+            subfolders[:] = sorted(name for name in subfolders if name != INDEX_FOLDER)
+            real = os.path.realpath(folder)
+            if real in seen:  # a link to a folder above it
+                subfolders.clear()
+                continue
+            seen.add(real)
+            found.append(os.path.relpath(folder, root))
+    return found
+
+
+def _is_image(name):
+    return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
+
+
+def _list_folder(root, name):
+    with os.scandir(os.path.join(root, name)) as entries:
+        names = sorted(entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir())
+    return _as_records([(name, -1, 0) for name in names])
+
+
+def _list_tar(root, name):
+    path, rows = os.path.join(root, name), []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members.clear()  # tarfile would keep them all
+                if member.isreg() and _is_image(member.name):
+                    rows.append((member.name, member.offset_data, member.size))
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
+                raise tarfile.ReadError(f"no end of archive at byte {tar.offset}")
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"{path}: not a whole .tar file ({error}); download it again") from None
+    return _as_records(rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Crops and flips: torchvision's transforms, which treat an image and its mask as one
 
 
 def pretraining_transform(size, min_area=0.08):
-    """Inception-style crop (6): of min_area to all of the picture, at an aspect of 3/4 to 4/3, scaled to size x size; flip."""
-    return v2.Compose([v2.RandomResizedCrop(size, scale=(min_area, 1.0), antialias=True), v2.RandomHorizontalFlip()])
+    """Inception-style crop (6), scaled to size x size, and flip.
+
+    The crop shows min_area to all of the picture, at an aspect ratio of 3/4 to 4/3.
+    """
+    crop = v2.RandomResizedCrop(size, scale=(min_area, 1.0), antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
 def segmentation_transform(size, crop="random", min_area=0.08):
-    """Training crop of image and mask to size x size, and left-right flip. Masks are taken nearest: no value is invented.
+    """Training crop of image and mask to size x size, and left-right flip. Masks are scaled without mixing
+    values.
 
-    PAPER SILENT on which: "random" (5.1 "random cropping ... to a fixed size"; smaller pictures are padded, with ignore in the
-    mask) or "inception" (6).
-    """
+    PAPER SILENT on which: "random" (5.1: "random cropping ... to a fixed size"; smaller pictures are padded,
+    with ignore in the mask) or "inception" (6). """
     if crop == "inception":
         return pretraining_transform(size, min_area)
     fill = {tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}
@@ -126,17 +348,18 @@ def segmentation_transform(size, crop="random", min_area=0.08):
 
 
 def centre_crop(size):
-    """The whole picture's middle, for measuring a classifier."""
+    """The middle of the picture, for measuring a classifier."""
     return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Order and batches
+# ------------------------------------------------------------------------------------------------------------
+# Samples, their order, their batches
 
 
 def sample_seed(seed, epoch, index, purpose):
-    """A 63-bit seed that is a function of its four arguments; purpose: 0 for order, 1 for crop and flip, 2 for noise."""
-    return int(np.random.SeedSequence((seed, epoch, index, purpose)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """A 63-bit seed for one purpose: 0 order, 1 crop and flip, 2 noise."""
+    state = np.random.SeedSequence((seed, epoch, index, purpose)).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
 
 
 @contextmanager
@@ -148,25 +371,30 @@ def seeded(seed):
 
 
 class Samples(Dataset):
-    """samples[epoch, index] -> {"image", "mask" or "label" where the source has them, "noise_seed", "index"}.
+    """samples[epoch, index] -> {"image", "mask" or "label" where there is one, "noise_seed", "index"}.
 
-    skip_unreadable: an image that does not decode is replaced by the next one that does, and reported in "unreadable".
+    skip_unreadable: an image that does not decode is replaced by the next one that does, and is reported in
+    "unreadable": [(index, message), ...].
     """
 
     def __init__(self, source, transform=None, seed=0, skip_unreadable=False):
-        self.source, self.transform, self.seed, self.skip_unreadable = source, transform, seed, skip_unreadable
+        self.source, self.transform = source, transform
+        self.seed, self.skip_unreadable = seed, skip_unreadable
 
     def __getitem__(self, key):
         epoch, index = key
         try:
             sample, unreadable = self._read(index)
-        except InputError as error:                                       # travels in the batch: a worker cannot raise it whole
+        except InputError as error:  # returned, for the Loader to raise: a worker's exception loses its type
             return error
         if self.transform is not None:
             with seeded(sample_seed(self.seed, epoch, index, purpose=1)):
                 sample = self.transform(sample)
-        sample = {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
-        return {**sample, "index": index, "noise_seed": sample_seed(self.seed, epoch, index, purpose=2), "unreadable": unreadable}
+        for key, value in sample.items():
+            if isinstance(value, torch.Tensor):
+                sample[key] = value.as_subclass(torch.Tensor)
+        noise_seed = sample_seed(self.seed, epoch, index, purpose=2)
+        return {**sample, "index": index, "noise_seed": noise_seed, "unreadable": unreadable}
 
     def _read(self, index):
         unreadable = []
@@ -182,11 +410,12 @@ class Samples(Dataset):
 
 
 class Batches(Sampler):
-    """For each step from `start` to `steps`: this process's share of the global batch, as a list of (epoch, index).
+    """For each step from `start` to `steps`: this process's share of the global batch, as (epoch, index)
+    keys.
 
-    The samples of a run are one endless sequence, epoch after epoch, each in an order of its own; step s takes the
-    batch_size samples from s * batch_size on. A batch may reach over the end of an epoch, so every batch is full.
-    """
+    The samples of a run are one endless sequence, epoch after epoch, each in an order of its own. Step s
+    takes batch_size of them from s * batch_size on. A batch may reach into the next epoch, so every batch is
+    full. """
 
     def __init__(self, count, batch_size, steps, seed=0, start=0, rank=0, world=1):
         self.count, self.batch_size, self.steps, self.seed, self.start = count, batch_size, steps, seed, start
@@ -210,7 +439,7 @@ class Batches(Sampler):
 
 
 class Each(Sampler):
-    """Every sample once, dealt out to the processes: none is padded, none counted twice. One at a time where sizes differ.
+    """Every sample once, dealt out to the processes: none is padded, none counted twice.
 
     rounds: the number of batches of the process that has most.
     """
@@ -227,40 +456,43 @@ class Each(Sampler):
             yield [(0, index) for index in self.indices[first:first + self.batch_size]]
 
 
+class Loader(DataLoader):
+    """A DataLoader that raises the InputError which a batch holds in place of a sample."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
 def load(samples, batches, workers=0, pin_memory=False):
-    """A DataLoader over `batches` (Batches or Each); iterate over it with `raise_errors`."""
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory,
-                      prefetch_factor=2 if workers else None, worker_init_fn=_leave_signals_to_the_main_process)
-
-
-def _leave_signals_to_the_main_process(worker):
-    """A signal that stops a run reaches its loader workers too; they go on until the main process has saved."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def raise_errors(loader):
-    """The batches of `load`, until one holds an InputError, which is raised."""
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    """A Loader of `samples` in `batches` (Batches or Each)."""
+    return Loader(samples, batch_sampler=batches, num_workers=workers, collate_fn=_collate,
+                  pin_memory=pin_memory, worker_init_fn=_ignore_signals)
 
 
 def in_rounds(loader, between):
-    """The batches of a loader over Each, errors raised; between() is called before each, equally often on all processes."""
-    batches = raise_errors(loader)
+    """The batches of a loader over Each; between() is called before each, equally often on all processes."""
+    batches = iter(loader)
     for _ in range(loader.batch_sampler.rounds):
         between()
         batch = next(batches, None)
-        if batch is not None:                                             # else others have one more
+        if batch is not None:  # else other processes have one more
             yield batch
+
+
+def _ignore_signals(worker):
+    """A signal that stops a run reaches its loader workers too; they go on until the main process has
+    saved."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # no SIGUSR1 on Windows
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _collate(items):
     for item in items:
         if isinstance(item, InputError):
             return item
-    unreadable = [entry for item in items for entry in item.pop("unreadable")]
+    unreadable = [report for item in items for report in item.pop("unreadable")]
     return {**default_collate(items), "unreadable": unreadable}

@@ -1,223 +1,256 @@
-"""Stage 3: fine-tune the whole network on labelled images (section 5.1), from any of the paper's four initialisations.
+"""Stage 3: fine-tune the whole network on labelled images (5.1), from any of the paper's four
+initialisations.
 
-    python finetune.py --init runs/shapes/pretrain_decoder_ddep/last.pt --labels 32         # the embedded data, on a CPU
-    python finetune.py --data folder --root my_data --init ddep.pt                          # your images and masks, one GPU
-    torchrun --nproc_per_node=8 finetune.py --data folder --root my_data --init ddep.pt --fraction 1/8     # eight
+    python finetune.py --init runs/shapes/pretrain_decoder_ddep/last.pt --labels 32      # embedded data, CPU
+    python finetune.py --data folder --root my_data --init ddep.pt                       # your own, one GPU
+    torchrun --nproc_per_node=8 finetune.py --data cityscapes --root cityscapes --init ddep.pt --fraction 1/8
 
-    --init ddep.pt or dep.pt         a checkpoint of pretrain_decoder.py: encoder and decoder, all but the head     "DDeP", "DeP"
-    --init encoder.pt, imagenet21k   a checkpoint of pretrain_encoder.py or published weights: the encoder alone    "Supervised"
-    --init none                      nothing                                                                        "No Pretraining"
+    --init ddep.pt or dep.pt: a checkpoint of pretrain_decoder.py, all but its head         "DDeP", "DeP"
+    --init encoder.pt or imagenet21k: a checkpoint of pretrain_encoder.py or published
+           weights: the encoder alone                                                       "Supervised"
+    --init none: fresh weights                                                              "No Pretraining"
 
-In: image and mask pairs. Out, in --out: best.pt (by mIoU on the validation images) and last.pt, which evaluate.py takes; log.jsonl,
-args.json, labelled.txt (the images used), metrics.json (last.pt's scores), predictions.png. The same command again continues.
+In: pairs of image and mask. Out, in --out: best.pt (by mIoU on the validation images) and last.pt, which
+evaluate.py takes; log.jsonl, args.json, labelled.txt (the images used), metrics.json (last.pt's scores),
+predictions.png. The same command again continues.
 """
-import argparse
+import math
 import os
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-import checkpoints
-import runtime
-from data import IGNORE, Batches, Samples, load, raise_errors, segmentation_transform, to_pixels
-from datasets import LABELLED, add_subset_arguments, check, chosen_labels, class_colours, segmentation_pairs
+import launch
+from data import IGNORE, Batches, Samples, load, segmentation_transform, to_pixels
+from datasets import (DATA_SETS, LABELLED, add_subset_flags, check, choose_labels, class_colours,
+                      segmentation_pairs)
 from evaluate import evaluate, predict, table
-from model import ENCODERS, PUBLISHED, build_unet, load_encoder_weights, load_strictly, read_weights
+from launch import InputError, say
+from model import (ENCODERS, PUBLISHED, build_unet, image_size_of, load_encoder_weights, load_strictly,
+                   read_weights)
 from pictures import colour_mask, from_pixels, sheet
-from runtime import InputError
+from run_folder import RunFolder, weights_path, write_lines
 
-# 5.1 sweeps learning rate and weight decay over [1e-5, 3e-4] for each task; PAPER SILENT on what won, on batch size and steps.
+# 5.1 sweeps learning rate and weight decay over [1e-5, 3e-4]. PAPER SILENT on what won, on batch size and
+# steps.
 RECIPE = {
-    "shapes": dict(crop_size=64, crop="inception", min_area=0.5, steps=250, batch_size=4, micro_batch=4, lr=1e-3, warmup_steps=20,
-                   weight_decay=0.0, clip_norm=1.0, workers=0, save_every=125, eval_every=250),
-    "paper": dict(crop_size=512, crop="random", min_area=0.08, steps=10_000, batch_size=16, micro_batch=4, lr=1e-4, warmup_steps=0,
-                  weight_decay=1e-4, workers=runtime.default_workers(), save_every=500, eval_every=500),
-    "cityscapes": dict(crop_size=1024, micro_batch=2),                    # 5.1; the others 512
+    "shapes": dict(crop_size=64, crop="inception", min_area=0.5, steps=250, batch_size=4, micro_batch=4,
+                   lr=1e-3, warmup_steps=20, weight_decay=0.0, clip_norm=1.0, workers=0, save_every="125",
+                   eval_every=250),
+    "paper": dict(crop_size=512, crop="random", min_area=0.08, steps=10_000, batch_size=16, micro_batch=4,
+                  lr=1e-4, warmup_steps=0, weight_decay=1e-4, workers=launch.default_workers(),
+                  save_every="500", eval_every=500),
+    **{name: data_set.finetuning for name, data_set in DATA_SETS.items()},
 }
-NETWORK = {"shapes": ("hybrid-small", 1 / 4), "paper": ("hybrid", 1.0)}          # encoder and width, where --init does not tell
 
 
 def parse_arguments(argv=None):
-    parser = runtime.Parser(__doc__)
-    runtime.add_training_arguments(parser, LABELLED)
-    parser.add_argument("--init", default="none", metavar="PATH", help="initial weights: a path, imagenet21k or imagenet1k; or none")
-    parser.add_argument("--encoder", choices=ENCODERS, help="the encoder network (default: that of --init)")
-    parser.add_argument("--width", type=runtime.positive_float, metavar="W", help="decoder width, see pretrain_decoder.py "
-                        "(default: that of --init)")
-    parser.add_argument("--num-classes", type=runtime.positive_int, metavar="N", help="folder: mask values are 0 to N-1, or 255 to ignore "
-                        "(default: as many as ROOT/classes.txt names); pascal_context: 59, or 60 with the background; PAPER SILENT")
-    parser.add_argument("--train-list", metavar="FILE", help="text file with one `image mask` per line, instead of ROOT/images/train")
-    parser.add_argument("--val-list", metavar="FILE", help="the same for validation")
-    add_subset_arguments(parser)
-    parser.add_argument("--crop-size", type=runtime.positive_int, metavar="N",
-                        help="side of the square training crops (5.1: 512, Cityscapes 1024)")
-    parser.add_argument("--crop", choices=("random", "inception"),
-                        help="5.1 says random crop, 6 says inception-style; PAPER SILENT on which")
-    parser.add_argument("--min-area", type=runtime.unit_float, metavar="X",
-                        help="inception: smallest share of a picture's area in a crop")
-    parser.add_argument("--eval-every", type=runtime.positive_int, metavar="N", help="steps between validations")
-    args = runtime.parse(parser, RECIPE, argv)
-
+    parser = launch.Parser(__doc__)
+    launch.add_training_flags(parser, LABELLED)
+    add = parser.add_argument
+    add("--init", default="none", metavar="PATH", help="a path, imagenet21k, imagenet1k or none")
+    add("--encoder", choices=ENCODERS, help="the encoder network (default: that of --init, else the paper's)")
+    add("--width", type=launch.positive_float,
+        help="decoder of [1024, 512, 256, 128, 64] * W (default: that of --init, else 1; shapes: 1/4)")
+    add("--num-classes", type=launch.positive_int,
+        help="folder: mask values are 0 to N-1, or 255 to ignore (default: as many as ROOT/classes.txt names); "
+             "pascal_context: 59, or 60 with the background; PAPER SILENT")
+    add("--train-list", metavar="FILE", help="file with an `image mask` a line, instead of ROOT/images/train")
+    add("--val-list", metavar="FILE", help="the same for validation")
+    add_subset_flags(parser)
+    add("--crop-size", type=launch.positive_int,
+        help="side of the square training crops (5.1: 512, Cityscapes 1024)")
+    add("--crop", choices=("random", "inception"),
+        help="5.1 says random crop, 6 says inception-style; PAPER SILENT on which")
+    add("--min-area", type=launch.unit_float,
+        help="inception: least share of a picture's area in a crop")
+    add("--eval-every", type=launch.positive_int, help="steps between validations")
+    args = launch.parse(parser, RECIPE, argv)
     args.out = args.out or os.path.join("runs", args.data, "finetune")
     return args
 
 
-def with_network(args, init):
-    """args with --encoder and --width filled in: those that `init` was made with, or else those of the data set."""
-    made_with = {"encoder": PUBLISHED[args.init][0]} if args.init in PUBLISHED else (init or {}).get("model_args", {})
-    network = {}
-    for key, fallback in zip(("encoder", "width"), NETWORK["shapes" if args.data == "shapes" else "paper"]):
-        asked = getattr(args, key)
+def choose_network(args, init):
+    """The encoder, width, conditioning and image_size of `init`, or else those of the flags: for
+    build_unet."""
+    small = args.data == "shapes"
+    network = dict(encoder="hybrid-small" if small else "hybrid", width=1 / 4 if small else 1.0,
+                   condition_on_gamma=False, image_size=None if init is None else image_size_of(init))
+    made_with = {"encoder": PUBLISHED[args.init][0]} if args.init in PUBLISHED else {}
+    if init is not None and args.init not in PUBLISHED:
+        made_with = {key: value for key, value in init.get("model_args", {}).items() if key in network}
+    for key, asked in (("encoder", args.encoder), ("width", args.width)):
         if key in made_with and asked not in (None, made_with[key]):
-            raise InputError(f"--{key} {asked}, but {args.init} was made with {key} {made_with[key]}; drop the flag, or pass another --init")
-        network[key] = asked if asked is not None else made_with.get(key, fallback)
-    return argparse.Namespace(**{**vars(args), **network})
+            raise InputError(f"--{key} {asked}, but {args.init} was made with {key} {made_with[key]}; drop the "
+                             f"flag, or pass another --init")
+        if asked is not None:
+            network[key] = asked
+    return {**network, **made_with}
 
 
-def initialise(model, args, init):
-    """Load what --init holds into `model`; everything but the head from stage 2, the encoder from stage 1. Say which is which."""
-    with runtime.as_input_error():
-        if init is not None and any(name.startswith("decoder.") for name in init.get("model", {})):
-            head = {name: value for name, value in model.state_dict().items() if name.startswith("decoder.head.")}
-            body = {name: value for name, value in init["model"].items() if not name.startswith("decoder.head.")}
-            load_strictly(model, {**body, **head}, f"{args.init}: does not fit this network")
-            loaded, fresh = "encoder and decoder blocks", list(head)
-        elif init is not None:
-            kind = load_encoder_weights(model.encoder, init, label=args.init)
-            loaded, fresh = f"the encoder of {kind}", [name for name in model.state_dict() if not name.startswith("encoder.")]
-        else:
-            loaded, fresh = "nothing", list(model.state_dict())
-    total = len(model.state_dict())
-    what = f"the head ({', '.join(fresh)})" if len(fresh) == 2 else "everything" if len(fresh) == total else "the decoder"
-    return f"init {args.init}: loaded {total - len(fresh)} tensors ({loaded}); fresh: {len(fresh)} tensors, {what}"
+def initialise(model, name, init):
+    """Load what `init`, the content of --init, holds for `model`. Returns a line that says what is fresh."""
+    ours = model.state_dict()
+    if init is None:
+        loaded, fresh, what = "nothing", ours, "everything"
+    elif any(key.startswith("decoder.") for key in init.get("model", {})):
+        fresh = {key: value for key, value in ours.items() if key.startswith("decoder.head.")}
+        body = {key: value for key, value in init["model"].items() if not key.startswith("decoder.head.")}
+        load_strictly(model, {**body, **fresh}, f"{name}: does not fit this network")
+        loaded, what = "encoder and decoder blocks", f"the head ({', '.join(fresh)})"
+    else:
+        loaded = f"the encoder of {load_encoder_weights(model.encoder, init, name)}"
+        fresh, what = [key for key in ours if not key.startswith("encoder.")], "the decoder"
+    count = len(ours) - len(fresh)
+    return f"init {name}: loaded {count} tensors ({loaded}); fresh: {len(fresh)} tensors, {what}"
 
 
 def main():
     args = parse_arguments()
-    processes = runtime.start_processes(args.device)
-    init_path = checkpoints.weights_path(args.init, args.encoder, processes)
-    with runtime.as_input_error():
-        init = None if args.init == "none" else read_weights(init_path)
-    args = with_network(args, init)
+    processes = launch.start_processes(args.device)
     device = processes.device
-    args.precision = precision = runtime.resolve_precision(args.precision, device)
-    runtime.share_of(args.batch_size, processes)
+    precision = launch.resolve_precision(args.precision, device)
+    processes.share(args.batch_size)  # refuses a batch that does not divide
+
+    # Initial weights, which decide the network
+    init_file = weights_path(args.init, args.encoder, processes)
+    init = None if args.init == "none" else read_weights(init_file)
+    network = choose_network(args, init)
 
     # Data: all labelled images, or a nested subset of them
-    train, names = segmentation_pairs(args.data, args.root, "train", args.num_classes, args.train_list)
+    all_labelled, names = segmentation_pairs(args.data, args.root, "train", args.num_classes, args.train_list)
     val = None
     if args.val_list is not None or args.train_list is None or args.root is not None:
         val, _ = segmentation_pairs(args.data, args.root, "val", args.num_classes, args.val_list)
-    notes, train = [source.note for source in (train, val) if source is not None], chosen_labels(train, args)
-    steps = runtime.steps_of(args, len(train))
+    train = choose_labels(all_labelled, args)
+    steps = launch.number_of_steps(args, len(train))
 
     # Model: everything trains (section 2)
     torch.manual_seed(args.seed)
-    model_args = dict(encoder=args.encoder, width=args.width, out_channels=len(names),
-                      condition_on_gamma=(init or {}).get("model_args", {}).get("condition_on_gamma", False))
+    model_args = dict(**network, out_channels=len(names))
     model = build_unet(**model_args)
-    origin = initialise(model, args, init)
+    origin = initialise(model, args.init, init)
+    normalised_over = launch.choose_batch_norm(model.encoder, args, processes, fresh=init is None)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = runtime.adam(model.parameters(), args, device)
+
+    # Optimiser: Adam (5.1). PAPER SILENT on its betas (torch's defaults), and on coupled weight decay or not
+    adam = torch.optim.AdamW if args.decoupled_weight_decay else torch.optim.Adam
+    optimizer = adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                     fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # Continue, or say that there is nothing left to do
-    run = checkpoints.Run(args, processes, data="; ".join(source.fingerprint() for source in (train, val) if source is not None))
-    start, best, loss, checkpoint = 0, -1.0, None, run.checkpoint
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        start, best, loss = checkpoint["step"], checkpoint["best"], checkpoint["loss"]
+    settings = {**vars(args), "precision": precision, "images-per-batch-norm": normalised_over,
+                "encoder": network["encoder"], "width": network["width"]}
+    data = "; ".join(source.fingerprint() for source in (train, val) if source is not None)
+    run = RunFolder(settings, data, steps, len(train), processes)
+    start, loss, best = run.restore(model, optimizer, scaler)
     if run.is_finished():
-        return runtime.say(processes, f"{args.out}: finished at step {steps}, see metrics.json there")
+        return say(f"{args.out}: finished at step {steps}, see metrics.json there")
 
-    if args.compile:
+    if args.compile:  # in place, so that the names in checkpoints stay
         model.compile()
-    wrapped = processes.wrap(model)
+    wrapped = DistributedDataParallel(model) if processes.world > 1 else model
     samples = Samples(train, segmentation_transform(args.crop_size, args.crop, args.min_area), args.seed)
     batches = Batches(len(train), args.batch_size, steps, args.seed, start, processes.rank, processes.world)
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
 
-    log = runtime.Log(args, processes, steps, start)
-    log.say(f"stage 3: {args.encoder}, decoder x{args.width:g}, {len(train)} labelled images, {len(names)} classes, "
-            f"{len(val) if val else 'no'} validation images, steps {start} to {steps}, {processes.world} x {device.type}, {precision}")
-    log.say(origin)
-    for note in (*notes, *run.notes):
-        log.say(note)
-    if args.data == "folder":                                             # the named sets are not read twice
-        for source in (train, *([val] if val is not None else [])):
-            log.say(f"checking {len(source)} images and masks")
-            check(source, processes.rank, processes.world)
-    if processes.is_main:
-        with runtime.replacing(os.path.join(args.out, "labelled.txt")) as file:
-            file.writelines(os.fsencode(train.line(i)) + b"\n" for i in range(len(train)))
-
     def validate(done):
-        """Measure, and keep the weights in best.pt if none were better: (scores, best mIoU so far)."""
-        metrics = evaluate(model, val, names, processes, precision, args.workers, between=run.stop_if_told, window=args.crop_size)
-        miou = metrics["miou"] or 0.0                                     # None where every validation pixel is ignored
-        log.record(step=done, miou=miou, pixel_accuracy=metrics["pixel_accuracy"])
-        log.say(f"step {done}: mIoU {miou:.4f}")
-        if miou > best and processes.is_main:
-            checkpoints.save(os.path.join(args.out, "best.pt"), dict(model=model.state_dict(), model_args=model_args, step=done, best=miou,
-                                                                     class_names=names, args=vars(args)))
+        """Measure, and keep the weights in best.pt if they are the best so far: (scores, best mIoU)."""
+        metrics = evaluate(model, val, names, processes, precision, args.workers, between=run.stop_if_told,
+                           window=args.crop_size)
+        miou = metrics["miou"] or 0.0  # None where every validation pixel is ignored
+        run.record(step=done, miou=miou, pixel_accuracy=metrics["pixel_accuracy"])
+        say(f"step {done}: mIoU {miou:.4f}")
+        if miou > best:
+            run.save_best(model, model_args=model_args, step=done, best=miou, class_names=names)
         return metrics, max(best, miou)
 
-    run.catch_signals()
+    say(f"stage 3: {network['encoder']}, decoder x{network['width']:g}, {len(train)} labelled images, "
+        f"{len(names)} classes, {len(val) if val else 'no'} validation images, steps {start} to {steps}, "
+        f"{processes.world} x {device.type}, {precision}")
+    say(origin)
+    for source in (all_labelled, val):
+        if source is not None:
+            say(source.note)
+    if args.data == "folder":  # read once before training: a bad mask is named now
+        for source in (train, val):
+            if source is not None:
+                say(f"checking {len(source)} images and masks")
+                check(source, processes.rank, processes.world)
+    if processes.is_main:
+        write_lines(run.path("labelled.txt"), [train.line(i) for i in range(len(train))])
+    run.begin(start)
     model.train()
-    for step, batch in enumerate(log.timed(raise_errors(loader)), start=start):
-        if val is not None and step and step % args.eval_every == 0:      # after the save of this step: a stop may come
+    for step, batch in enumerate(run.batches(loader), start):
+        # Validated at the start of the next step, after the save: a stop or a kill in it loses no step.
+        if val is not None and step and step % args.eval_every == 0:
             _, best = validate(step)
-        runtime.set_rate(optimizer, rate := runtime.cosine_rate(step, steps, args.lr, args.warmup_steps))
-        # The mean is over the pixels that count in the GLOBAL batch: a mean per process would weigh them by where they lie.
-        counted = processes.sum((batch["mask"] != IGNORE).sum().to(device)).clamp(min=1)
+        rate = launch.cosine_rate(step, steps, args.lr, args.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        # The mean is over the labelled pixels of the GLOBAL batch. A mean per process would give a pixel more
+        # weight where its process has few, and the result would depend on the number of processes.
+        labelled = processes.sum((batch["mask"] != IGNORE).sum().to(device)).clamp(min=1)
+        # Gradients add up over micro-batches, which are as large as memory allows.
+        optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        for part, is_last in runtime.micro_batches(batch, args.micro_batch):
-            x = to_pixels(part["image"].to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        parts = launch.split_batch(batch, args.micro_batch)
+        for i, part in enumerate(parts):
+            x = to_pixels(part["image"].to(device, non_blocking=True))
+            x = x.contiguous(memory_format=torch.channels_last)
             mask = part["mask"].to(device, non_blocking=True).long()
-            with runtime.gradient_sync(wrapped, now=is_last), runtime.autocast(precision, device):
+            # DDP averages the gradients over the processes in backward(): once a step is enough.
+            wrapped.require_backward_grad_sync = i == len(parts) - 1
+            with launch.autocast(precision, device):
                 logits = wrapped(x)
-                part_loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum") / counted
-                scaler.scale(part_loss * processes.world).backward()      # DDP divides by the number of processes
+            part_loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum") / labelled
+            scaler.scale(part_loss * processes.world).backward()  # times world: DDP averages, we need the sum
             loss += part_loss.detach()
-        loss, stopping = run.sum_loss(loss)
-        norm = runtime.clip_gradients(model.parameters(), args.clip_norm, optimizer, scaler)
-        runtime.require_finite(loss, norm, step, scaler, batch, train, args, processes)
+
+        # One exchange tells every process the loss of the global batch and whether any of them is to stop.
+        loss, stopping = processes.sum_numbers(loss, run.signal is not None)
+        scaler.unscale_(optimizer)  # clipping needs the true gradient
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf).item()
+        run.require_finite(step, loss, norm, scaler, [train.name(int(n)) for n in batch["index"]])
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
-        log.step(step + 1, loss, rate)
 
         done = step + 1
+        run.log_step(done, loss, rate, batch)
         if run.save_is_due(done) or done % args.eval_every == 0 or done == steps or stopping:
-            run.save(done, model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                     loss=loss, best=best, class_names=names)
+            run.save(done, model, optimizer, scaler, model_args=model_args, class_names=names, loss=loss,
+                     best=best)
         if stopping:
             run.stop()
 
-    metrics, best = validate(steps) if val is not None else ({"loss": loss}, None)
-    log.close()
+    if val is None:
+        run.finish({"loss": loss})
+        return say(f"fine-tuned: {run.path('last.pt')}")
+    metrics, best = validate(steps)
     if processes.is_main:
-        if val is not None:
-            draw_predictions(model, val, class_colours(args.data, len(names)), device, args.crop_size).save(os.path.join(args.out, "predictions.png"))
-            print(table(metrics))
-        run.finish(metrics)
-        print(f"fine-tuned: {os.path.join(args.out, 'last.pt')}" + (f"; best.pt has mIoU {best:.4f}" if val is not None else ""))
+        colours = class_colours(args.data, len(names))
+        draw_predictions(model, val, colours, device, args.crop_size).save(run.path("predictions.png"))
+    say(table(metrics))
+    run.finish(metrics)
+    say(f"fine-tuned: {run.path('last.pt')}; best.pt has mIoU {best:.4f}")
 
 
 @torch.no_grad()
 def draw_predictions(model, source, colours, device, window, rows=6):
-    """Image, truth and prediction of validation images, evenly picked."""
+    """Image, truth and prediction of validation images, spread over the set."""
     model.eval()
     pictures = []
-    for i in range(0, len(source), max(1, len(source) // rows)):
-        sample = source.read(i)
+    for row in range(min(rows, len(source))):
+        sample = source.read(row * len(source) // rows if len(source) > rows else row)
         x = to_pixels(sample["image"].as_subclass(torch.Tensor)[None].to(device))
-        said = predict(model, x, window=window).argmax(1)[0].cpu()
-        pictures.append([from_pixels(x[0]), colour_mask(sample["mask"], colours), colour_mask(said, colours)])
-    return sheet(pictures[:rows], ["image", "truth", "prediction"], height=160)
+        predicted = predict(model, x, window=window).argmax(1)[0].cpu()
+        masks = [colour_mask(mask, colours) for mask in (sample["mask"], predicted)]
+        pictures.append([from_pixels(x[0]), *masks])
+    return sheet(pictures, ["image", "truth", "prediction"], height=160)
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    launch.run_script(main)

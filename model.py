@@ -1,14 +1,14 @@
-"""The networks: encoders (Hybrid-ViT, ResNet-50), the UNet decoder, and the UNet that joins them (Figure 2, section 4.3).
+"""The networks: two encoders, Hybrid-ViT and ResNet-50, the decoder, and the UNet of both (Figure 2, 4.3).
 
-This file needs torch (and torchvision for ResNet50 alone) and nothing of this project: copy it where you like.
+Needs torch, torchvision for ResNet50 alone, and nothing of this project: copy it where you like.
 
-    unet = UNet(HybridViT(), width=1, out_channels=3)       # R50+ViT-B/16, decoder [1024, 512, 256, 128, 64]
-    eps_hat = unet(x)                                       # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H and W
-    unet.decoder.replace_head(19)                           # segmentation: (B, 19, H, W) logits; the rest is kept
+    unet = UNet(HybridViT(), width=1, out_channels=3)    # R50+ViT-B/16, decoder [1024, 512, 256, 128, 64]
+    eps_hat = unet(x)                                    # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H, W
+    unet.decoder.replace_head(19)                        # segmentation: (B, 19, H, W) logits
 
-AN ENCODER is any module with two tuples, `channels` and `strides`, from fine to coarse, whose forward takes (B, 3, H, W) in
-[-1, 1], H and W multiples of strides[-1], and returns one (B, channels[i], H / strides[i], W / strides[i]) map per stride.
-Strides are powers of two up to 32. Your own encoder that does this works in UNet as it is.
+AN ENCODER is any module with two tuples, `channels` and `strides` (powers of two up to 32), from fine to
+coarse. Its forward takes (B, 3, H, W) in [-1, 1], H and W multiples of strides[-1], and returns a map per
+stride: (B, channels[i], H / strides[i], W / strides[i]).
 
 SIZES: parameters (decoders with a head of 3), and multiply-adds for one 224x224 image by torch's own counter.
 
@@ -24,64 +24,70 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 ENCODERS = ("hybrid", "hybrid-small", "resnet50")
 
 
-def build_encoder(name):
-    """The encoder called `name`, one of ENCODERS, with fresh weights."""
-    if name == "hybrid":          # the paper's: R50+ViT-B/16, 97.9 M parameters
-        return HybridViT()
+def build_encoder(name, image_size=None):
+    """The encoder called `name`, one of ENCODERS, with fresh weights.
+
+    image_size: of a Hybrid-ViT's position grid (see there); None: 224, hybrid-small 64.
+    """
+    if name == "hybrid":          # the paper's encoder. PAPER SILENT on its size: R50+ViT-B/16
+        return HybridViT(image_size=image_size or 224)
     if name == "hybrid-small":    # the same class for the embedded data on a CPU
-        return HybridViT(stem=48, widths=(16, 24, 32), units=(1, 2, 2), dim=128, depth=2, heads=4, mlp_dim=256, image_size=64)
+        return HybridViT(stem=48, widths=(16, 24, 32), units=(1, 2, 2), dim=128, depth=2, heads=4,
+                         mlp_dim=256, image_size=image_size or 64)
     if name == "resnet50":        # Table 7
         return ResNet50()
     raise ValueError(f"no encoder called {name!r}; there are {', '.join(ENCODERS)}")
 
 
-def build_unet(encoder="hybrid", width=1, out_channels=3, condition_on_gamma=False):
-    """A UNet from plain arguments: what the checkpoints of stages 2 and 3 carry as "model_args"."""
-    return UNet(build_encoder(encoder), width, out_channels, condition_on_gamma)
+def build_unet(encoder="hybrid", width=1, out_channels=3, condition_on_gamma=False, image_size=None):
+    """A UNet from plain arguments, the "model_args" in the checkpoints of stages 2 and 3."""
+    return UNet(build_encoder(encoder, image_size), width, out_channels, condition_on_gamma)
 
 
 def build_classifier(encoder="hybrid", num_classes=1000):
-    """A Classifier from plain arguments: what the checkpoints of stage 1 carry as "model_args"."""
+    """A Classifier from plain arguments, the "model_args" in the checkpoints of stage 1."""
     return Classifier(build_encoder(encoder), num_classes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoder 1: Hybrid-ViT, R50+ViT-B/16 (Dosovitskiy et al., 2021), exactly as the published JAX model computes it
+# ------------------------------------------------------------------------------------------------------------
+# Encoder 1: Hybrid-ViT, R50+ViT-B/16 (Dosovitskiy et al., 2021), as the published JAX model computes it
 
 
 def same_padding(x, kernel, stride, value=0.0):
-    """TensorFlow's and JAX's SAME: the output is ceil(size / stride); of an odd total, the extra row goes below and right.
+    """JAX's SAME padding: ceil(size / stride) outputs, the odd row below, the odd column right.
 
-    At even sizes a 7x7/2 kernel pads (2, 3) and a 3x3/2 kernel (0, 1). Symmetric padding shifts features by half a pixel.
-    """
+    At even sizes a 7x7/2 kernel pads (2, 3), a 3x3/2 kernel (0, 1). Symmetric padding shifts features by half
+    a pixel. """
     total = [max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
-    (top, left) = (t // 2 for t in total)
+    top, left = total[0] // 2, total[1] // 2
     return F.pad(x, (left, total[1] - left, top, total[0] - top), value=value) if any(total) else x
 
 
 class StdConv2d(nn.Conv2d):
-    """Bias-free convolution, SAME padding, with standardised weights: (w - mean) / (std + 1e-5) per output channel."""
+    """Convolution without bias, SAME padding, standardised weights: (w - mean) / (std + 1e-5) per output."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1):
         super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
 
     def forward(self, x):
         std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        weight = (self.weight - mean) / (std + 1e-5)           # epsilon OUTSIDE the root, population std
+        weight = (self.weight - mean) / (std + 1e-5)    # epsilon OUTSIDE the root, population std
         return F.conv2d(same_padding(x, self.kernel_size[0], self.stride[0]), weight, stride=self.stride)
 
 
 def group_norm(channels):
-    """GroupNorm, eps 1e-6: 32 groups wherever 32 divides the channels, as published; narrower (toy) layers get at least
-    two channels in a group."""
+    """GroupNorm, eps 1e-6, of 32 groups as published; in narrow (toy) layers of two channels or more each."""
     groups = math.gcd(32, channels)
-    return nn.GroupNorm(groups if groups < channels else max(1, groups // 2), channels, eps=1e-6)
+    if groups == channels:
+        groups = max(1, groups // 2)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResidualUnit(nn.Module):
@@ -89,14 +95,15 @@ class ResidualUnit(nn.Module):
 
     def __init__(self, in_channels, width, stride=1):
         super().__init__()
-        if in_channels != 4 * width or stride != 1:
-            self.conv_proj, self.gn_proj = StdConv2d(in_channels, 4 * width, 1, stride), group_norm(4 * width)
-        else:
-            self.conv_proj = None
+        out_channels = 4 * width
+        self.conv_proj = None
+        if in_channels != out_channels or stride != 1:
+            self.conv_proj = StdConv2d(in_channels, out_channels, 1, stride)
+            self.gn_proj = group_norm(out_channels)
         self.conv1, self.gn1 = StdConv2d(in_channels, width, 1), group_norm(width)
         self.conv2, self.gn2 = StdConv2d(width, width, 3, stride), group_norm(width)
-        self.conv3, self.gn3 = StdConv2d(width, 4 * width, 1), group_norm(4 * width)
-        nn.init.zeros_(self.gn3.weight)                        # a fresh unit starts as its shortcut
+        self.conv3, self.gn3 = StdConv2d(width, out_channels, 1), group_norm(out_channels)
+        nn.init.zeros_(self.gn3.weight)                 # a fresh unit starts as its shortcut
 
     def forward(self, x):
         shortcut = x if self.conv_proj is None else self.gn_proj(self.conv_proj(x))
@@ -118,32 +125,31 @@ class TransformerBlock(nn.Module):
         for linear in (self.proj, self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        for part in self.qkv.weight.chunk(3):                  # q, k and v are three matrices, each with its own fan
+        for part in self.qkv.weight.chunk(3):           # three matrices, each with its own fan
             nn.init.xavier_uniform_(part)
         nn.init.zeros_(self.qkv.bias)
 
     def forward(self, x):
         batch, tokens, dim = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                   # three of (B, heads, N, dim / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)            # three of (B, heads, N, dim / heads)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim)
         x = x + self.proj(y)
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
 
 class HybridViT(nn.Module):
-    """A ResNet to stride 16, whose every position is a token of a ViT. Without arguments: R50+ViT-B/16.
+    """A ResNet to stride 16, whose positions are the tokens of a ViT. Without arguments: R50+ViT-B/16.
 
-    stem: channels of the 7x7 root convolution. widths, units: bottleneck width (a quarter of the output channels) and number
-    of units of the three blocks at strides 4, 8, 16. dim, depth, heads, mlp_dim: the transformer. image_size: of the images
-    that the position embedding is made for (224 -> a 14x14 grid); other H x W interpolate it.
+    stem: channels of the 7x7 root convolution. widths, units: bottleneck width (a quarter of the output
+    channels) and number of units of the blocks at strides 4, 8, 16. dim, depth, heads, mlp_dim: of the
+    transformer. image_size: what the position grid is made for: 224 -> 14x14. Other H x W interpolate it.
 
-    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (root, before the max-pool), 4, 8 (blocks 1, 2) and 16 (patch tokens
-    after the last LayerNorm; the class token takes part in the attention and is dropped here).
-    """
+    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (before the max-pool), 4, 8 and 16 (after the last
+    LayerNorm). PAPER SILENT on the class token: it takes part in the attention and is then dropped. """
 
-    def __init__(self, stem=64, widths=(64, 128, 256), units=(3, 4, 9), dim=768, depth=12, heads=12, mlp_dim=3072,
-                 image_size=224):
+    def __init__(self, stem=64, widths=(64, 128, 256), units=(3, 4, 9), dim=768, depth=12, heads=12,
+                 mlp_dim=3072, image_size=224):
         super().__init__()
         self.channels, self.strides = (stem, 4 * widths[0], 4 * widths[1], dim), (2, 4, 8, 16)
         self.conv_root, self.gn_root = StdConv2d(3, stem, 7, stride=2), group_norm(stem)
@@ -153,64 +159,85 @@ class HybridViT(nn.Module):
         self.embedding = nn.Conv2d(4 * widths[2], dim, 1)
         self.grid = image_size // 16
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embedding = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid ** 2, dim))   # the class token's comes first
+        self.pos_embedding = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid ** 2, dim))    # class token first
         self.transformer = nn.Sequential(*(TransformerBlock(dim, heads, mlp_dim) for _ in range(depth)))
         self.encoder_norm = nn.LayerNorm(dim, eps=1e-6)
 
     @staticmethod
     def _block(in_channels, width, units, stride):
-        names = [f"unit{i + 1}" for i in range(units)]         # the published names: block1/unit1/conv1 ...
-        first = ResidualUnit(in_channels, width, stride)
-        return nn.Sequential(OrderedDict(zip(names, [first] + [ResidualUnit(4 * width, width) for _ in names[1:]])))
+        layers = OrderedDict(unit1=ResidualUnit(in_channels, width, stride))
+        for i in range(2, units + 1):
+            layers[f"unit{i}"] = ResidualUnit(4 * width, width)         # the published names
+        return nn.Sequential(layers)
 
-    def forward(self, x):                                      # (B, 3, H, W)
-        stride2 = F.relu(self.gn_root(self.conv_root(x)))      # (B, 64, H/2, W/2)
+    def forward(self, x):                                               # (B, 3, H, W)
+        stride2 = F.relu(self.gn_root(self.conv_root(x)))               # (B, 64, H/2, W/2)
         y = F.max_pool2d(same_padding(stride2, 3, 2, value=-math.inf), 3, 2)
-        stride4 = self.block1(y)                               # (B, 256, H/4, W/4)
-        stride8 = self.block2(stride4)                         # (B, 512, H/8, W/8)
-        y = self.embedding(self.block3(stride8))               # (B, 768, H/16, W/16)
-        height, width = y.shape[-2:]
-        tokens = torch.cat([self.cls.expand(len(y), -1, -1), y.flatten(2).transpose(1, 2)], dim=1)     # (B, 1 + N, 768)
-        tokens = self.encoder_norm(self.transformer(tokens + self.position(height, width)))
+        stride4 = self.block1(y)                                        # (B, 256, H/4, W/4)
+        stride8 = self.block2(stride4)                                  # (B, 512, H/8, W/8)
+        y = self.embedding(self.block3(stride8))                        # (B, 768, H/16, W/16)
+        tokens = y.flatten(2).transpose(1, 2)                           # (B, N, 768)
+        tokens = torch.cat([self.cls.expand(len(y), -1, -1), tokens], dim=1)
+        tokens = tokens + self.position(*y.shape[-2:])                  # (B, 1 + N, 768)
+        tokens = self.encoder_norm(self.transformer(tokens))
         stride16 = tokens[:, 1:].transpose(1, 2).reshape(y.shape)
         return stride2, stride4, stride8, stride16
 
     def position(self, height, width):
-        """The position embedding (1, 1 + height * width, dim) of a height x width grid; its own grid's is untouched."""
+        """The position embedding (1, 1 + height * width, dim): bilinear, corners on corners, as in the
+        original (ndimage.zoom, order 1). At its own grid it is untouched."""
         if (height, width) == (self.grid, self.grid):
             return self.pos_embedding
-        return interpolate_position(self.pos_embedding, height, width)
+        cls, grid = self.pos_embedding[:, :1], self.pos_embedding[:, 1:]
+        grid = grid.transpose(1, 2).reshape(1, -1, self.grid, self.grid)
+        grid = F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=True)
+        return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def interpolate_position(embedding, height, width):
-    """A position embedding (1, 1 + n * n, dim), the class token's first, for height x width tokens: bilinear, corners on corners, as
-    the original's ndimage.zoom(order=1)."""
-    cls, grid = embedding[:, :1], embedding[:, 1:]
-    side = math.isqrt(grid.shape[1])
-    grid = grid.transpose(1, 2).reshape(1, -1, side, side)
-    grid = F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=True)
-    return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Encoder 2: ResNet-50 (Table 7)
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's BatchNorm2d with batch statistics over all processes, as SyncBatchNorm, which needs GPUs."""
+
+    def forward(self, x):
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        values = x.float()
+        mean = _mean_over_processes(values.mean((0, 2, 3)))
+        var = _mean_over_processes((values - mean[:, None, None]).square().mean((0, 2, 3)))
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return ((values - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def _mean_over_processes(value):
+    from torch.distributed.nn.functional import all_reduce      # with a gradient, unlike dist.all_reduce
+    return all_reduce(value) / dist.get_world_size()
+
+
 class ResNet50(nn.Module):
-    """torchvision's ResNet-50 (v1.5) without its classifier; its names, so its weights load as they are.
+    """torchvision's ResNet-50 (v1.5) without its classifier, under its names, so that its weights load.
 
-    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16, 32 with 64, 256, 512, 1024, 2048
-    channels. torchvision's weights expect ImageNet's mean and deviation: this encoder converts, nobody else has to know.
+    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16, 32 with 64, 256,
+    512, 1024, 2048 channels. torchvision's weights expect ImageNet's mean and deviation: the encoder
+    converts.
 
-    PAPER SILENT on its BatchNorm. Here it always normalises with the stored statistics, which no training changes; its scale and
-    shift train. So what an image gets does not depend on the rest of its batch, nor on how a batch is split over processes.
-    """
+    batch_statistics: of what BatchNorm uses in training mode. PAPER SILENT. False: the stored statistics,
+    which then never change. True: those of the batch: for fresh weights, whose stored 0 and 1 would normalise
+    nothing. """
 
-    def __init__(self):
+    def __init__(self, batch_statistics=False):
         super().__init__()
-        from torchvision.models import resnet50                # here: the rest of this file needs torch alone
+        from torchvision.models import resnet50                 # here: the rest of this file needs torch alone
         self.channels, self.strides = (64, 256, 512, 1024, 2048), (2, 4, 8, 16, 32)
-        net = resnet50(weights=None, zero_init_residual=True)  # a fresh unit starts as its shortcut, which needs no statistics
+        self.batch_statistics = batch_statistics
+        net = resnet50(weights=None, zero_init_residual=True, norm_layer=BatchNorm2d)
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
         # (x + 1) / 2 is in [0, 1]; minus mean, over std. Constants, so not in the state dict.
@@ -222,11 +249,11 @@ class ResNet50(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         for part in self.modules():
-            if isinstance(part, nn.BatchNorm2d):
-                part.eval()
+            if isinstance(part, BatchNorm2d):
+                part.train(mode and self.batch_statistics)
         return self
 
-    def forward(self, x):                                      # (B, 3, H, W)
+    def forward(self, x):                                       # (B, 3, H, W)
         stride2 = F.relu(self.bn1(self.conv1((x - self.shift) / self.scale)))
         stride4 = self.layer1(self.maxpool(stride2))
         stride8 = self.layer2(stride4)
@@ -234,37 +261,35 @@ class ResNet50(nn.Module):
         return stride2, stride4, stride8, stride16, self.layer4(stride16)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The decoder (Figure 2, section 4.3)
 
 
 def upsample_conv(x, weight):
-    """Nearest x2 upsampling, then a 3x3 convolution with zero padding: (B, I, H, W), (O, I, 3, 3) -> (B, O, 2H, 2W).
+    """Nearest x2 upsampling, then a 3x3 convolution: (B, I, H, W), (O, I, 3, 3) -> (B, O, 2H, 2W).
 
-    Computed as ONE 4x4 stride-2 transposed convolution, whose kernel is the 3x3 kernel summed over 2x2 shifts: the same
-    function with 2.25 times fewer multiply-adds.
-    """
+    Computed as ONE 4x4 stride-2 transposed convolution, whose kernel is the 3x3 kernel summed over 2x2
+    shifts: the same function with 2.25 times fewer multiply-adds. """
     flipped = weight.flip(2, 3)
     kernel = sum(F.pad(flipped, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1))
     return F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2, padding=1)
 
 
 class DecoderNorm(nn.Module):
-    """GroupNorm; with conditioning (4.4) followed by a scale and a shift per channel that are linear in the embedded gamma.
+    """GroupNorm; with conditioning (4.4) then a scale and shift per channel, linear in the embedded gamma.
 
-    PAPER SILENT on the decoder's normalisation. GroupNorm: what an image gets does not depend on the other images of its
-    batch, so neither on how a batch is split over processes, and fine-tuning batches may be as small as one.
-    """
+    PAPER SILENT on the norm. With GroupNorm an image does not depend on the rest of its batch, which may be
+    small. """
 
     def __init__(self, channels, gamma_dim=None):
         super().__init__()
         self.norm = group_norm(channels)
         self.gamma = None if gamma_dim is None else nn.Linear(gamma_dim, 2 * channels)
-        if self.gamma is not None:                             # starts as no conditioning at all
+        if self.gamma is not None:                              # starts as no conditioning at all
             nn.init.zeros_(self.gamma.weight)
             nn.init.zeros_(self.gamma.bias)
 
-    def forward(self, x, gamma=None):                          # (B, C, H, W), (B, gamma_dim) or None
+    def forward(self, x, gamma=None):                           # (B, C, H, W), (B, gamma_dim) or None
         x = self.norm(x)
         if self.gamma is None:
             return x
@@ -275,9 +300,8 @@ class DecoderNorm(nn.Module):
 class DecoderBlock(nn.Module):
     """[x2 upsampling] -> [concatenate the skip] -> (3x3 conv -> norm -> ReLU) twice.
 
-    PAPER SILENT on all of it; the layout is TransUNet's, which the paper names as its architecture (Chen et al., 2021).
-    PAPER SILENT on upsampling: nearest, because then it and the convolution behind it are one cheaper operation.
-    """
+    PAPER SILENT on all of it; this is TransUNet's block, the paper's architecture (Chen et al., 2021). PAPER
+    SILENT on upsampling: nearest, because it and the convolution behind it are then one cheap operation. """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample, gamma_dim=None):
         super().__init__()
@@ -300,14 +324,15 @@ class DecoderBlock(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """Five blocks of [1024, 512, 256, 128, 64] * width channels, from the coarsest map to full resolution, and a 3x3 head.
+    """Five blocks of [1024, 512, 256, 128, 64] * width channels, from the coarsest map to full size; 3x3
+    head.
 
-    channels, strides: the encoder's. width: 1, 2 or 3 in the paper, any positive number here. As many of the last blocks
-    upsample by two as it takes to get from strides[-1] to 1: all five for a stride-32 ResNet-50, the last four for a
-    stride-16 hybrid. PAPER SILENT on how five widths meet a stride-16 encoder, and on which skips: every map of the encoder
-    but the coarsest is one, and nothing at full resolution.
+    channels, strides: the encoder's. width: 1, 2 or 3 in the paper. The last log2(strides[-1]) blocks
+    upsample: five for ResNet-50 (stride 32), four for the hybrid (stride 16). PAPER SILENT on how five widths
+    meet stride 16, and on the skips: every map of the encoder but the coarsest is one; there is none at full
+    resolution.
 
-    forward: maps, fine to coarse; size (H, W) -> (B, out_channels, H, W), cropped from the multiple of strides[-1].
+    forward: maps, fine to coarse; size (H, W) -> (B, out_channels, H, W). gamma: see UNet.
     """
 
     def __init__(self, channels, strides, width=1, out_channels=3, condition_on_gamma=False):
@@ -316,7 +341,7 @@ class UNetDecoder(nn.Module):
             raise ValueError(f"the coarsest stride must be a power of two up to 32, got {strides[-1]}")
         widths = [round(width * c) for c in (1024, 512, 256, 128, 64)]
         if min(widths) < 1:
-            raise ValueError(f"width {width} leaves a decoder block without channels; the smallest that works is 1/64")
+            raise ValueError(f"width {width} leaves a decoder block without channels; the least is 1/64")
         self.condition_on_gamma = condition_on_gamma
         gamma_dim = 256 if condition_on_gamma else None
         if condition_on_gamma:
@@ -329,13 +354,15 @@ class UNetDecoder(nn.Module):
             upsample = i >= without_upsampling
             stride = stride // 2 if upsample else stride
             skip_stride = stride if upsample and stride in skip_channels else None
-            self.blocks.append(DecoderBlock(in_channels, skip_channels.get(skip_stride, 0), out, upsample, gamma_dim))
+            skip = skip_channels.get(skip_stride, 0)
+            self.blocks.append(DecoderBlock(in_channels, skip, out, upsample, gamma_dim))
             self.skip_strides.append(None if skip_stride is None else strides.index(skip_stride))
             in_channels = out
         self.replace_head(out_channels)
 
     def replace_head(self, out_channels):
-        """A fresh 3x3 head with `out_channels` outputs (3: denoising, N: classes); everything else stays as it is."""
+        """A fresh 3x3 head with `out_channels` outputs (3: denoising, N: classes); the rest stays as it
+        is."""
         last = self.blocks[-1].conv2
         self.head = nn.Conv2d(last.out_channels, out_channels, 3, padding=1).to(last.weight)
 
@@ -344,27 +371,28 @@ class UNetDecoder(nn.Module):
         y = maps[-1]
         for block, skip in zip(self.blocks, self.skip_strides):
             y = block(y, None if skip is None else maps[skip], gamma)
-        return self.head(y)[..., :size[0], :size[1]]
+        return self.head(y)[..., :size[0], :size[1]]            # cropped from the multiple of strides[-1]
 
     def embed_gamma(self, gamma, like):
-        """gamma in [0, 1], a float or (B,); None means a clean image: 1 -> (B, 256). Sines and cosines, then one layer."""
+        """gamma in [0, 1], a float or (B,); None: 1, a clean image -> (B, 256): sines and cosines, one
+        layer."""
         gamma = torch.as_tensor(1.0 if gamma is None else gamma, device=like.device, dtype=torch.float32)
         frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, device=like.device))
-        phase = gamma.expand(len(like))[:, None] * frequencies                               # (B, 32)
+        phase = gamma.expand(len(like))[:, None] * frequencies                        # (B, 32)
         return self.gamma_mlp(torch.cat([phase.sin(), phase.cos()], dim=1))
 
 
 class UNet(nn.Module):
     """encoder + decoder: (B, 3, H, W) in [-1, 1] -> (B, out_channels, H, W), for any H and W.
 
-    Images whose sides are no multiple of the coarsest stride are padded below and right with their last row and column, and
-    the output is cropped. gamma: the noise level, for a decoder with condition_on_gamma (4.4); None means a clean image.
-    """
+    Images are padded below and right to a multiple of the coarsest stride, and the output is cropped. gamma:
+    the noise level, for condition_on_gamma (4.4): a float or (B,); None means a clean image. """
 
     def __init__(self, encoder, width=1, out_channels=3, condition_on_gamma=False):
         super().__init__()
         self.encoder = encoder
-        self.decoder = UNetDecoder(encoder.channels, encoder.strides, width, out_channels, condition_on_gamma)
+        channels, strides = encoder.channels, encoder.strides
+        self.decoder = UNetDecoder(channels, strides, width, out_channels, condition_on_gamma)
 
     def encode(self, x):
         """The encoder's maps of x, padded to a multiple of the coarsest stride."""
@@ -378,10 +406,9 @@ class UNet(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Stage 1: encoder -> mean of the coarsest map -> linear: (B, 3, H, W) in [-1, 1] -> (B, num_classes) logits.
+    """Stage 1: encoder -> mean of the coarsest map -> linear: (B, 3, H, W) in [-1, 1] -> (B, num_classes).
 
-    PAPER SILENT on the head ("ImageNet-21k classification"). The mean works for any encoder; Dosovitskiy et al. read the class
-    token instead.
+    PAPER SILENT on the head. The mean works for any encoder; Dosovitskiy et al. read the class token instead.
     """
 
     def __init__(self, encoder, num_classes):
@@ -393,107 +420,128 @@ class Classifier(nn.Module):
 
 
 def freeze(module):
-    """Freeze `module` for good: no parameter takes a gradient, and it stays in eval mode whatever .train() is called later,
-    on it, on a part of it or on a model around it, so that buffers (BatchNorm statistics) stay too. Returns the module."""
+    """Freeze `module` for good and return it: no gradients, and eval mode, so that buffers stay too, whatever
+    .train() is called later on it, on a part of it, or on a model around it."""
     module.requires_grad_(False).eval()
     for part in module.modules():
         part.train = lambda mode=True, part=part: part
     return module
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weights
 
-PUBLISHED = {                                                  # name: (encoder, address, first digits of its SHA-256 where they are given)
+PUBLISHED = {      # name: (encoder, address, first digits of its SHA-256 where they are known)
     "imagenet21k": ("hybrid", "https://storage.googleapis.com/vit_models/imagenet21k/R50+ViT-B_16.npz", None),
-    "imagenet1k": ("resnet50", "https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),    # torchvision's IMAGENET1K_V1
+    # torchvision's IMAGENET1K_V1
+    "imagenet1k": ("resnet50", "https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),
 }
 
 
+class WeightsError(ValueError):
+    """Weights that cannot be fetched or read, or that do not fit; the message is one line."""
+
+
 def load_encoder_weights(encoder, source, label=None):
-    """Set every tensor of `encoder` from a file, which is recognised by its content, not by its name:
+    """Set every tensor of `encoder` from a file, which is recognised by its content: see `recognise`.
 
-        a checkpoint of this project (any stage; its encoder is taken)
-        Google's R50+ViT-B_16 (.npz), ImageNet-21k at 224 pixels or fine-tuned at 384                 -> HybridViT
-        timm's vit_base_r50_s16_224.orig_in21k or vit_base_r50_s16_384.orig_in21k_ft_in1k (.pth, .bin, .safetensors) -> HybridViT
-        torchvision's ResNet-50 (.pth)                                                               -> ResNet50
-
-    source: a path; or what such a file holds, as a mapping, with a label for messages. Classification heads are left out; any other tensor that the encoder
-    lacks, or that it has and the file lacks, is a ValueError of one line, and the encoder is then as it was. Of the 384-pixel files
-    the 24x24 position grid is interpolated to the encoder's own. Returns what the file was taken for, as text.
-    """
+    source: a path, or what read_weights found there, with a label for messages. Classification heads are left
+    out. Any other tensor that is missing, left over or of another shape is a WeightsError, and the encoder
+    stays as it was. Returns what the file was taken for, as text. """
     content = source if isinstance(source, Mapping) else read_weights(source)
     label = label or ("the given mapping" if content is source else source)
-    if isinstance(content.get("model"), Mapping):
-        kind = "a checkpoint of this project"
-        state = {name.removeprefix("encoder."): value for name, value in content["model"].items() if name.startswith("encoder.")}
-    elif "conv_root/kernel" in content:
-        kind, state = "Google's R50+ViT-B_16", from_google(content)
-    elif "patch_embed.backbone.stem.conv.weight" in content:
-        kind, state = "timm's vit_base_r50_s16", from_timm(content)
-    elif "layer4.2.conv3.weight" in content:
-        kind, state = "torchvision's ResNet-50", {name: value for name, value in content.items() if not name.startswith("fc.")}
-        if "bn1.running_var" in state:                         # files older than these counters, which only count
-            state = {**{name: value for name, value in encoder.state_dict().items() if name.endswith("num_batches_tracked")}, **state}
-    else:
-        raise ValueError(f"{label}: not weights of a known kind (its first keys: {', '.join(map(str, list(content)[:3]))}); expected a "
-                         f"checkpoint of pretrain_encoder.py, Google's R50+ViT-B_16.npz, timm's vit_base_r50_s16 or torchvision's ResNet-50")
-    if isinstance(encoder, HybridViT) and state.get("pos_embedding", encoder.cls).shape[1] == 1 + 24 ** 2 != 1 + encoder.grid ** 2:
-        kind += f" at 384 pixels, its 24x24 position grid interpolated to {encoder.grid}x{encoder.grid}"
-        state["pos_embedding"] = interpolate_position(state["pos_embedding"], encoder.grid, encoder.grid)
-    made_with = f" (made with --encoder {content['model_args']['encoder']})" if "encoder" in content.get("model_args", {}) else ""
-    load_strictly(encoder, state, f"{label}: {kind}{made_with}, does not fit {type(encoder).__name__}")
+    kind, state = recognise(content, label)
+    if isinstance(encoder, ResNet50):       # older files lack these counters, which nothing reads
+        counters = {k: v for k, v in encoder.state_dict().items() if k.endswith("num_batches_tracked")}
+        state = {**counters, **state}
+    load_strictly(encoder, state, f"{label}: {kind}, does not fit {type(encoder).__name__}")
     return kind
 
 
+def recognise(content, label="the given mapping"):
+    """(what these weights are, as text; their encoder as a state dict of HybridViT or ResNet50).
+
+    Known are checkpoints of this project, of any stage; for HybridViT Google's R50+ViT-B_16.npz and timm's
+    vit_base_r50_s16 (224.orig_in21k, 384.orig_in21k_ft_in1k), at 224 or 384 pixels; torchvision's ResNet-50.
+    """
+    if isinstance(content.get("model"), Mapping):
+        state = {k.removeprefix("encoder."): v for k, v in content["model"].items() if k.startswith("encoder.")}
+        return "a checkpoint of this project", state
+    if "conv_root/kernel" in content:
+        return "Google's R50+ViT-B_16", from_google(content)
+    if "patch_embed.backbone.stem.conv.weight" in content:
+        return "timm's vit_base_r50_s16", from_timm(content)
+    if "layer4.2.conv3.weight" in content:
+        return "torchvision's ResNet-50", {k: v for k, v in content.items() if not k.startswith("fc.")}
+    keys = ", ".join(map(str, list(content)[:3]))
+    raise WeightsError(f"{label}: not weights of a known kind (first keys: {keys}); expected a checkpoint of "
+                       "ours, Google's R50+ViT-B_16.npz, timm's vit_base_r50_s16 or torchvision's ResNet-50")
+
+
+def image_size_of(content):
+    """The image size that the position grid of these weights is made for (224, 384, ...); None without a
+    grid."""
+    tensors = content["model"] if isinstance(content.get("model"), Mapping) else content
+    for name in ("encoder.pos_embedding", "Transformer/posembed_input/pos_embedding", "pos_embed"):
+        if name in tensors:
+            return 16 * math.isqrt(tensors[name].shape[1] - 1)
+    return None
+
+
 def load_strictly(module, state, complaint):
-    """load_state_dict that sets all tensors or none: else a ValueError of one line, `complaint` and the first few keys."""
+    """load_state_dict that sets all tensors or none: else a WeightsError, `complaint` and the first few
+    keys."""
     ours = module.state_dict()
+    shapes = [f"{k} {tuple(state[k].shape)}, expected {tuple(ours[k].shape)}" for k in ours
+              if k in state and state[k].shape != ours[k].shape]
     faults = {"missing": [k for k in ours if k not in state], "unexpected": [k for k in state if k not in ours],
-              "of another shape": [f"{k} {tuple(state[k].shape)}, expected {tuple(ours[k].shape)}" for k in ours
-                                   if k in state and state[k].shape != ours[k].shape]}
-    if any(faults.values()):
-        raise ValueError(f"{complaint}: " + "; ".join(f"{len(keys)} tensors {fault} ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})"
-                                                      for fault, keys in faults.items() if keys))
+              "of another shape": shapes}
+    found = [f"{len(keys)} tensors {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+             for fault, keys in faults.items() if keys]
+    if found:
+        raise WeightsError(f"{complaint}: {'; '.join(found)}")
     module.load_state_dict(state)
 
 
 def read_weights(path):
-    """The content of a weights file (.npz, of torch.save, .safetensors) as a mapping. A ValueError of one line where there is none,
-    or where the CRC-32 of one of its parts (the first two are zip files) does not hold."""
+    """The content of a weights file (torch.save's, .npz, .safetensors) as a mapping of names.
+
+    Raises WeightsError where there is none, or where the checksum of one of its parts does not hold.
+    """
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file; expected weights")
+        raise WeightsError(f"{path}: no such file; expected weights")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
-        if start[8:] == b"{":                                  # safetensors: eight bytes of length, then JSON
-            from safetensors.torch import load_file            # where it happens to be installed
+        if start[8:] == b"{":                                      # safetensors: 8 bytes of length, then JSON
+            from safetensors.torch import load_file                # where it happens to be installed
             return load_file(path)
-        if zipfile.is_zipfile(path):                           # .npz and what torch.save writes
+        if zipfile.is_zipfile(path):                               # .npz, and what torch.save writes
             with zipfile.ZipFile(path) as parts:
                 names, damaged = parts.namelist(), parts.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(f"damaged: {damaged} does not match its checksum")
             if any(name.endswith(".npy") for name in names):
-                import numpy                                   # for .npz alone
+                import numpy                                       # for .npz alone
                 return dict(numpy.load(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
-        raise ValueError(f"{path}: reading it needs the package {error.name}; install that, or pass the .pth or .bin file") from None
-    except Exception as error:                                 # torch.load fails in many ways on what is no checkpoint
-        raise ValueError(f"{path}: cannot be read as weights ({error if isinstance(error, zipfile.BadZipFile) else type(error).__name__}); "
-                         f"expected .pth or .bin of plain tensors, .npz or .safetensors") from None
-    content = content.get("state_dict", content) if isinstance(content, Mapping) else content
+        raise WeightsError(f"{path}: needs the package {error.name}; install it, or pass a .pth file") from None
+    except Exception as error:                                     # torch.load fails in many ways
+        reason = error if isinstance(error, zipfile.BadZipFile) else type(error).__name__
+        raise WeightsError(f"{path}: cannot be read as weights ({reason}); expected tensors in .pth, .bin, "
+                           ".npz or .safetensors") from None
+    if isinstance(content, Mapping):
+        content = content.get("state_dict", content)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors")
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors")
     return content
 
 
 def published_weights(name):
     """The path of the published file called `name`, one of PUBLISHED; fetched once into torch.hub's cache.
 
-    A file gets its name there only when it is whole and holds what it should. Raises ValueError, with the address, where it cannot be
-    fetched.
+    It gets its name there when it is whole and holds what it should. Raises WeightsError, with the address.
     """
     _, address, sha256 = PUBLISHED[name]
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
@@ -502,11 +550,10 @@ def published_weights(name):
         part = f"{path}.{os.getpid()}.part"
         try:
             torch.hub.download_url_to_file(address, part, sha256, progress=True)
-            if not {"conv_root/kernel", "layer4.2.conv3.weight"} & set(read_weights(part)):
-                raise ValueError(f"{address} holds something else than the weights that it is known for")
+            recognise(read_weights(part), address)
             os.replace(part, path)
-        except (OSError, RuntimeError) as error:               # no network, or another hash
-            raise ValueError(f"{name}: cannot fetch {address} ({error}); fetch it elsewhere and pass its path instead") from None
+        except (OSError, RuntimeError) as error:                   # no network, or another hash
+            raise WeightsError(f"{name}: cannot fetch {address} ({error}); pass the path of a copy") from None
         finally:
             if os.path.exists(part):
                 os.remove(part)
@@ -514,51 +561,52 @@ def published_weights(name):
 
 
 def from_google(arrays):
-    """The arrays of R50+ViT-B_16.npz (name -> array) as a state dict of HybridViT. Kernels change from (h, w, in, out) to
-    (out, in, h, w), dense ones from (in, out) to (out, in); query, key and value become one matrix."""
+    """The arrays of R50+ViT-B_16.npz (name -> array) as a state dict of HybridViT.
+
+    Kernels change from (h, w, in, out) to (out, in, h, w), and from (in, out) to (out, in); query, key and
+    value, (768, 12 heads, 64) each, become one matrix. """
+    renamed = {"Transformer/posembed_input/": "", "Transformer/encoder_norm": "encoder_norm",
+               "Transformer/encoderblock_": "transformer/", "LayerNorm_0": "norm1", "LayerNorm_2": "norm2",
+               "MlpBlock_3/Dense_0": "fc1", "MlpBlock_3/Dense_1": "fc2", "kernel": "weight", "scale": "weight",
+               "/": "."}
     state = {}
     for name, array in arrays.items():
         if name.split("/")[0] in ("head", "pre_logits") or "MultiHeadDotProductAttention" in name:
             continue
-        name = name.replace("Transformer/posembed_input/pos_embedding", "pos_embedding")
-        name = name.replace("Transformer/encoder_norm", "encoder_norm").replace("Transformer/encoderblock_", "transformer/")
-        name = name.replace("LayerNorm_0", "norm1").replace("LayerNorm_2", "norm2")
-        name = name.replace("MlpBlock_3/Dense_0", "fc1").replace("MlpBlock_3/Dense_1", "fc2").replace("/", ".")
         value = torch.as_tensor(array)
         if name.endswith("kernel"):
             value = value.permute(3, 2, 0, 1) if value.dim() == 4 else value.T
-        elif value.dim() == 4:                                 # GroupNorm's scale and bias: (1, 1, 1, C)
+        elif value.dim() == 4:                                     # GroupNorm's (1, 1, 1, C)
             value = value.flatten()
-        state[name.replace("kernel", "weight").replace("scale", "weight")] = value.contiguous()
+        for theirs, ours in renamed.items():
+            name = name.replace(theirs, ours)
+        state[name] = value.contiguous()
     for layer in range(sum(name.endswith("LayerNorm_0/scale") for name in arrays)):
-        attention = {part: torch.as_tensor(arrays[name]) for part in ("query/kernel", "query/bias", "key/kernel", "key/bias", "value/kernel",
-                                                                      "value/bias", "out/kernel", "out/bias")
-                     if (name := f"Transformer/encoderblock_{layer}/MultiHeadDotProductAttention_1/{part}") in arrays}
-        if len(attention) == 8:                                # else the tensors below are reported missing
-            q, k, v = (attention[f"{part}/kernel"].flatten(1).T for part in ("query", "key", "value"))         # (768, 12, 64) -> (768, 768)
-            state[f"transformer.{layer}.qkv.weight"] = torch.cat([q, k, v])
-            state[f"transformer.{layer}.qkv.bias"] = torch.cat([attention[f"{part}/bias"].flatten() for part in ("query", "key", "value")])
-            state[f"transformer.{layer}.proj.weight"] = attention["out/kernel"].flatten(0, 1).T.contiguous()
-            state[f"transformer.{layer}.proj.bias"] = attention["out/bias"]
+        prefix = f"Transformer/encoderblock_{layer}/MultiHeadDotProductAttention_1/"
+        a = {k.removeprefix(prefix): torch.as_tensor(v) for k, v in arrays.items() if k.startswith(prefix)}
+        if len(a) == 8:                                            # kernel and bias of query, key, value, out
+            qkv, name = ("query", "key", "value"), f"transformer.{layer}"
+            state[f"{name}.qkv.weight"] = torch.cat([a[f"{part}/kernel"].flatten(1).T for part in qkv])
+            state[f"{name}.qkv.bias"] = torch.cat([a[f"{part}/bias"].flatten() for part in qkv])
+            state[f"{name}.proj.weight"] = a["out/kernel"].flatten(0, 1).T.contiguous()
+            state[f"{name}.proj.bias"] = a["out/bias"]
     return state
 
 
 def from_timm(tensors):
     """timm's names as HybridViT's; the tensors are the same."""
+    renamed = {"patch_embed.backbone.": "", "stem.conv": "conv_root", "stem.norm": "gn_root",
+               "downsample.conv": "conv_proj", "downsample.norm": "gn_proj", "patch_embed.proj": "embedding",
+               "cls_token": "cls", "pos_embed": "pos_embedding", "attn.": "", "mlp.": ""}
     state = {}
     for name, value in tensors.items():
         if name.split(".")[0] in ("head", "pre_logits", "fc_norm"):
             continue
-        if name.startswith("patch_embed.backbone."):
-            name = name.removeprefix("patch_embed.backbone.")
-            name = name.replace("stem.conv", "conv_root").replace("stem.norm", "gn_root")
-            name = name.replace("downsample.conv", "conv_proj").replace("downsample.norm", "gn_proj").replace(".norm", ".gn")
-            name = re.sub(r"stages\.(\d+)\.blocks\.(\d+)", lambda m: f"block{int(m[1]) + 1}.unit{int(m[2]) + 1}", name)
-        elif name.startswith("blocks."):
-            name = name.replace("blocks.", "transformer.").replace("attn.", "").replace("mlp.", "")
-        else:
-            name = {"cls_token": "cls", "pos_embed": "pos_embedding", "patch_embed.proj.weight": "embedding.weight",
-                    "patch_embed.proj.bias": "embedding.bias", "norm.weight": "encoder_norm.weight",
-                    "norm.bias": "encoder_norm.bias"}.get(name, name)
-        state[name] = value
+        for theirs, ours in renamed.items():
+            name = name.replace(theirs, ours)
+        name = re.sub(r"^norm\.", "encoder_norm.", name)
+        name = re.sub(r"^blocks\.", "transformer.", name)
+        name = re.sub(r"^stages\.(\d+)\.blocks\.(\d+)",
+                      lambda m: f"block{int(m[1]) + 1}.unit{int(m[2]) + 1}", name)
+        state[re.sub(r"(unit\d+)\.norm", r"\1.gn", name)] = value
     return state

@@ -1,25 +1,26 @@
-"""Noise, targets and the loss of denoising pretraining: equations 1 to 6 of "Decoder Denoising Pretraining for
-Semantic Segmentation" (Brempong et al., 2022). This file needs torch and nothing else: copy it where you like.
+"""Noise, targets and the loss of denoising pretraining: equations 1 to 6 of the paper (Brempong et al.,
+2022).
+
+This file needs torch and nothing else: copy it where you like.
 
     eps = sample_noise(x.shape, seeds, x.device)           # e ~ N(0, I), one seed per image
     x_noisy = scaled_additive_noise(x, eps, gamma=0.95)    # Eq. 5
     loss = denoising_loss(model(x_noisy), eps)             # Eq. 6
 
-THE PIXEL RANGE. gamma and sigma mean nothing without it. Here, and in the whole project, pixels x lie in [-1, 1]:
-x = (value - 127.5) / 127.5 for 8-bit values. sigma = 0.23 is then 29 grey levels out of 255. Noisy images are never
-clipped (Figure 4). PAPER SILENT: it names no range; [-1, 1] is what its published encoder takes. Eq. 5 keeps the variance
-of x~ at 1 only where the variance of x is 1; photographs in [-1, 1] have about 0.25.
+THE PIXEL RANGE. gamma and sigma mean nothing without it. PAPER SILENT: here pixels x lie in [-1, 1], which is
+what the published encoder takes: x = (value - 127.5) / 127.5 for 8-bit values. sigma = 0.23 is then 29 grey
+levels of 255. Noisy images are never clipped (Figure 4). Eq. 5 keeps the variance of x~ at 1 only where the
+variance of x is 1; photographs in [-1, 1] have about 0.25.
 
-The two parametrisations are one: x~ = sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma e) / sqrt(1 + sigma^2), with
+Two ways to write one noise: x~ = sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma e) / sqrt(1 + sigma^2), with
 
     gamma     sigma = sqrt(1/gamma - 1)    sqrt(1 - gamma)    where the paper uses it
-    0.95      0.2294                       0.2236             Table 4, and "noise magnitude 0.22" (4.1): main setting
+    0.95      0.2294                       0.2236             main setting (4.1, Table 4)
     0.90      0.3333                       0.3162             lower end of U(0.9, 0.95) in Table 4
     0.6098    0.8000                       0.6247             DeP in Table 2: sigma = 0.8
 
-The paper writes "the optimal noise magnitude" as 0.22; that is sqrt(1 - gamma) at gamma = 0.95. (Table 4's caption says
-sigma where its values are gamma.)
-"""
+The paper's "optimal noise magnitude", 0.22, is sqrt(1 - gamma) at gamma = 0.95. (Table 4's caption says sigma
+where its values are gamma.) """
 import math
 
 import torch
@@ -60,41 +61,43 @@ def scaled_additive_noise(x, eps, gamma):
 
 
 def denoising_loss(prediction, target):
-    """Eq. 2 (target = x: predict the image) and Eqs. 3, 4, 6 (target = e: predict the noise): mean squared error.
+    """Eq. 2 (target = x: predict the image) and Eqs. 3, 4, 6 (target = e: predict the noise).
 
-    prediction, target: (B, C, H, W). Returns a float32 scalar: the MEAN over all elements. The paper writes the squared
-    norm, a sum over the C H W elements of an image; the mean is that sum divided by a constant, so that the loss does not
-    grow with the image, and a model that answers 0 to unit noise has loss 1.
-    """
+    prediction, target: (B, C, H, W). Returns a float32 scalar: the MEAN over all elements. The paper writes
+    the squared norm, a sum over the C H W elements of an image. The mean is that sum divided by a constant,
+    to which Adam is indifferent: it does not grow with the image, and a model that answers 0 to unit noise
+    has loss 1. """
     return F.mse_loss(prediction.float(), target.float())
 
 
 def remove_noise(x_noisy, eps, gamma):
-    """Eq. 5 solved for x: (x~ - sqrt(1 - gamma) e) / sqrt(gamma), gamma in (0, 1]. For looking at what a model predicts."""
+    """Eq. 5 solved for x: (x~ - sqrt(1 - gamma) e) / sqrt(gamma), gamma in (0, 1]; to look at a
+    prediction."""
     _check_gamma(gamma, zero_allowed=False)
     gamma = _per_image(gamma, x_noisy)
     return ((x_noisy - (1 - gamma).sqrt() * eps) / gamma.sqrt()).to(x_noisy.dtype)
 
 
 def sample_noise(shape, seeds, device="cpu"):
-    """e ~ N(0, I) of shape (B, C, H, W), float32, drawn on `device`: image b from a generator of its own, seeded seeds[b].
+    """e ~ N(0, I) of shape (B, C, H, W), float32: image b from a generator of its own, seeded with seeds[b].
 
-    So the noise that an image gets does not depend on what else is in its batch, on the process that holds it, or on what
-    was drawn before. It does depend on the kind of device, whose generators differ.
-    """
-    return torch.stack([torch.randn(shape[1:], generator=_generator(seed, device), device=device) for seed in seeds])
+    So an image's noise does not depend on the rest of its batch, on the process that holds it, or on what was
+    drawn before. It does depend on the kind of device, whose generators differ. """
+    noise = [torch.randn(shape[1:], generator=_generator(seed, device), device=device) for seed in seeds]
+    return torch.stack(noise)
 
 
 def sample_gamma(low, high, seeds):
-    """gamma ~ U(low, high), one per image (4.4, Table 4): (B,) float32 on the CPU. 0 <= low <= high <= 1, else ValueError.
+    """gamma ~ U(low, high), one per image (4.4, Table 4): (B,) float32 on the CPU.
 
-    Image b's gamma is a function of seeds[b] + 1: the same seed as for its noise would tie the two together.
-    """
+    Image b's gamma is a function of seeds[b] + 1: the seed of its noise would tie the two together. Raises
+    ValueError unless 0 <= low <= high <= 1. """
     _check_gamma(low)
     _check_gamma(high)
     if low > high:
         raise ValueError(f"gamma range must be low <= high, got {low} and {high}")
-    return torch.stack([low + (high - low) * torch.rand((), generator=_generator(seed + 1, "cpu")) for seed in seeds])
+    uniform = torch.stack([torch.rand((), generator=_generator(seed + 1, "cpu")) for seed in seeds])
+    return low + (high - low) * uniform
 
 
 def _generator(seed, device):
@@ -102,7 +105,8 @@ def _generator(seed, device):
 
 
 def _per_image(value, x):
-    """A float or a (B,) tensor as something that multiplies (B, C, H, W); never below float32: 1 - 0.95 is 1.6 % off in bf16."""
+    """A float or (B,) tensor, shaped to multiply (B, C, H, W); float32 at least: in bf16 1 - 0.95 is 1.6 %
+    off."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.as_tensor(value, dtype=dtype, device=x.device).reshape(-1, 1, 1, 1)
 

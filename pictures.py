@@ -1,13 +1,14 @@
-"""The pictures that the scripts draw: sheets of captioned images, coloured masks, curves. Pillow and NumPy only."""
+"""The pictures that the scripts draw: tables of pictures, coloured masks, curves. Pillow and NumPy only."""
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 IGNORED = (255, 255, 255)
 INK, PAPER, LINE = (30, 30, 30), (255, 255, 255), (215, 215, 215)
+SERIES = ((120, 120, 120), (44, 110, 203), (222, 143, 5), (190, 50, 60), (60, 150, 80), (130, 80, 170))
 
 
 def from_pixels(x):
-    """A tensor (3, H, W) in [-1, 1], clipped, as uint8 (H, W, 3): for looking at."""
+    """A tensor (3, H, W) in [-1, 1], clipped, as uint8 (H, W, 3)."""
     return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
@@ -15,8 +16,8 @@ def palette(count):
     """`count` colours (count, 3) uint8: black for class 0, then hues a golden section apart."""
     colours = [(0, 0, 0)]
     for i in range(1, count):
-        h = (i * 0.618034 % 1) * 6
-        ramp = [min(max(abs((h + shift) % 6 - 3) - 1, 0), 1) for shift in (0, 4, 2)]
+        hue = (i * 0.618034 % 1) * 6
+        ramp = [min(max(abs((hue + shift) % 6 - 3) - 1, 0), 1) for shift in (0, 4, 2)]
         value = (235, 175)[i // 7 % 2]
         colours.append(tuple(int(value * (0.2 + 0.8 * r)) for r in ramp))
     return np.array(colours[:count], np.uint8)
@@ -34,35 +35,35 @@ def overlay(image, mask, colours):
     return ((image.astype(np.uint16) + colour_mask(mask, colours)) // 2).astype(np.uint8)
 
 
-def sheet(rows, titles=None, captions=None, height=128):
-    """A table of pictures. rows: lists of uint8 (H, W, 3) of any size, scaled to `height`; titles: one per column;
-    captions: a list like rows, of texts under each picture. The last row may be shorter. Returns a PIL image."""
-    titles = titles or [""] * len(rows[0])
-    font, small = ImageFont.load_default(13), ImageFont.load_default(11)
-    cells = [[Image.fromarray(np.ascontiguousarray(picture)) for picture in row] for row in rows]
-    cells = [[cell.resize((max(1, round(cell.width * height / cell.height)), height),
-                          Image.Resampling.NEAREST if cell.height < height else Image.Resampling.BILINEAR) for cell in row]
-             for row in cells]
-    widths = [max([row[i].width for row in cells if i < len(row)] + [round(font.getlength(titles[i]))]) + 6
-              for i in range(len(titles))]
-    top, row_height = 24 if any(titles) else 6, height + (20 if captions else 6)
-    page = Image.new("RGB", (sum(widths) + 6, top + row_height * len(rows)), PAPER)
+def sheet(rows, titles, height=128):
+    """A PIL image with a table of pictures: rows of uint8 (H, W, 3), scaled to `height`; a title per
+    column."""
+    font = ImageFont.load_default(13)
+    cells = [[_scaled(picture, height) for picture in row] for row in rows]
+    widths = [max(*(row[i].width for row in cells), round(font.getlength(title))) + 6
+              for i, title in enumerate(titles)]
+    lefts, top = np.cumsum([6, *widths]).tolist(), 24
+    page = Image.new("RGB", (lefts[-1], top + (height + 6) * len(rows)), PAPER)
     draw = ImageDraw.Draw(page)
-    for i, title in enumerate(titles):
-        draw.text((6 + sum(widths[:i]), 5), title, INK, font)
-    for j, row in enumerate(cells):
-        for i, cell in enumerate(row):
-            at = (6 + sum(widths[:i]), top + j * row_height)
-            page.paste(cell, at)
-            if captions:
-                draw.text((at[0], at[1] + height + 2), captions[j][i], INK, small)
+    for left, title in zip(lefts, titles):
+        draw.text((left, 5), title, INK, font)
+    for i, row in enumerate(cells):
+        for left, cell in zip(lefts, row):
+            page.paste(cell, (left, top + i * (height + 6)))
     return page
 
 
+def _scaled(picture, height):
+    cell = Image.fromarray(np.ascontiguousarray(picture))
+    width = max(1, round(cell.width * height / cell.height))
+    smooth = cell.height >= height  # enlarged pixels stay visible
+    return cell.resize((width, height), Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST)
+
+
 def curves(series, x_label, y_label, size=(720, 480)):
-    """Lines with error bars. series: {name: [(x, mean, deviation), ...]}, x > 0 on a logarithmic axis. Returns a PIL image."""
+    """A PIL image of lines with error bars. series: {name: [(x, mean, deviation), ...]}; x > 0,
+    logarithmic."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    colours = ((120, 120, 120), (44, 110, 203), (222, 143, 5), (190, 50, 60), (60, 150, 80), (130, 80, 170))
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
     left, top, right, bottom = 70, 20, size[0] - 20, size[1] - 60
@@ -73,23 +74,26 @@ def curves(series, x_label, y_label, size=(720, 480)):
     span = np.log(xs[-1] / xs[0]) or 1.0
 
     def place(x, y):
-        return (left + 40 + (right - left - 80) * np.log(x / xs[0]) / span, bottom - (bottom - top) * (y - low) / (high - low))
+        across = left + 40 + (right - left - 80) * np.log(x / xs[0]) / span
+        return across, bottom - (bottom - top) * (y - low) / (high - low)
 
     for y in np.arange(low, high + 1, 5 if high - low <= 50 else 10):
-        draw.line([(left, place(xs[0], y)[1]), (right, place(xs[0], y)[1])], LINE)
-        draw.text((left - 8, place(xs[0], y)[1]), f"{y:g}", INK, small, anchor="rm")
+        level = place(xs[0], y)[1]
+        draw.line([(left, level), (right, level)], LINE)
+        draw.text((left - 8, level), f"{y:g}", INK, small, anchor="rm")
     for x in xs:
         draw.text((place(x, low)[0], bottom + 8), f"{x:g}", INK, small, anchor="mt")
     draw.line([(left, top), (left, bottom), (right, bottom)], INK)
     draw.text(((left + right) / 2, size[1] - 12), x_label, INK, font, anchor="mb")
     draw.text((left + 8, top), y_label, INK, font)
     for i, (name, line) in enumerate(series.items()):
-        colour, shift = colours[i % len(colours)], 5 * (i - (len(series) - 1) / 2)      # so that error bars stand side by side
-        where = [(place(x, mean)[0] + shift, place(x, mean)[1]) for x, mean, _ in line]
-        draw.line(where, colour, 2)
-        for (x, mean, deviation), (at, middle) in zip(line, where):
-            draw.line([(at, place(x, mean - deviation)[1]), (at, place(x, mean + deviation)[1])], colour)
-            draw.ellipse([at - 4, middle - 4, at + 4, middle + 4], colour)
+        colour, shift = SERIES[i % len(SERIES)], 5 * (i - (len(series) - 1) / 2)  # bars side by side
+        line = [(place(x, mean)[0] + shift, *(place(x, mean + d)[1] for d in (0, -deviation, deviation)))
+                for x, mean, deviation in line]
+        draw.line([(across, middle) for across, middle, _, _ in line], colour, 2)
+        for across, middle, lower, upper in line:
+            draw.line([(across, lower), (across, upper)], colour)
+            draw.ellipse([across - 4, middle - 4, across + 4, middle + 4], colour)
         y = bottom - 20 * (len(series) - i)
         draw.line([(right - 190, y + 8), (right - 165, y + 8)], colour, 3)
         draw.text((right - 158, y), name, INK, font)

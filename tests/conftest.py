@@ -1,11 +1,16 @@
 """Shared by the tests: the project's scripts run in this process or in processes of their own, on the smallest networks."""
+
 import importlib
+import io
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -16,35 +21,64 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)                                                # the networks are tiny; threads only wait for each other
+torch.set_num_threads(1)  # the networks are tiny; threads only wait for each other
 
-import runtime  # noqa: E402
+import launch  # noqa: E402
+import run_folder  # noqa: E402
 
 # Flags that make a stage as small as it can be, on the embedded data
-TINY = {"pretrain_encoder": ["--steps", "4", "--batch-size", "4", "--eval-every", "100", "--log-every", "1", "--image-size", "32"],
-        "pretrain_decoder": ["--steps", "4", "--batch-size", "4", "--width", "0.03125", "--log-every", "1",
-                             "--image-size", "32"],
-        "finetune": ["--steps", "4", "--batch-size", "4", "--width", "0.03125", "--eval-every", "100", "--log-every", "1", "--labels", "6",
-                     "--crop-size", "32"]}
+TINY = {
+    "pretrain_encoder": [
+        "--steps", "4", "--batch-size", "4", "--eval-every", "100", "--log-every", "1", "--image-size", "32"
+    ], "pretrain_decoder": [
+        "--steps", "4", "--batch-size", "4", "--width", "0.03125", "--log-every", "1", "--image-size", "32"
+    ], "finetune": [
+        "--steps", "4", "--batch-size", "4", "--width", "0.03125", "--eval-every", "100", "--log-every", "1",
+        "--labels", "6", "--crop-size", "32"
+    ]
+}
+
+STAGES = list(TINY)
 
 
-class Ended(Exception):
-    """A script ended with this exit status."""
+def flags(stage, *more):
+    """The flags of a tiny run; stage 2 with a random encoder."""
+    random = stage == "pretrain_decoder" and "dep" not in more
+    return [*TINY[stage], *(["--encoder-weights", "random"] if random else []), *more]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def losses(out):
+    """The losses in the log of a run."""
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture
 def script(monkeypatch, capsys):
     """script("finetune", "--steps", 4, ...) runs finetune.py in this process -> (exit status, stdout, stderr)."""
+
     def call(name, *flags):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         status = 0
+        handlers = {number: signal.getsignal(number) for number in run_folder.SIGNALS}
         capsys.readouterr()
         try:
-            runtime.run(importlib.import_module(name).main)
+            launch.run_script(importlib.import_module(name).main)
         except SystemExit as end:
             status = end.code
+        for number, handler in handlers.items():  # a run that is stopped keeps them
+            signal.signal(number, handler)
         out, err = capsys.readouterr()
         return status, out, err
+
     return call
 
 
@@ -52,12 +86,16 @@ def script(monkeypatch, capsys):
 def few_shapes(monkeypatch):
     """The embedded data, cut to a dozen pictures a part."""
     import datasets
+
     monkeypatch.setattr(datasets, "SHAPES_COUNTS", {part: 12 for part in datasets.SHAPES_COUNTS})
 
 
 def torchrun(processes, name, *flags, cwd=None):
     """A script under torchrun -> CompletedProcess."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(ROOT / f"{name}.py")]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+        str(ROOT / f"{name}.py")
+    ]
     return subprocess.run([*command, *map(str, flags)], cwd=cwd, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200)
 
@@ -66,7 +104,8 @@ def torchrun(processes, name, *flags, cwd=None):
 
 # They fork from a server that has imported torch once: a run starts in a tenth of a second.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["conftest", "checkpoints", "pretrain_encoder", "pretrain_decoder", "finetune", "evaluate"])
+FORK.set_forkserver_preload(
+    ["conftest", "run_folder", "pretrain_encoder", "pretrain_decoder", "finetune", "evaluate"])
 
 
 class Forked:
@@ -76,10 +115,18 @@ class Forked:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        group = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes,
+            "LOCAL_WORLD_SIZE": processes
+        }
         self.output = tmp_path / f"output_{port}.txt"
-        self.ranks = [FORK.Process(target=_stage, args=(name, list(map(str, flags)), {**group, "RANK": rank, "LOCAL_RANK": rank}, str(self.output), patches))
-                      for rank in range(processes)]
+        self.ranks = [
+            FORK.Process(
+                target=_stage, args=(name, list(map(str,
+                                                    flags)), {**group, "RANK": rank,
+                                                              "LOCAL_RANK": rank}, str(self.output), patches))
+            for rank in range(processes)
+        ]
         for rank in self.ranks:
             rank.start()
 
@@ -87,7 +134,7 @@ class Forked:
         """The exit statuses, rank by rank; -9 for a killed one."""
         for rank in self.ranks:
             rank.join(600)
-            if rank.exitcode is None:                                     # hangs: end it, so that the test fails instead
+            if rank.exitcode is None:  # hangs: end it, so that the test fails instead
                 rank.kill()
                 rank.join()
         return [rank.exitcode for rank in self.ranks]
@@ -104,6 +151,7 @@ class Forked:
 
 def _stage(name, flags, environment, output, patches):
     import datasets
+
     file = open(output, "a", buffering=1)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
@@ -113,7 +161,7 @@ def _stage(name, flags, environment, output, patches):
     for patch, *arguments in patches:
         globals()[patch](*arguments)
     sys.argv = [f"{name}.py", *flags]
-    runtime.run(importlib.import_module(name).main)
+    launch.run_script(importlib.import_module(name).main)
 
 
 def _die():
@@ -131,12 +179,14 @@ def die_in_rename(number, after):
         replace(*args)
         if len(calls) == number:
             _die()
+
     os.replace = dying
 
 
 def die_in_save(number):
     """SIGKILL in the middle of writing the number-th checkpoint."""
     import io
+
     save, calls = torch.save, []
 
     def dying(content, file):
@@ -148,12 +198,14 @@ def die_in_save(number):
         file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
         file.flush()
         _die()
+
     torch.save = dying
 
 
 def fill_disk(saves):
     """After so many checkpoints no file can grow beyond 2 kB: a stand-in for a full disk."""
     import resource
+
     save, calls = torch.save, []
 
     def filling(content, file):
@@ -161,6 +213,7 @@ def fill_disk(saves):
         if len(calls) > saves:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         save(content, file)
+
     torch.save = filling
 
 
@@ -175,6 +228,7 @@ def validate_slowly(marker):
             Path(marker).touch()
             time.sleep(0.2)
             yield batch
+
     evaluate.in_rounds = pretrain_encoder.in_rounds = slow
 
 
@@ -184,12 +238,14 @@ def step_slowly():
     def slow(self, *args, **kwargs):
         time.sleep(0.4)
         return step(self, *args, **kwargs)
+
     torch.optim.Adam.step = slow
 
 
 def write_image(path, height=40, width=56, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3),
+                                                        dtype=np.uint8)).save(path)
 
 
 def write_mask(path, mask):
@@ -208,3 +264,37 @@ def folder(tmp_path):
             write_mask(root / "masks" / part / f"{name}.png", rng.choice([0, 1, 2, 255], (41 + i, 57 - i)))
     (root / "classes.txt").write_text("sky\nsea\nsand\n")
     return root
+
+
+def jpeg(seed, mode="RGB"):
+    file = io.BytesIO()
+    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (20, 30, 3),
+                                                        dtype=np.uint8)).convert(mode).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def imagenet21k(root):
+    write_tar(
+        root / "n00000001.tar", {
+            "n00000001_1.JPEG": jpeg(1), "README": b"no image", "n00000001_2.JPEG": jpeg(2, "L"),
+            "._n00000001_1.JPEG": b"resource fork", "n00000001_" + "x" * 120 + ".JPEG": jpeg(3, "CMYK")
+        })
+    write_tar(root / "n00000002.tar", {"n00000002_9.JPEG": jpeg(4)[:150], "n00000002_10.JPEG": jpeg(5)})
+    (root / "LICENSE.txt").write_text("not a synset")
+    return root
+
+
+def copy_program(folder):
+    """A fresh clone of the program."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    shutil.copytree(ROOT / "classes", folder / "classes")

@@ -1,17 +1,21 @@
 """data.py and shapes.py: reading, cropping, ordering, sharing out."""
-import hashlib
+
+import io
+import os
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_image, write_mask
+from conftest import imagenet21k, jpeg, write_image, write_mask, write_tar
 from PIL import Image
 from torchvision import tv_tensors
 
 import data
 import datasets
-import shapes
-from runtime import InputError
+from data import ImageIndex
+from datasets import pretraining_images
+from launch import InputError
 
 THREE = data.label_map({0: 0, 1: 1, 2: 2})
 
@@ -30,18 +34,20 @@ def test_every_mode_of_picture_becomes_rgb(tmp_path):
     grey.save(tmp_path / "grey.png")
     Image.fromarray(colours[..., 0].astype(np.uint16) * 257).save(tmp_path / "grey16.png")
     for name in ("grey.png", "grey16.png"):
-        assert all(np.array_equal(channel, colours[..., 0]) for channel in data.read_image(tmp_path / name)), name
+        assert all(np.array_equal(channel, colours[..., 0])
+                   for channel in data.read_image(tmp_path / name)), name
     palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8))
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     palette.save(tmp_path / "palette.png")
     assert data.read_image(tmp_path / "palette.png")[:, 1, 0].tolist() == [70, 80, 90]
-    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")          # no cyan, all magenta and yellow: red
+    Image.new("CMYK", (4, 4),
+              (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")  # no cyan, all magenta and yellow: red
     assert data.read_image(tmp_path / "cmyk.jpg")[:, 2, 2].tolist() == pytest.approx([255, 0, 0], abs=3)
 
 
 def test_pictures_are_turned_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                                      # "rotate 90 degrees clockwise to view"
+    exif[0x0112] = 6  # "rotate 90 degrees clockwise to view"
     Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3)).save(tmp_path / "turned.png", exif=exif)
     assert data.read_image(tmp_path / "turned.png").shape == (3, 4, 2)
 
@@ -83,7 +89,9 @@ def test_a_wrong_mask_is_named_with_its_value(tmp_path):
 
 @pytest.mark.parametrize("crop, size", [("random", 24), ("random", 64), ("inception", 24), ("inception", 64)])
 def test_a_crop_moves_image_and_mask_together_and_invents_no_value(crop, size):
-    mask = torch.from_numpy(np.random.RandomState(0).choice([0, 3, 7, 255], (4, 5)).astype(np.uint8)).repeat_interleave(40, 0).repeat_interleave(40, 1)
+    mask = (torch.from_numpy(np.random.RandomState(0).choice([0, 3, 7, 255],
+                                                             (4, 5)).astype(np.uint8)).repeat_interleave(
+                                                                 40, 0).repeat_interleave(40, 1))
     source = {"image": tv_tensors.Image(mask.expand(3, -1, -1).clone()), "mask": tv_tensors.Mask(mask)}
     transform = data.segmentation_transform(size, crop)
     for seed in range(8):
@@ -92,13 +100,16 @@ def test_a_crop_moves_image_and_mask_together_and_invents_no_value(crop, size):
         assert out["image"].shape == (3, size, size) and out["mask"].shape == (size, size)
         assert set(out["mask"].unique().tolist()) <= {0, 3, 7, 255}
         if crop == "random":
-            assert torch.equal(out["image"][0], out["mask"])              # pixel for pixel
-        else:                                                             # away from the edges, where bilinear mixes
+            assert torch.equal(out["image"][0], out["mask"])  # pixel for pixel
+        else:  # away from the edges, where bilinear mixes
             assert (out["image"][0] == out["mask"]).float().mean() > 0.4
 
 
 def test_a_picture_smaller_than_the_crop_is_padded_with_ignore():
-    source = {"image": tv_tensors.Image(torch.zeros(3, 10, 8, dtype=torch.uint8)), "mask": tv_tensors.Mask(torch.ones(10, 8, dtype=torch.uint8))}
+    source = {
+        "image": tv_tensors.Image(torch.zeros(3, 10, 8, dtype=torch.uint8)),
+        "mask": tv_tensors.Mask(torch.ones(10, 8, dtype=torch.uint8))
+    }
     out = data.segmentation_transform(16, "random")(source)
     assert (out["mask"] == 1).sum() == 80 and (out["mask"] == 255).sum() == 16 * 16 - 80
     assert ((out["image"][0] == 0) == (out["mask"] == 1)).all()
@@ -124,13 +135,15 @@ def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own():
 
 
 def test_a_batch_may_be_larger_than_the_data_set():
-    assert sorted(keys(count=3, batch_size=8, steps=1)[0])[:6] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert sorted(keys(count=3, batch_size=8, steps=1)[0])[:6] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1),
+                                                                   (1, 2)]
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_the_processes_share_one_global_batch(world):
     parts = [keys(count=37, batch_size=8, steps=9, rank=rank, world=world) for rank in range(world)]
-    assert [sum((part[step] for part in parts), []) for step in range(9)] == keys(count=37, batch_size=8, steps=9)
+    assert [sum((part[step] for part in parts), [])
+            for step in range(9)] == keys(count=37, batch_size=8, steps=9)
 
 
 def test_a_restart_continues_the_order():
@@ -139,7 +152,9 @@ def test_a_restart_continues_the_order():
 
 def test_every_image_is_evaluated_once_on_any_number_of_processes():
     for world in (1, 2, 3, 8):
-        dealt = [i for rank in range(world) for batch in data.Each(7, rank, world, batch_size=2) for _, i in batch]
+        dealt = [
+            i for rank in range(world) for batch in data.Each(7, rank, world, batch_size=2) for _, i in batch
+        ]
         assert sorted(dealt) == list(range(7))
 
 
@@ -154,8 +169,11 @@ def test_samples_are_the_same_for_0_and_2_workers_and_after_a_restart():
     plain = run(0)
     for workers, start in ((2, 0), (0, 3)):
         for ours, theirs in zip(run(workers, start), plain[start:], strict=True):
-            assert torch.equal(ours["image"], theirs["image"]) and torch.equal(ours["noise_seed"], theirs["noise_seed"])
-    assert len({seed for batch in plain for seed in batch["noise_seed"].tolist()}) == 30        # none shared between epochs
+            assert torch.equal(ours["image"], theirs["image"]) and torch.equal(
+                ours["noise_seed"], theirs["noise_seed"])
+    assert (len({seed
+                 for batch in plain
+                 for seed in batch["noise_seed"].tolist()}) == 30)  # none shared between epochs
 
 
 def test_reading_samples_leaves_the_global_generator_alone():
@@ -172,7 +190,8 @@ def test_an_unreadable_picture_is_replaced_by_the_next_and_reported(tmp_path):
     (tmp_path / "1.png").write_text("broken")
     source = datasets.pretraining_images("folder", str(tmp_path))
     sample = data.Samples(source, seed=0, skip_unreadable=True)[0, 1]
-    assert torch.equal(sample["image"], data.read_image(tmp_path / "2.png")) and sample["unreadable"][0][0] == 1
+    assert (torch.equal(sample["image"], data.read_image(tmp_path / "2.png"))
+            and sample["unreadable"][0][0] == 1)
     assert isinstance(data.Samples(source, seed=0)[0, 1], data.UnreadableImage)
     for i in range(4):
         (tmp_path / f"{i}.png").write_text("broken")
@@ -184,38 +203,118 @@ def test_an_error_in_a_worker_arrives_as_it_is(tmp_path):
     (tmp_path / "1.png").write_text("broken")
     samples = data.Samples(datasets.pretraining_images("folder", str(tmp_path)))
     with pytest.raises(InputError, match=r"^.*1.png: not a readable image .*$"):
-        list(data.raise_errors(data.load(samples, data.Each(2), workers=1)))
+        list(data.load(samples, data.Each(2), workers=1))
 
 
 # ------------------------------------------------------------------------------------------------ shapes
 
-
-def test_a_shape_picture_is_the_same_on_every_machine():
-    digest = hashlib.sha256(b"".join(array.tobytes() for part in shapes.PARTS for i in range(3) for array in shapes.draw(part, i)[:2]))
-    assert digest.hexdigest() == DIGEST                                   # drawn with NumPy 1.26 and 2.x; no sine, no matrix product
+# ----- listings
 
 
-DIGEST = "a18a0df344cee1574a7b84b2269a445115f20e693ab3dbed678a2bc5209df079"
+def test_a_tar_is_read_unopened_member_by_member(tmp_path):
+    imagenet21k(tmp_path)
+    source = pretraining_images("imagenet21k", str(tmp_path))
+    assert [source.name(i) for i in range(len(source))] == [
+        "n00000001.tar/n00000001_1.JPEG", "n00000001.tar/n00000001_2.JPEG",
+        f"n00000001.tar/n00000001_{'x' * 120}.JPEG", "n00000002.tar/n00000002_9.JPEG",
+        "n00000002.tar/n00000002_10.JPEG"
+    ]
+    for i, (seed, mode) in ((0, (1, "RGB")), (1, (2, "L")), (2, (3, "CMYK")), (4, (5, "RGB"))):
+        wanted = np.asarray(Image.open(io.BytesIO(jpeg(seed, mode))).convert("RGB"))
+        assert np.array_equal(source.read(i)["image"].permute(1, 2, 0), wanted)
+    with pytest.raises(InputError, match="n00000002.tar/n00000002_9.JPEG: not a readable image"):
+        source.read(3)
+    assert source.note.startswith("imagenet21k: 2 synsets")
+    assert not any(isinstance(value, list) and len(value) > 2
+                   for value in vars(source.index).values())  # nothing in Python per image
 
 
-def test_the_parts_of_shapes_never_overlap():
-    pictures = {hashlib.sha256(shapes.draw(part, i)[0].tobytes()).digest() for part in shapes.PARTS for i in range(40)}
-    assert len(pictures) == 40 * len(shapes.PARTS)
+def test_an_index_is_used_again_until_a_tar_changes(tmp_path, monkeypatch, capsys):
+    imagenet21k(tmp_path)
+    first = ImageIndex.of_synsets(str(tmp_path))
+    scanned = []
+    scan = data._list_tar
+    monkeypatch.setattr(data, "_list_tar", lambda root, name: scanned.append(name) or scan(root, name))
+    assert ImageIndex.of_synsets(str(tmp_path)).fingerprint() == first.fingerprint() and scanned == []
+    write_tar(tmp_path / "n00000002.tar", {"n00000002_10.JPEG": jpeg(6)})
+    os.utime(tmp_path / "n00000002.tar", (10**9, 10**9))  # even an older one is another one
+    changed = ImageIndex.of_synsets(str(tmp_path))
+    assert (scanned == ["n00000002.tar"] and len(changed) == 4
+            and "changed since it was listed" in capsys.readouterr().out)
+    write_tar(tmp_path / "n00000004.tar", {"n00000004_1.JPEG": jpeg(7)})
+    assert len(ImageIndex.of_synsets(str(tmp_path))) == 5 and scanned[1:] == ["n00000004.tar"]
 
 
-def test_a_scene_has_objects_and_an_encoder_picture_one_class():
-    for i in range(20):
-        image, mask, label = shapes.draw("train", i)
-        assert image.shape == (64, 64, 3) and mask.shape == (64, 64) and mask.max() <= 6 and 0 < (mask > 0).mean() < 0.9 and label == -1
-        _, mask, label = shapes.draw("encoder_train", i)
-        assert set(np.unique(mask)) <= {0, label + 1} and (mask > 0).any()
+def test_the_fingerprint_tells_data_apart_and_not_their_history(tmp_path):
+    for name in ("cat/1.jpg", "dog/1.jpg"):
+        write_image(tmp_path / name)
+
+    def fingerprint():
+        return ImageIndex.of_folder(str(tmp_path),
+                                    cache=str(tmp_path.parent / f"{tmp_path.name} cache")).fingerprint()
+
+    before = fingerprint()
+    write_image(tmp_path / "cat" / "a much longer name.jpg")
+    assert fingerprint() != before
+    (tmp_path / "cat" / "a much longer name.jpg").unlink()
+    assert fingerprint() == before
+    (tmp_path / "dog").rename(tmp_path / "wolf")  # the same names in another folder
+    assert fingerprint() != before
 
 
-def test_no_single_cue_settles_a_class_but_each_tells_something():
-    hues = {k: [] for k in range(1, 7)}                                   # the mean colour of an object, by class
-    for i in range(300):
-        image, mask, label = shapes.draw("encoder_train", i)
-        hues[label + 1].append(image[mask > 0].mean(0))
-    means = np.array([np.mean(h, 0) for h in hues.values()])
-    right = [np.argmin(((means - h) ** 2).sum(1)) == k for k, values in enumerate(hues.values()) for h in values]
-    assert 0.25 < np.mean(right) < 0.75                                   # chance is 0.17
+def test_an_index_that_cannot_be_written_asks_for_a_cache(tmp_path, monkeypatch):
+    imagenet21k(tmp_path)
+    (tmp_path / data.INDEX_FOLDER).write_text("in the way")  # as a read-only disk would be
+    with pytest.raises(InputError, match="the index of the images cannot be written .* pass --cache"):
+        pretraining_images("imagenet21k", str(tmp_path))
+    source = pretraining_images("imagenet21k", str(tmp_path), cache=str(tmp_path / "cache"))
+    assert len(source) == 5 and len(list((tmp_path / "cache").iterdir())) == 1
+    (tmp_path / "n00000002.tar").unlink()
+    monkeypatch.setattr(data, "replacing", lambda *args: open("/nowhere/at/all", "wb"))
+    with pytest.raises(InputError, match="is older than the data and cannot be written"):
+        pretraining_images("imagenet21k", str(tmp_path), cache=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:700]), r"n00000001.tar: not a whole .tar file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:2560]),
+         r"n00000001.tar: not a whole .tar file"),  # at a member's end
+        (lambda path: path.write_bytes(path.read_bytes()[:1536] + b"x" * 600),
+         r"n00000001.tar: not a whole .tar file"),
+        (lambda path: path.write_bytes(b""), r"n00000001.tar: not a whole .tar file"),
+        (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(2000)), r"n00000001.tar: not a whole .tar file"),
+        (lambda path: write_image(path.parent / "n00000001" / "1.JPEG"),
+         r"holds n00000001.tar and a folder of the same name"),
+        (lambda path: path.rename(path.parent / "other.tar"),
+         r"no ImageNet-21k in this folder; expected nXXXXXXXX.tar")
+    ])
+def test_a_broken_tar_is_named(tmp_path, spoil, message):
+    content = jpeg(1)[:900]
+    write_tar(tmp_path / "n00000001.tar", {"n00000001_1.JPEG": content, "n00000001_2.JPEG": content})
+    spoil(tmp_path / "n00000001.tar")
+    with pytest.raises(InputError, match=message):
+        pretraining_images("imagenet21k", str(tmp_path))
+
+
+def test_a_large_listing_is_kept_and_mapped_not_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "WORTH_KEEPING", 3)
+    for name in ("a/1.jpg", "a/2.png", "b/c/3.jpg", "4.jpg"):
+        write_image(tmp_path / name)
+    source = pretraining_images("folder", str(tmp_path))
+    again = pretraining_images("folder", str(tmp_path))
+    assert isinstance(again.index.records, np.memmap)
+    names = [again.name(i) for i in range(4)]
+    assert names == ["4.jpg", "a/1.jpg", "a/2.png", "b/c/3.jpg"] == [source.name(i) for i in range(4)]
+    assert len(pickle.dumps(again)) < 2000 and torch.equal(
+        pickle.loads(pickle.dumps(again)).read(3)["image"],
+        source.read(3)["image"])
+    monkeypatch.setattr(data, "INDEX_FOLDER", "a/1.jpg")  # where nothing can be written: listed, not kept
+    assert not isinstance(pretraining_images("folder", str(tmp_path)).index.records, np.memmap)
+    monkeypatch.setattr(data, "INDEX_FOLDER", ".ddep_index")
+    write_image(tmp_path / "b" / "c" / "5.jpg")  # a new image, found by its folder's time of change
+    assert len(pretraining_images("folder", str(tmp_path))) == 5
+    with open(next((tmp_path / data.INDEX_FOLDER).iterdir()), "r+b") as file:
+        file.truncate(200)  # a torn index is no index
+    assert len(pretraining_images("folder", str(tmp_path))) == 5

@@ -1,23 +1,20 @@
-"""datasets.py and image_index.py: every layout on disk as it is distributed, tiny but exact, checked pixel for pixel."""
-import io
+"""datasets.py and data.py: every layout on disk as it is distributed, tiny but exact, checked pixel for pixel."""
+
 import os
-import pickle
-import tarfile
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, write_image, write_mask
+from conftest import TINY, imagenet21k, write_image, write_mask, write_tar, jpeg
 from PIL import Image
 
 import datasets
-import image_index
 from datasets import classification_images, pretraining_images, segmentation_pairs
-from image_index import ImageIndex
-from runtime import InputError
+from data import ImageIndex
+from launch import InputError
 
-PAPER_TINY = ["--encoder", "hybrid-small", "--workers", "0"]              # a named set on the smallest network
+PAPER_TINY = ["--encoder", "hybrid-small", "--workers", "0"]  # a named set on the smallest network
 
 
 def listed(folder):
@@ -31,25 +28,33 @@ def listed(folder):
 def test_a_folder_is_read_pair_by_pair(folder):
     source, names = datasets.segmentation_pairs("folder", str(folder), "train")
     assert names == ["sky", "sea", "sand"]
-    assert [source.name(i) for i in range(len(source))] == ["images/train/a.jpg", "images/train/b ö.png", "images/train/c.jpg",
-                                                           "images/train/sub/d.png"]
+    assert [source.name(i) for i in range(len(source))] == [
+        "images/train/a.jpg", "images/train/b ö.png", "images/train/c.jpg", "images/train/sub/d.png"
+    ]
     for i in range(4):
         sample = source.read(i)
         assert sample["image"].shape == (3, 41 + i, 57 - i) and sample["mask"].shape == (41 + i, 57 - i)
-        with Image.open(folder / "masks" / "train" / (source.name(i)[len("images/train/"):-4] + ".png")) as mask:
+        with Image.open(
+                folder / "masks" / "train" / (source.name(i)[len("images/train/"):-4] + ".png")) as mask:
             assert np.array_equal(sample["mask"], np.asarray(mask))
 
 
 def test_a_list_file_is_read_pair_by_pair_spaces_and_all(folder):
-    lines = ["images/train/a.jpg masks/train/a.png", "images/train/b ö.png masks/train/b ö.png",
-             "images/train/c.jpg\tmasks/train/c.png"]
-    (folder / "list.txt").write_text("\n".join(lines), encoding="utf-8")              # no final newline
-    source, _ = datasets.segmentation_pairs("folder", str(folder), "train", list_file=str(folder / "list.txt"))
-    assert source.pairs == [("images/train/a.jpg", "masks/train/a.png"), ("images/train/b ö.png", "masks/train/b ö.png"),
+    lines = [
+        "images/train/a.jpg masks/train/a.png", "images/train/b ö.png masks/train/b ö.png",
+        "images/train/c.jpg\tmasks/train/c.png"
+    ]
+    (folder / "list.txt").write_text("\n".join(lines), encoding="utf-8")  # no final newline
+    source, _ = datasets.segmentation_pairs("folder", str(folder), "train",
+                                            list_file=str(folder / "list.txt"))
+    assert source.pairs == [("images/train/a.jpg", "masks/train/a.png"),
+                            ("images/train/b ö.png", "masks/train/b ö.png"),
                             ("images/train/c.jpg", "masks/train/c.png")]
-    beside, _ = datasets.segmentation_pairs("folder", None, "train", num_classes=3, list_file=str(folder / "list.txt"))
+    beside, _ = datasets.segmentation_pairs("folder", None, "train", num_classes=3,
+                                            list_file=str(folder / "list.txt"))
     assert torch.equal(beside.read(1)["mask"], source.read(1)["mask"])
-    assert [source.line(i) for i in range(3)] == [line if "\t" in line else line.replace(" masks", "\tmasks") for line in lines]
+    assert [source.line(i) for i in range(3)
+            ] == [line if "\t" in line else line.replace(" masks", "\tmasks") for line in lines]
 
 
 def test_links_are_followed_and_a_circle_ends(folder):
@@ -59,14 +64,18 @@ def test_links_are_followed_and_a_circle_ends(folder):
     assert listed(folder / "linked") == ["e.jpg", "f.png"]
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda root: (root / "masks/train/c.png").unlink(), r"images/train/c.jpg: no mask for this image; expected .*masks/train/c.png"),
-    (lambda root: (root / "images/train/c.jpg").unlink(), r"masks/train/c.png: no image for this mask"),
-    (lambda root: (root / "images/train").rename(root / "images/training"), r"no folder images/train; expected"),
-    (lambda root: write_image(root / "images/train/c.png"), r"c.jpg and c.png differ in their extension alone"),
-    (lambda root: (root / "classes.txt").unlink(), r"how many classes\? pass --num-classes"),
-    (lambda root: (root / "classes.txt").write_text("sky\nsky\n"), r"classes.txt: a class name stands there twice"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [(lambda root: (root / "masks/train/c.png").unlink(),
+      r"images/train/c.jpg: no mask for this image; expected .*masks/train/c.png"),
+     (lambda root: (root / "images/train/c.jpg").unlink(), r"masks/train/c.png: no image for this mask"),
+     (lambda root:
+      (root / "images/train").rename(root / "images/training"), r"no folder images/train; expected"),
+     (lambda root: write_image(root / "images/train/c.png"),
+      r"c.jpg and c.png differ in their extension alone"),
+     (lambda root: (root / "classes.txt").unlink(), r"how many classes\? pass --num-classes"),
+     (lambda root:
+      (root / "classes.txt").write_text("sky\nsky\n"), r"classes.txt: a class name occurs twice")])
 def test_a_folder_with_a_fault_is_refused_by_name(folder, spoil, message):
     spoil(folder)
     with pytest.raises(InputError, match=message):
@@ -76,7 +85,8 @@ def test_a_folder_with_a_fault_is_refused_by_name(folder, spoil, message):
 def test_an_image_and_a_mask_of_different_size_are_named(folder):
     write_mask(folder / "masks/train/c.png", np.zeros((10, 20)))
     source, _ = datasets.segmentation_pairs("folder", str(folder), "train")
-    with pytest.raises(InputError, match=r"masks/train/c.png: mask is 20x10, its image .*images/train/c.jpg is 55x43"):
+    with pytest.raises(InputError,
+                       match=r"masks/train/c.png: mask is 20x10, its image .*images/train/c.jpg is 55x43"):
         source.read(2)
 
 
@@ -87,8 +97,10 @@ def test_class_folders_are_labelled_by_their_names(tmp_path):
                 write_image(tmp_path / part / name / f"{i}.jpg")
     train, val, names = datasets.classification_images("folder", str(tmp_path))
     assert names == ["cat", "dog"] and len(train) == 6 and len(val) == 4
-    assert [(val.name(i), val.read(i)["label"]) for i in range(4)] == [("cat/0.jpg", 0), ("cat/1.jpg", 0), ("dog/0.jpg", 1), ("dog/1.jpg", 1)]
-    train, val, names = datasets.classification_images("folder", str(tmp_path / "train"))            # no val/: one image is held out
+    assert [(val.name(i), val.read(i)["label"]) for i in range(4)] == [("cat/0.jpg", 0), ("cat/1.jpg", 0),
+                                                                       ("dog/0.jpg", 1), ("dog/1.jpg", 1)]
+    train, val, names = datasets.classification_images("folder", str(
+        tmp_path / "train"))  # no val/: one image is held out
     assert len(train) == 5 and len(val) == 1 and val.name(0) not in [train.name(i) for i in range(5)]
 
 
@@ -103,13 +115,14 @@ def every_value(values, height=24, width=32, seed=0):
 
 
 def cityscapes(root, ending="labelIds", values=range(34)):
-    for part, cities in (("train", ("aachen", "ulm")), ("val", ("lindau",))):
+    for part, cities in (("train", ("aachen", "ulm")), ("val", ("lindau", ))):
         for city in cities:
             for i in range(2):
                 stem = f"{part}/{city}/{city}_00000{i}_000019"
                 write_image(root / "leftImg8bit" / f"{stem}_leftImg8bit.png", 24, 32, seed=i)
                 write_mask(root / "gtFine" / f"{stem}_gtFine_{ending}.png", every_value(values, seed=i))
-                write_image(root / "gtFine" / f"{stem}_gtFine_color.png", 24, 32)      # also in the distributed folder
+                write_image(root / "gtFine" / f"{stem}_gtFine_color.png", 24,
+                            32)  # also in the distributed folder
     write_image(root / "leftImg8bit" / "train_extra" / "bonn" / "bonn_000000_000002_leftImg8bit.png", 24, 32)
     return root
 
@@ -117,15 +130,17 @@ def cityscapes(root, ending="labelIds", values=range(34)):
 def ade20k(root):
     for part, count in (("training", 3), ("validation", 2)):
         for i in range(count):
-            write_image(root / "ADEChallengeData2016" / "images" / part / f"ADE_{part[:-3]}_{i:08d}.jpg", 24, 32, seed=i)
-            write_mask(root / "ADEChallengeData2016" / "annotations" / part / f"ADE_{part[:-3]}_{i:08d}.png", every_value(range(151), seed=i))
+            write_image(root / "ADEChallengeData2016" / "images" / part / f"ADE_{part[:-3]}_{i:08d}.jpg", 24,
+                        32, seed=i)
+            write_mask(root / "ADEChallengeData2016" / "annotations" / part / f"ADE_{part[:-3]}_{i:08d}.png",
+                       every_value(range(151), seed=i))
     return root
 
 
 def voc(root, year=2012, masks="SegmentationClass", lists="Segmentation", values=(*range(21), 255)):
     base = root / "VOCdevkit" / f"VOC{year}"
     (base / "ImageSets" / lists).mkdir(parents=True)
-    for part, names in (("train", ("2007_000032", "2007_000039")), ("val", ("2007_000033",))):
+    for part, names in (("train", ("2007_000032", "2007_000039")), ("val", ("2007_000033", ))):
         (base / "ImageSets" / lists / f"{part}.txt").write_text("\n".join(names))
         for i, name in enumerate(names):
             write_image(base / "JPEGImages" / f"{name}.jpg", 24, 32, seed=i)
@@ -134,7 +149,7 @@ def voc(root, year=2012, masks="SegmentationClass", lists="Segmentation", values
             if masks == "SegmentationClass":
                 mask.putpalette(datasets.class_colours("voc", 256).tobytes())
             mask.save(base / masks / f"{name}.png")
-    write_image(base / "JPEGImages" / "2008_000001.jpg", 24, 32)          # one of those without a mask
+    write_image(base / "JPEGImages" / "2008_000001.jpg", 24, 32)  # one of those without a mask
     return root
 
 
@@ -143,36 +158,56 @@ def pascal_context(root):
 
 
 # By hand: what each value of a mask means, from the sets' own descriptions
-CITYSCAPES_TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14, 28: 15,
-                        31: 16, 32: 17, 33: 18}
-MEANING = {"cityscapes": lambda v: CITYSCAPES_TRAIN_IDS.get(v, 255), "ade20k": lambda v: v - 1 if v else 255, "voc": lambda v: v,
-           "pascal_context": lambda v: v - 1 if v else 255}
+CITYSCAPES_TRAIN_IDS = {
+    7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
+    27: 14, 28: 15, 31: 16, 32: 17, 33: 18
+}
+MEANING = {
+    "cityscapes": lambda v: CITYSCAPES_TRAIN_IDS.get(v, 255), "ade20k": lambda v: v - 1
+    if v else 255, "voc": lambda v: v, "pascal_context": lambda v: v - 1 if v else 255
+}
 SETS = {"cityscapes": cityscapes, "ade20k": ade20k, "voc": voc, "pascal_context": pascal_context}
-FIRST_MASK = {"cityscapes": "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png",
-              "ade20k": "ADEChallengeData2016/annotations/training/ADE_train_00000000.png",
-              "voc": "VOCdevkit/VOC2012/SegmentationClass/2007_000032.png",
-              "pascal_context": "VOCdevkit/VOC2010/SegmentationClassContext/2007_000032.png"}
+FIRST_MASK = {
+    "cityscapes": "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png",
+    "ade20k": "ADEChallengeData2016/annotations/training/ADE_train_00000000.png",
+    "voc": "VOCdevkit/VOC2012/SegmentationClass/2007_000032.png",
+    "pascal_context": "VOCdevkit/VOC2010/SegmentationClassContext/2007_000032.png"
+}
 
 
-@pytest.mark.parametrize("data, classes, train, val", [("cityscapes", 19, 4, 2), ("ade20k", 150, 3, 2), ("voc", 21, 2, 1),
-                                                       ("pascal_context", 59, 2, 1)])
+@pytest.mark.parametrize("data, classes, train, val", [("cityscapes", 19, 4, 2), ("ade20k", 150, 3, 2),
+                                                       ("voc", 21, 2, 1), ("pascal_context", 59, 2, 1)])
 def test_a_named_set_is_read_pixel_for_pixel(tmp_path, data, classes, train, val):
     SETS[data](tmp_path)
     source, names = segmentation_pairs(data, str(tmp_path), "train")
-    assert len(names) == len(set(names)) == classes and len(source) == train and len(segmentation_pairs(data, str(tmp_path), "val")[0]) == val
+    assert (len(names) == len(set(names)) == classes and len(source) == train
+            and len(segmentation_pairs(data, str(tmp_path), "val")[0]) == val)
     values = np.asarray(Image.open(tmp_path / FIRST_MASK[data]))
     wanted = np.array([[MEANING[data](int(v)) for v in row] for row in values])
     sample = source.read(0)
     assert np.array_equal(sample["mask"], wanted) and sample["image"].shape == (3, 24, 32)
-    assert set(np.unique(wanted)) - {255} == set(range(classes))          # the test saw every class
+    assert set(np.unique(wanted)) - {255} == set(range(classes))  # the test saw every class
     assert datasets.class_colours(data, classes).shape == (classes, 3)
 
 
 @pytest.mark.parametrize("data, landmarks", [
-    ("cityscapes", {0: ("road", (128, 64, 128)), 10: ("sky", (70, 130, 180)), 11: ("person", (220, 20, 60)), 18: ("bicycle", (119, 11, 32))}),
-    ("voc", {0: ("background", (0, 0, 0)), 1: ("aeroplane", (128, 0, 0)), 15: ("person", (192, 128, 128)), 20: ("tvmonitor", (0, 64, 128))}),
-    ("ade20k", {0: ("wall", (120, 120, 120)), 2: ("sky", (6, 230, 230)), 12: ("person", (150, 5, 61)), 149: ("flag", (92, 0, 255))}),
-    ("pascal_context", {0: ("aeroplane", (128, 0, 0)), 1: ("bag", (0, 128, 0)), 58: ("wood", (192, 192, 64))})])
+    ("cityscapes", {
+        0: ("road", (128, 64, 128)), 10: ("sky", (70, 130, 180)), 11: ("person",
+                                                                       (220, 20, 60)), 18: ("bicycle",
+                                                                                            (119, 11, 32))
+    }),
+    ("voc", {
+        0: ("background", (0, 0, 0)), 1: ("aeroplane", (128, 0, 0)), 15: ("person",
+                                                                          (192, 128, 128)), 20: ("tvmonitor",
+                                                                                                 (0, 64, 128))
+    }),
+    ("ade20k", {
+        0: ("wall", (120, 120, 120)), 2: ("sky", (6, 230, 230)), 12: ("person",
+                                                                      (150, 5, 61)), 149: ("flag",
+                                                                                           (92, 0, 255))
+    }),
+    ("pascal_context", {0: ("aeroplane", (128, 0, 0)), 1: ("bag", (0, 128, 0)), 58: ("wood", (192, 192, 64))})
+])
 def test_classes_and_colours_are_the_sets_own(tmp_path, data, landmarks):
     SETS[data](tmp_path)
     _, names = segmentation_pairs(data, str(tmp_path), "train")
@@ -191,18 +226,19 @@ def test_pascal_context_keeps_its_background_for_60_classes(tmp_path):
     pascal_context(tmp_path)
     source, names = segmentation_pairs("pascal_context", str(tmp_path), "train", num_classes=60)
     assert names[0] == "background" and len(names) == 60
-    assert np.array_equal(source.read(0)["mask"], np.asarray(Image.open(tmp_path / FIRST_MASK["pascal_context"])))
+    assert np.array_equal(
+        source.read(0)["mask"], np.asarray(Image.open(tmp_path / FIRST_MASK["pascal_context"])))
 
 
 def test_another_number_of_images_than_the_official_one_is_said(tmp_path):
     cityscapes(tmp_path)
-    assert segmentation_pairs("cityscapes", str(tmp_path), "train")[0].note == "cityscapes train: 4 images, the official set has 2975"
+    assert (segmentation_pairs("cityscapes", str(tmp_path),
+                               "train")[0].note == "cityscapes train: 4 images, the official set has 2975")
     assert "the official set has 22973" in pretraining_images("cityscapes", str(tmp_path), coarse=True).note
-    voc(tmp_path, 2007)
-    assert segmentation_pairs("voc", str(tmp_path), "val")[0].note == "voc val: 1 images, the official set has 213"
 
 
-@pytest.mark.parametrize("data, kwargs, count", [("cityscapes", {}, 4), ("cityscapes", {"coarse": True}, 5), ("ade20k", {}, 3), ("voc", {}, 4),
+@pytest.mark.parametrize("data, kwargs, count", [("cityscapes", {}, 4), ("cityscapes", {"coarse": True}, 5),
+                                                 ("ade20k", {}, 3), ("voc", {}, 4),
                                                  ("pascal_context", {}, 4)])
 def test_the_images_of_a_set_are_pretraining_images(tmp_path, data, kwargs, count):
     SETS[data](tmp_path)
@@ -214,9 +250,11 @@ def test_a_published_list_names_the_pairs(tmp_path):
     cityscapes(tmp_path)
     stem = "train/ulm/ulm_000001_000019"
     path = tmp_path / "labeled.txt"
-    path.write_text(f"leftImg8bit/{stem}_leftImg8bit.png gtFine/{stem}_gtFine_labelTrainIds.png")           # no final newline
+    path.write_text(
+        f"leftImg8bit/{stem}_leftImg8bit.png gtFine/{stem}_gtFine_labelTrainIds.png")  # no final newline
     source, _ = segmentation_pairs("cityscapes", str(tmp_path), "train", list_file=str(path))
-    assert source.pairs == [(f"leftImg8bit/{stem}_leftImg8bit.png", f"gtFine/{stem}_gtFine_labelIds.png")] and "labelTrainIds" in source.note
+    assert (source.pairs == [(f"leftImg8bit/{stem}_leftImg8bit.png", f"gtFine/{stem}_gtFine_labelIds.png")]
+            and "labelTrainIds" in source.note)
     voc(tmp_path)
     path.write_text("JPEGImages/2007_000039.jpg SegmentationClass/2007_000039.png\n")
     source, _ = segmentation_pairs("voc", str(tmp_path), "train", list_file=str(path))
@@ -224,19 +262,30 @@ def test_a_published_list_names_the_pairs(tmp_path):
 
 
 @pytest.mark.parametrize("data, spoil, message", [
-    ("cityscapes", lambda root: (root / "gtFine").rename(root / "gt"), r"no folder gtFine/train in it; expected leftImg8bit/"),
-    ("cityscapes", lambda root: (root / FIRST_MASK["cityscapes"]).unlink(), r"aachen_000000_000019_leftImg8bit.png: no mask for this image"),
-    ("cityscapes", lambda root: [p.unlink() for p in (root / "leftImg8bit/train").rglob("*.png")], r"leftImg8bit/train: no files"),
-    ("ade20k", lambda root: (root / FIRST_MASK["ade20k"]).unlink(), r"ADE_train_00000000.jpg: no mask for this image"),
-    ("ade20k", lambda root: (root / "ADEChallengeData2016/annotations").rename(root / "x"), r"no folder annotations/training in it"),
-    ("voc", lambda root: (root / FIRST_MASK["voc"]).unlink(), r"SegmentationClass/2007_000032.png: no such file, but .*train.txt names it"),
-    ("voc", lambda root: (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").write_text(""), r"train.txt: no names in it"),
-    ("voc", lambda root: (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").unlink(), r"train.txt: cannot be read"),
+    ("cityscapes", lambda root:
+     (root / "gtFine").rename(root / "gt"), r"no folder gtFine/train in it; expected leftImg8bit/"),
+    ("cityscapes", lambda root: (root / FIRST_MASK["cityscapes"]).unlink(),
+     r"aachen_000000_000019_leftImg8bit.png: no mask for this image"),
+    ("cityscapes", lambda root: [p.unlink() for p in (root / "leftImg8bit/train").rglob("*.png")],
+     r"leftImg8bit/train: no files"),
+    ("ade20k", lambda root:
+     (root / FIRST_MASK["ade20k"]).unlink(), r"ADE_train_00000000.jpg: no mask for this image"),
+    ("ade20k", lambda root:
+     (root / "ADEChallengeData2016/annotations").rename(root / "x"), r"no folder annotations/training in it"),
+    ("voc", lambda root: (root / FIRST_MASK["voc"]).unlink(),
+     r"SegmentationClass/2007_000032.png: no such file, but .*train.txt names it"),
+    ("voc", lambda root: (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").write_text(""),
+     r"train.txt: no names in it"),
+    ("voc", lambda root:
+     (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").unlink(), r"train.txt: cannot be read"),
     ("voc", lambda root: voc(root, 2007), r"holds VOC2007, VOC2012; pass one of them"),
-    ("voc", lambda root: (root / "VOCdevkit").rename(root / "kit"), r"expected VOCdevkit/VOC20xx with JPEGImages"),
-    ("pascal_context", lambda root: (root / "VOCdevkit/VOC2010").rename(root / "VOCdevkit/VOC2012"), r"found VOC2012, expected VOCdevkit/VOC2010"),
+    ("voc", lambda root:
+     (root / "VOCdevkit").rename(root / "kit"), r"expected VOCdevkit/VOC20xx with JPEGImages"),
+    ("pascal_context", lambda root: (root / "VOCdevkit/VOC2010").rename(root / "VOCdevkit/VOC2012"),
+     r"found VOC2012, expected VOCdevkit/VOC2010"),
     ("pascal_context", lambda root: (root / "VOCdevkit/VOC2010/SegmentationClassContext").rename(root / "x"),
-     r"no folder SegmentationClassContext in it; expected VOCdevkit/VOC2010")])
+     r"no folder SegmentationClassContext in it; expected VOCdevkit/VOC2010")
+])
 def test_a_set_with_a_fault_is_refused_by_name(tmp_path, data, spoil, message):
     SETS[data](tmp_path)
     spoil(tmp_path)
@@ -244,12 +293,14 @@ def test_a_set_with_a_fault_is_refused_by_name(tmp_path, data, spoil, message):
         segmentation_pairs(data, str(tmp_path), "train")
 
 
-@pytest.mark.parametrize("data, mask, message", [
-    ("cityscapes", np.full((24, 32), 34), r"labelIds.png: mask value 34, expected 0 to 33, or 255"),
-    ("ade20k", np.full((24, 32), 151), r"mask value 151, expected 0 to 150, or 255"),
-    ("voc", np.full((24, 32), 21), r"mask value 21, expected 0 to 20, or 255"),
-    ("pascal_context", np.full((24, 32), 60), r"mask value 60, expected 0 to 59, or 255"),
-    ("voc", np.zeros((24, 32, 3)), r"mask is RGB, expected an index image")])
+@pytest.mark.parametrize("data, mask, message",
+                         [("cityscapes", np.full(
+                             (24, 32), 34), r"labelIds.png: mask value 34, expected 0 to 33, or 255"),
+                          ("ade20k", np.full((24, 32), 151), r"mask value 151, expected 0 to 150, or 255"),
+                          ("voc", np.full((24, 32), 21), r"mask value 21, expected 0 to 20, or 255"),
+                          ("pascal_context", np.full(
+                              (24, 32), 60), r"mask value 60, expected 0 to 59, or 255"),
+                          ("voc", np.zeros((24, 32, 3)), r"mask is RGB, expected an index image")])
 def test_a_mask_outside_the_sets_labels_is_named_with_its_value(tmp_path, data, mask, message):
     SETS[data](tmp_path)
     write_mask(tmp_path / FIRST_MASK[data], mask)
@@ -261,93 +312,70 @@ def test_a_mask_outside_the_sets_labels_is_named_with_its_value(tmp_path, data, 
 def test_a_named_set_goes_through_all_stages(tmp_path, script, data):
     SETS[data](tmp_path / "data")
     root = ["--data", data, "--root", tmp_path / "data", *PAPER_TINY]
-    status, _, err = script("pretrain_decoder", *root, *TINY["pretrain_decoder"], "--encoder-weights", "random", "--out", tmp_path / "ddep")
+    status, _, err = script("pretrain_decoder", *root, *TINY["pretrain_decoder"], "--encoder-weights",
+                            "random", "--out", tmp_path / "ddep")
     assert status == 0, err
-    status, out, err = script("finetune", *root, *TINY["finetune"], "--labels", 2, "--init", tmp_path / "ddep" / "last.pt", "--out", tmp_path / "tuned")
-    assert status == 0 and "the official set has" in out, err
+    status, out, err = script("finetune", *root, *TINY["finetune"], "--labels", 2, "--init",
+                              tmp_path / "ddep" / "last.pt", "--out", tmp_path / "tuned")
+    assert status == 0 and ("the official set has" in out) == (data != "voc"), err
     lines = (tmp_path / "tuned" / "labelled.txt").read_text().splitlines()
     assert len(lines) == 2 and lines[0].count("\t") == 1
-    status, _, err = script("finetune", *root, *[flag for flag in TINY["finetune"] if flag not in ("--labels", "6")], "--train-list",
-                            tmp_path / "tuned" / "labelled.txt", "--init", tmp_path / "ddep" / "last.pt", "--out", tmp_path / "again")
+    status, _, err = script("finetune", *root,
+                            *[flag for flag in TINY["finetune"] if flag not in ("--labels", "6")],
+                            "--train-list", tmp_path / "tuned" / "labelled.txt", "--init",
+                            tmp_path / "ddep" / "last.pt", "--out", tmp_path / "again")
     assert status == 0, err
     ours, again = (torch.load(tmp_path / run / "last.pt")["model"] for run in ("tuned", "again"))
-    assert all(torch.equal(ours[name], again[name]) for name in ours)     # the printed list gives the same run
+    assert all(torch.equal(ours[name], again[name]) for name in ours)  # the printed list gives the same run
     flags = ["--scales", 0.5, 1] if data != "cityscapes" else []
-    status, out, err = script("evaluate", "--checkpoint", tmp_path / "tuned" / "best.pt", *flags, "--window", 32, "--workers", 0,
-                              "--save-predictions", tmp_path / "predictions")
+    status, out, err = script("evaluate", "--checkpoint", tmp_path / "tuned" / "best.pt", *flags, "--window",
+                              32, "--workers", 0, "--save-predictions", tmp_path / "predictions")
     assert status == 0 and "mIoU" in out, err
     prediction = next((tmp_path / "predictions" / "index").rglob("*.png"))
     with Image.open(prediction) as image:
-        assert image.size == (32, 24) and image.getpalette()[:3] == datasets.class_colours(data, 59 if data == "pascal_context" else 2)[0].tolist()
+        first = {"cityscapes": [128, 64, 128], "ade20k": [120, 120, 120], "voc": [0, 0, 0], "pascal_context": [128, 0, 0]}
+        assert image.size == (32, 24) and image.getpalette()[:3] == first[data]
 
 
-@pytest.mark.parametrize("data, encoder, wanted", [
-    ("cityscapes", "hybrid", dict(scales=[1.0], flip=True, window=1024)),
-    ("pascal_context", "hybrid", dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True, window=512)),
-    ("ade20k", "hybrid", dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True, window=512)),
-    ("ade20k", "resnet50", dict(scales=[1.0], flip=True, window=512)),
-    ("folder", "hybrid", dict(scales=[1.0], flip=True, window=512))])
+@pytest.mark.parametrize(
+    "data, encoder, wanted",
+    [("cityscapes", "hybrid", dict(scales=[1.0], flip=True, window=1024)),
+     ("pascal_context", "hybrid", dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True, window=512)),
+     ("ade20k", "hybrid", dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True, window=512)),
+     ("ade20k", "resnet50", dict(scales=[1.0], flip=True, window=512)),
+     ("folder", "hybrid", dict(scales=[1.0], flip=True, window=512))])
 def test_the_data_set_chooses_the_evaluation(tmp_path, data, encoder, wanted):
     import evaluate
-    torch.save(dict(model={}, model_args=dict(encoder=encoder, width=1), class_names=["a"], args=dict(data=data, root="there", crop_size=512)),
-               tmp_path / "best.pt")
-    args, _ = evaluate.parse_arguments(["--checkpoint", str(tmp_path / "best.pt")])
-    assert {key: getattr(args, key) for key in wanted} == wanted and args.data == data and args.root == "there"
-    args, _ = evaluate.parse_arguments(["--checkpoint", str(tmp_path / "best.pt"), "--scales", "1", "2", "--no-flip", "--window", "7"])
+
+    torch.save(
+        dict(model={}, model_args=dict(encoder=encoder, width=1), class_names=["a"],
+             args=dict(data=data, root="there", crop_size=512)), tmp_path / "best.pt")
+    args, *_ = evaluate.parse_arguments(["--checkpoint", str(tmp_path / "best.pt")])
+    assert ({key: getattr(args, key)
+             for key in wanted} == wanted and args.data == data and args.root == "there")
+    args, *_ = evaluate.parse_arguments(
+        ["--checkpoint",
+         str(tmp_path / "best.pt"), "--scales", "1", "2", "--no-flip", "--window", "7"])
     assert (args.scales, args.flip, args.window) == ([1.0, 2.0], False, 7)
 
 
 def test_the_list_of_a_subset_is_printed(tmp_path, script):
     cityscapes(tmp_path)
-    status, out, err = script("datasets", "--data", "cityscapes", "--root", tmp_path, "--labels", 3, "--check")
+    status, out, err = script("datasets", "--data", "cityscapes", "--root", tmp_path, "--labels", 3,
+                              "--check")
     assert status == 0 and "4 images, the official set has 2975" in err and "3 of 4 pairs" in err
     lines = out.splitlines()
-    assert len(lines) == 3 and all(os.path.isfile(tmp_path / path) for line in lines for path in line.split("\t"))
-    assert set(script("datasets", "--data", "cityscapes", "--root", tmp_path, "--fraction", "1/2")[1].splitlines()) < set(lines)
+    assert len(lines) == 3 and all(
+        os.path.isfile(tmp_path / path) for line in lines for path in line.split("\t"))
+    assert set(
+        script("datasets", "--data", "cityscapes", "--root", tmp_path, "--fraction",
+               "1/2")[1].splitlines()) < set(lines)
     write_mask(tmp_path / lines[0].split("\t")[1], np.full((24, 32), 40))
     status, out, err = script("datasets", "--data", "cityscapes", "--root", tmp_path, "--check")
     assert status == 2 and "mask value 40" in err and out == ""
 
 
 # ------------------------------------------------------------------------------------------------ ImageNet-21k, unopened
-
-
-def jpeg(seed, mode="RGB"):
-    file = io.BytesIO()
-    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode).save(file, "JPEG")
-    return file.getvalue()
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-
-
-def imagenet21k(root):
-    write_tar(root / "n00000001.tar", {"n00000001_1.JPEG": jpeg(1), "README": b"no image", "n00000001_2.JPEG": jpeg(2, "L"),
-                                       "._n00000001_1.JPEG": b"resource fork", "n00000001_" + "x" * 120 + ".JPEG": jpeg(3, "CMYK")})
-    write_tar(root / "n00000002.tar", {"n00000002_9.JPEG": jpeg(4)[:150], "n00000002_10.JPEG": jpeg(5)})
-    (root / "LICENSE.txt").write_text("not a synset")
-    return root
-
-
-def test_a_tar_is_read_unopened_member_by_member(tmp_path):
-    imagenet21k(tmp_path)
-    source = pretraining_images("imagenet21k", str(tmp_path))
-    assert [source.name(i) for i in range(len(source))] == [
-        "n00000001.tar/n00000001_1.JPEG", "n00000001.tar/n00000001_2.JPEG", f"n00000001.tar/n00000001_{'x' * 120}.JPEG",
-        "n00000002.tar/n00000002_9.JPEG", "n00000002.tar/n00000002_10.JPEG"]
-    for i, (seed, mode) in ((0, (1, "RGB")), (1, (2, "L")), (2, (3, "CMYK")), (4, (5, "RGB"))):
-        wanted = np.asarray(Image.open(io.BytesIO(jpeg(seed, mode))).convert("RGB"))
-        assert np.array_equal(source.read(i)["image"].permute(1, 2, 0), wanted)
-    with pytest.raises(InputError, match="n00000002.tar/n00000002_9.JPEG: not a readable image"):
-        source.read(3)
-    assert source.note.startswith("imagenet21k: 2 synsets")
-    assert not any(isinstance(value, list) and len(value) > 2 for value in vars(source.index).values())          # nothing in Python per image
 
 
 def test_synset_folders_and_tars_are_the_classes_of_stage_1(tmp_path):
@@ -359,95 +387,18 @@ def test_synset_folders_and_tars_are_the_classes_of_stage_1(tmp_path):
     assert {val.name(0)} & {train.name(i) for i in range(5)} == set()
 
 
-def test_an_index_is_used_again_until_a_tar_changes(tmp_path, monkeypatch, capsys):
-    imagenet21k(tmp_path)
-    first = ImageIndex.of_synsets(str(tmp_path))
-    scanned = []
-    scan = image_index._list_tar
-    monkeypatch.setattr(image_index, "_list_tar", lambda root, name: scanned.append(name) or scan(root, name))
-    assert ImageIndex.of_synsets(str(tmp_path)).fingerprint() == first.fingerprint() and scanned == []
-    write_tar(tmp_path / "n00000002.tar", {"n00000002_10.JPEG": jpeg(6)})
-    os.utime(tmp_path / "n00000002.tar", (10 ** 9, 10 ** 9))              # even an older one is another one
-    changed = ImageIndex.of_synsets(str(tmp_path))
-    assert scanned == ["n00000002.tar"] and len(changed) == 4 and "changed since it was listed" in capsys.readouterr().out
-    write_tar(tmp_path / "n00000004.tar", {"n00000004_1.JPEG": jpeg(7)})
-    assert len(ImageIndex.of_synsets(str(tmp_path))) == 5 and scanned[1:] == ["n00000004.tar"]
-
-
-def test_the_fingerprint_tells_data_apart_and_not_their_history(tmp_path):
-    for name in ("cat/1.jpg", "dog/1.jpg"):
-        write_image(tmp_path / name)
-
-    def fingerprint():
-        return ImageIndex.of_folder(str(tmp_path), cache=str(tmp_path.parent / f"{tmp_path.name} cache")).fingerprint()
-
-    before = fingerprint()
-    write_image(tmp_path / "cat" / "a much longer name.jpg")
-    assert fingerprint() != before
-    (tmp_path / "cat" / "a much longer name.jpg").unlink()
-    assert fingerprint() == before
-    (tmp_path / "dog").rename(tmp_path / "wolf")                          # the same names in another folder
-    assert fingerprint() != before
-
-
-def test_an_index_that_cannot_be_written_asks_for_a_cache(tmp_path, monkeypatch):
-    imagenet21k(tmp_path)
-    (tmp_path / image_index.FOLDER).write_text("in the way")              # as a read-only disk would be
-    with pytest.raises(InputError, match="the index of the images cannot be written .* pass --cache"):
-        pretraining_images("imagenet21k", str(tmp_path))
-    source = pretraining_images("imagenet21k", str(tmp_path), cache=str(tmp_path / "cache"))
-    assert len(source) == 5 and len(list((tmp_path / "cache").iterdir())) == 1
-    (tmp_path / "n00000002.tar").unlink()
-    monkeypatch.setattr(image_index, "replacing", lambda *args: open("/nowhere/at/all", "wb"))
-    with pytest.raises(InputError, match="is older than the data and cannot be written"):
-        pretraining_images("imagenet21k", str(tmp_path), cache=str(tmp_path / "cache"))
-
-
-@pytest.mark.parametrize("spoil, message", [
-    (lambda path: path.write_bytes(path.read_bytes()[:700]), r"n00000001.tar: not a whole .tar file"),
-    (lambda path: path.write_bytes(path.read_bytes()[:2560]), r"n00000001.tar: not a whole .tar file"),         # at a member's end
-    (lambda path: path.write_bytes(path.read_bytes()[:1536] + b"x" * 600), r"n00000001.tar: not a whole .tar file"),
-    (lambda path: path.write_bytes(b""), r"n00000001.tar: not a whole .tar file"),
-    (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(2000)), r"n00000001.tar: not a whole .tar file"),
-    (lambda path: write_image(path.parent / "n00000001" / "1.JPEG"), r"holds n00000001.tar and a folder of the same name"),
-    (lambda path: path.rename(path.parent / "other.tar"), r"no ImageNet-21k in this folder; expected nXXXXXXXX.tar"),
-])
-def test_a_broken_tar_is_named(tmp_path, spoil, message):
-    content = jpeg(1)[:900]
-    write_tar(tmp_path / "n00000001.tar", {"n00000001_1.JPEG": content, "n00000001_2.JPEG": content})
-    spoil(tmp_path / "n00000001.tar")
-    with pytest.raises(InputError, match=message):
-        pretraining_images("imagenet21k", str(tmp_path))
-
-
-def test_a_large_listing_is_kept_and_mapped_not_copied(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_index, "WORTH_KEEPING", 3)
-    for name in ("a/1.jpg", "a/2.png", "b/c/3.jpg", "4.jpg"):
-        write_image(tmp_path / name)
-    source = pretraining_images("folder", str(tmp_path))
-    again = pretraining_images("folder", str(tmp_path))
-    assert isinstance(again.index.records, np.memmap)
-    names = [again.name(i) for i in range(4)]
-    assert names == ["4.jpg", "a/1.jpg", "a/2.png", "b/c/3.jpg"] == [source.name(i) for i in range(4)]
-    assert len(pickle.dumps(again)) < 2000 and torch.equal(pickle.loads(pickle.dumps(again)).read(3)["image"], source.read(3)["image"])
-    monkeypatch.setattr(image_index, "FOLDER", "a/1.jpg")                 # where nothing can be written: listed, not kept
-    assert not isinstance(pretraining_images("folder", str(tmp_path)).index.records, np.memmap)
-    monkeypatch.setattr(image_index, "FOLDER", ".ddep_index")
-    write_image(tmp_path / "b" / "c" / "5.jpg")                           # a new image, found by its folder's time of change
-    assert len(pretraining_images("folder", str(tmp_path))) == 5
-    with open(next((tmp_path / image_index.FOLDER).iterdir()), "r+b") as file:
-        file.truncate(200)                                                # a torn index is no index
-    assert len(pretraining_images("folder", str(tmp_path))) == 5
-
-
 def test_imagenet21k_goes_through_stages_1_and_2(tmp_path, script):
     imagenet21k(tmp_path / "data")
     root = ["--data", "imagenet21k", "--root", tmp_path / "data", *PAPER_TINY, "--cache", tmp_path / "cache"]
-    status, out, err = script("pretrain_decoder", *root, *TINY["pretrain_decoder"], "--encoder-weights", "random", "--out", tmp_path / "ddep")
-    assert status == 2 and "1 of 5 images are unreadable, more than 1 %" in err and "n00000002_9.JPEG: not a readable image" in out
+    status, out, err = script("pretrain_decoder", *root, *TINY["pretrain_decoder"], "--encoder-weights",
+                              "random", "--out", tmp_path / "ddep")
+    assert (status == 2 and "1 of 5 images are unreadable, more than 1 %" in err
+            and "n00000002_9.JPEG: not a readable image" in out)
     (tmp_path / "data" / "n00000002.tar").unlink()
     write_tar(tmp_path / "data" / "n00000005.tar", {"n00000005_1.JPEG": jpeg(9)})
-    for stage, flags in (("pretrain_encoder", []), ("pretrain_decoder", ["--encoder-weights", tmp_path / "pretrain_encoder" / "last.pt"])):
+    for stage, flags in (("pretrain_encoder", []),
+                         ("pretrain_decoder",
+                          ["--encoder-weights", tmp_path / "pretrain_encoder" / "last.pt"])):
         status, _, err = script(stage, *root, *TINY[stage], *flags, "--out", tmp_path / stage)
         assert status == 0, err
 
@@ -455,10 +406,13 @@ def test_imagenet21k_goes_through_stages_1_and_2(tmp_path, script):
 # ------------------------------------------------------------------------------------------------ label subsets
 
 
-@pytest.mark.parametrize("size, share, count", [
-    (2975, "1/30", 100), (2975, "1/8", 372), (2975, "1/4", 744), (2975, "0.25", 744), (2975, "0.02", 60), (2975, "0.01", 30),
-    (4998, "0.2", 1000), (4996, "0.2", 1000), (4996, "0.1", 500), (4996, "0.05", 250), (4996, "0.01", 50), (4998, "0.1", 500), (4998, "0.05", 250), (4998, "0.01", 50),
-    (20210, "0.2", 4042), (20210, "0.1", 2021), (20210, "0.05", 1010), (20210, "0.01", 202)])
+@pytest.mark.parametrize("size, share, count", [(2975, "1/30", 100), (2975, "1/8", 372), (2975, "1/4", 744),
+                                                (2975, "0.25", 744), (2975, "0.02", 60), (2975, "0.01", 30),
+                                                (4998, "0.2", 1000), (4996, "0.2", 1000), (4996, "0.1", 500),
+                                                (4996, "0.05", 250), (4996, "0.01", 50), (4998, "0.1", 500),
+                                                (4998, "0.05", 250), (4998, "0.01", 50), (20210, "0.2", 4042),
+                                                (20210, "0.1", 2021), (20210, "0.05", 1010),
+                                                (20210, "0.01", 202)])
 def test_a_share_of_a_data_set_is_the_papers_count(size, share, count):
     assert len(datasets.label_subset([str(i) for i in range(size)], Fraction(share), seed=0)) == count
 
@@ -479,8 +433,3 @@ def test_subsets_of_one_seed_are_nested_and_a_function_of_the_ids():
 
 
 # ------------------------------------------------------------------------------------------------ shapes
-
-
-def test_unlabelled_pictures_carry_no_label():
-    assert set(datasets.Shapes("unlabelled", 1).read(0)) == {"image"}
-    assert set(datasets.Shapes("encoder_train", 1).read(0)) == {"image", "label"} and set(datasets.Shapes("val", 1).read(0)) == {"image", "mask"}

@@ -1,4 +1,5 @@
 """evaluate.py: the scores by hand, the windows one by one, the script from end to end."""
+
 import json
 import re
 
@@ -13,9 +14,9 @@ from PIL import Image
 import data
 import datasets
 import evaluate
-import runtime
+import launch
 
-ALONE = runtime.Processes(0, 1, torch.device("cpu"))
+ALONE = launch.Processes(0, 1, torch.device("cpu"))
 
 
 class Colours(nn.Module):
@@ -33,33 +34,39 @@ def test_miou_of_a_2x2_image_by_hand():
     confusion = evaluate.confusion_matrix(prediction, truth, 2)
     assert confusion.tolist() == [[1, 1], [0, 1]] and confusion.dtype == torch.int64
     scores = evaluate.scores(confusion, ["a", "b"])
-    assert scores["iou"] == {"a": 0.5, "b": 0.5} and scores["miou"] == 0.5 and scores["pixel_accuracy"] == pytest.approx(2 / 3)
+    assert (scores["iou"] == {"a": 0.5, "b": 0.5} and scores["miou"] == 0.5
+            and scores["pixel_accuracy"] == pytest.approx(2 / 3))
 
 
 def test_a_class_that_does_not_occur_does_not_count():
     confusion = evaluate.confusion_matrix(torch.tensor([0, 0, 3]), torch.tensor([0, 1, 0]), 5)
     scores = evaluate.scores(confusion, list("abcde"))
     assert scores["iou"] == {"a": pytest.approx(1 / 3), "b": 0.0, "c": None, "d": 0.0, "e": None}
-    assert scores["miou"] == pytest.approx(1 / 9)                         # over a, b (in the truth) and d (in the prediction)
+    assert scores["miou"] == pytest.approx(1 / 9)  # over a, b (in the truth) and d (in the prediction)
 
 
 def test_masks_that_are_all_ignored_give_no_score_and_no_error():
-    scores = evaluate.scores(evaluate.confusion_matrix(torch.zeros(2, 2, dtype=torch.uint8), torch.full((2, 2), 255, dtype=torch.uint8), 3), list("abc"))
+    scores = evaluate.scores(
+        evaluate.confusion_matrix(torch.zeros(2, 2, dtype=torch.uint8),
+                                  torch.full((2, 2), 255, dtype=torch.uint8), 3), list("abc"))
     assert scores == {"miou": None, "iou": {"a": None, "b": None, "c": None}, "pixel_accuracy": None}
     assert "-" in evaluate.table({**scores, "images": 1})
 
 
 def test_miou_is_of_all_pixels_not_a_mean_over_images():
-    images = [(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 0])), (torch.tensor([1]), torch.tensor([1]))]
+    images = [(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 0])),
+              (torch.tensor([1]), torch.tensor([1]))]
     confusion = sum(evaluate.confusion_matrix(prediction, truth, 2) for prediction, truth in images)
-    assert evaluate.scores(confusion, ["a", "b"])["miou"] == pytest.approx((3 / 4 + 1 / 2) / 2)        # per image: (0.375 + 1) / 2
+    assert evaluate.scores(confusion, ["a", "b"])["miou"] == pytest.approx(
+        (3 / 4 + 1 / 2) / 2)  # per image: (0.375 + 1) / 2
 
 
 # ------------------------------------------------------------------------------------------------ predictions
 
 
-@pytest.mark.parametrize("size, window, stride, starts", [
-    (2048, 1024, 1024, [0, 1024]), (10, 4, 4, [0, 4, 6]), (10, 4, 3, [0, 3, 6]), (4, 4, 2, [0]), (3, 4, 4, [0]), (5, 4, 4, [0, 1])])
+@pytest.mark.parametrize("size, window, stride, starts", [(2048, 1024, 1024, [0, 1024]),
+                                                          (10, 4, 4, [0, 4, 6]), (10, 4, 3, [0, 3, 6]),
+                                                          (4, 4, 2, [0]), (3, 4, 4, [0]), (5, 4, 4, [0, 1])])
 def test_windows_cover_everything_and_end_at_the_edge(size, window, stride, starts):
     assert evaluate.window_starts(size, window, stride) == starts
 
@@ -76,18 +83,21 @@ def test_windows_flips_and_scales_are_what_a_slow_loop_computes(size, average):
     x, model, window, stride, scales = torch.randn(1, 3, *size), Colours(), 8, 5, (0.5, 1.0, 1.75)
     answers = []
     for scale in scales:
-        scaled = F.interpolate(x, [max(1, round(scale * s)) for s in size], mode="bilinear", antialias=True) if scale != 1 else x
+        scaled = (F.interpolate(x, [max(1, round(scale * s))
+                                    for s in size], mode="bilinear", antialias=True) if scale != 1 else x)
         for flip in (False, True):
             picture = torch.flip(scaled, [3]) if flip else scaled
             height, width = picture.shape[-2:]
             logits = torch.zeros_like(picture)
-            for y in range(height):                                       # pixel by pixel: the mean over the windows that hold it
+            for y in range(height):  # pixel by pixel: the mean over the windows that hold it
                 for column in range(width):
                     seen = []
                     for top in evaluate.window_starts(height, window, stride):
                         for left in evaluate.window_starts(width, window, stride):
                             if top <= y < top + window and left <= column < left + window:
-                                seen.append(model(picture[..., top:top + window, left:left + window])[0, :, y - top, column - left])
+                                seen.append(
+                                    model(picture[..., top:top + window, left:left + window])[0, :, y - top,
+                                                                                              column - left])
                     logits[0, :, y, column] = torch.stack(seen).mean(0)
             logits = torch.flip(logits, [3]) if flip else logits
             logits = F.interpolate(logits, size, mode="bilinear") if scale != 1 else logits
@@ -100,21 +110,25 @@ def test_one_window_at_a_time_is_in_the_network():
     seen = []
 
     class Recorder(Colours):
+
         def forward(self, x):
             seen.append(tuple(x.shape))
             return super().forward(x)
 
-    evaluate.predict(Recorder(), torch.randn(1, 3, 40, 70), scales=(0.5, 1.75), flip=True, window=16, stride=16)
+    evaluate.predict(Recorder(), torch.randn(1, 3, 40, 70), scales=(0.5, 1.75), flip=True, window=16,
+                     stride=16)
     assert all(shape[0] == 1 and max(shape[2:]) <= 16 for shape in seen) and len(seen) == 2 * (2 * 3 + 5 * 8)
 
 
 @pytest.mark.parametrize("height, width", [(1, 37), (300, 1), (1, 1)])
 def test_pictures_of_one_pixel_a_side_go_through_a_real_network(height, width):
     import model
+
     unet = model.build_unet("hybrid-small", 1 / 32, 4).eval()
     for how in (dict(), dict(window=32), dict(window=32, scales=(0.5, 1.0, 1.75), flip=True)):
         with torch.no_grad():
-            assert evaluate.predict(unet, torch.rand(1, 3, height, width), **how).shape == (1, 4, height, width)
+            assert evaluate.predict(unet, torch.rand(1, 3, height, width),
+                                    **how).shape == (1, 4, height, width)
 
 
 def test_every_image_of_a_folder_counts_once_at_its_own_size(folder):
@@ -137,20 +151,25 @@ def test_every_image_of_a_folder_counts_once_at_its_own_size(folder):
 def checkpoint(tmp_path_factory):
     """A network fine-tuned for three classes, for a step."""
     import model
+
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
     args = dict(encoder="hybrid-small", width=1 / 32, out_channels=3, condition_on_gamma=False)
-    torch.save(dict(model=model.build_unet(**args).state_dict(), model_args=args, class_names=["sky", "sea", "sand"],
-                    args=dict(data="folder", root=None, val_list=None, crop_size=32)), path)
+    torch.save(
+        dict(model=model.build_unet(**args).state_dict(), model_args=args, class_names=["sky", "sea", "sand"],
+             args=dict(data="folder", root=None, val_list=None, crop_size=32)), path)
     return path
 
 
-def test_predictions_are_index_pngs_of_the_images_size_and_match_the_metrics(script, checkpoint, folder, tmp_path):
-    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--out", tmp_path / "scores",
-                              "--save-predictions", tmp_path / "predictions", "--workers", 0)
+def test_predictions_are_index_pngs_of_the_images_size_and_match_the_metrics(script, checkpoint, folder,
+                                                                             tmp_path):
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--out",
+                              tmp_path / "scores", "--save-predictions", tmp_path / "predictions",
+                              "--workers", 0)
     assert status == 0, err
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
-    assert set(metrics) == {"miou", "iou", "pixel_accuracy", "images"} and list(metrics["iou"]) == ["sky", "sea", "sand"]
+    assert set(metrics) == {"miou", "iou", "pixel_accuracy", "images"} and list(
+        metrics["iou"]) == ["sky", "sea", "sand"]
     inter, union = np.zeros(3), np.zeros(3)
     for name, extension in (("e", "jpg"), ("f", "png")):
         with Image.open(tmp_path / "predictions" / "index" / "images" / "val" / f"{name}.png") as image:
@@ -158,7 +177,8 @@ def test_predictions_are_index_pngs_of_the_images_size_and_match_the_metrics(scr
             said = np.asarray(image)
         truth = np.asarray(Image.open(folder / "masks" / "val" / f"{name}.png"))
         assert said.shape == truth.shape
-        assert Image.open(tmp_path / "predictions" / "overlay" / "images" / "val" / f"{name}.png").size == truth.shape[::-1]
+        assert (Image.open(tmp_path / "predictions" / "overlay" / "images" / "val" /
+                           f"{name}.png").size == truth.shape[::-1])
         for k in range(3):
             inter[k] += ((said == k) & (truth == k)).sum()
             union[k] += (((said == k) | (truth == k)) & (truth != 255)).sum()
@@ -167,32 +187,36 @@ def test_predictions_are_index_pngs_of_the_images_size_and_match_the_metrics(scr
 
 def test_images_without_masks_can_be_predicted(script, checkpoint, tmp_path):
     write_image(tmp_path / "photos" / "sub" / "one.jpg", 30, 77)
-    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", tmp_path / "photos", "--workers", 0, "--out", tmp_path / "o")
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", tmp_path / "photos",
+                              "--workers", 0, "--out", tmp_path / "o")
     assert status == 2 and "pass --save-predictions DIR" in err
-    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", tmp_path / "photos", "--workers", 0, "--out", tmp_path / "o",
-                              "--save-predictions", tmp_path / "p")
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", tmp_path / "photos",
+                              "--workers", 0, "--out", tmp_path / "o", "--save-predictions", tmp_path / "p")
     assert status == 0 and "no masks to compare with" in out
     assert Image.open(tmp_path / "p" / "index" / "sub" / "one.png").size == (77, 30)
 
 
 def test_images_without_masks_do_not_get_in_the_way_of_scores(script, checkpoint, folder, tmp_path):
-    own = tmp_path / "last.pt"                                            # README's two lines, one after the other, without --out
+    own = tmp_path / "last.pt"  # README's two lines, one after the other, without --out
     own.write_bytes(checkpoint.read_bytes())
     write_image(tmp_path / "photos" / "one.jpg", 30, 77)
     flags = ["--checkpoint", own, "--workers", 0]
     assert script("evaluate", *flags, "--root", folder)[0] == 0
-    status, _, err = script("evaluate", *flags, "--data", "folder", "--root", tmp_path / "photos", "--save-predictions", tmp_path / "p")
+    status, _, err = script("evaluate", *flags, "--data", "folder", "--root", tmp_path / "photos",
+                            "--save-predictions", tmp_path / "p")
     assert status == 0, err
     status, _, err = script("evaluate", *flags, "--root", folder, "--save-predictions", tmp_path / "q")
     assert status == 0 and (tmp_path / "q" / "overlay" / "images" / "val" / "e.png").exists(), err
 
 
 def test_the_number_of_processes_does_not_change_an_integer(checkpoint, folder, tmp_path):
-    for i in range(3):                                                    # 5 images: not divisible by 2
+    for i in range(3):  # 5 images: not divisible by 2
         write_image(folder / "images" / "val" / f"g{i}.png", 20, 33 + i, seed=9 + i)
-        write_mask(folder / "masks" / "val" / f"g{i}.png", np.random.RandomState(i).choice([0, 1, 2], (20, 33 + i)))
+        write_mask(folder / "masks" / "val" / f"g{i}.png",
+                   np.random.RandomState(i).choice([0, 1, 2], (20, 33 + i)))
     for processes in (1, 2, 4):
-        run = Forked(tmp_path, "evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0, "--out", tmp_path / str(processes), processes=processes)
+        run = Forked(tmp_path, "evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0,
+                     "--out", tmp_path / str(processes), processes=processes)
         assert run.wait() == [0] * processes, run.text()
     one, two, four = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "124")
     assert one == two == four and one["images"] == 5
@@ -203,37 +227,46 @@ def test_the_scores_of_other_flags_are_not_overwritten(script, checkpoint, folde
     assert script("evaluate", *flags)[0] == 0
     before = (tmp_path / "o" / "metrics.json").read_bytes()
     status, _, err = script("evaluate", *flags, "--no-flip", "--scales", 0.5)
-    assert status == 2 and re.search(r"--flip +True +False\n", err) and (tmp_path / "o" / "metrics.json").read_bytes() == before
+    assert (status == 2 and re.search(r"--flip +True +False\n", err)
+            and (tmp_path / "o" / "metrics.json").read_bytes() == before)
     assert script("evaluate", *flags)[0] == 0
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--checkpoint", "nowhere.pt"], "nowhere.pt: no such file"),
-    (["--stride", "8", "--window", "0"], "--stride without --window"),
-    (["--root", "nowhere"], "nowhere: no such folder"),
-])
+@pytest.mark.parametrize("flags, message", [(["--checkpoint", "nowhere.pt"], "nowhere.pt: no such file"),
+                                            (["--stride", "8", "--window", "0"], "--stride without --window"),
+                                            (["--root", "nowhere"], "nowhere: no such folder")])
 def test_bad_flags_end_in_one_line_and_status_2(script, checkpoint, flags, message):
-    status, _, err = script("evaluate", *([] if flags[0] == "--checkpoint" else ["--checkpoint", checkpoint]), *flags)
+    status, _, err = script("evaluate", *([] if flags[0] == "--checkpoint" else ["--checkpoint", checkpoint]),
+                            *flags)
     assert status == 2 and message in err and err.count("\n") == 1
 
 
 def test_a_checkpoint_that_was_never_fine_tuned_is_refused(script, few_shapes, tmp_path):
-    assert script("pretrain_decoder", *TINY["pretrain_decoder"], "--encoder-weights", "random", "--out", tmp_path)[0] == 0
+    assert (script("pretrain_decoder", *TINY["pretrain_decoder"], "--encoder-weights", "random", "--out",
+                   tmp_path)[0] == 0)
     status, _, err = script("evaluate", "--checkpoint", tmp_path / "last.pt")
     assert status == 2 and "not a checkpoint of finetune.py" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--window", "16", "--stride", "32"], "--stride 32 is longer than --window 16: no window would see what lies between"),
-    (["--data", "shapes"], "--data shapes has 7 classes (background, ash, birch ...), {checkpoint} was fine-tuned for 3 others (sky, sea, sand ...)"),
-    (["--save-predictions", "{file}"], "{file}: cannot be written (File exists); pass another --save-predictions"),
-    (["--save-predictions", "{file}/below"], "{file}/below: cannot be written (Not a directory); pass another --save-predictions"),
+    (["--window", "16", "--stride", "32"
+      ], "--stride 32 is longer than --window 16: no window would see what lies between"),
+    (["--data", "shapes"],
+     "--data shapes has 7 classes (background, ash, birch ...), {checkpoint} was fine-tuned for 3 others (sky, sea, sand ...)"
+     ),
+    (["--save-predictions", "{file}"
+      ], "{file}: cannot be written (File exists); pass another --save-predictions"),
+    (["--save-predictions", "{file}/below"
+      ], "{file}/below: cannot be written (Not a directory); pass another --save-predictions"),
     (["--out", "{file}"], "{file}: cannot be written (File exists); pass another --out"),
-    (["--data", "folder", "--root", "{file}"], "{file}: not a folder; pass --root")])
+    (["--data", "folder", "--root", "{file}"], "{file}: not a folder; pass --root")
+])
 def test_a_wrong_request_ends_in_one_line_and_status_2(script, checkpoint, folder, tmp_path, more, message):
     (tmp_path / "file").write_text("a user's file")
     places = {"file": str(tmp_path / "file"), "checkpoint": str(checkpoint)}
-    status, _, err = script("evaluate", "--checkpoint", checkpoint, *([] if "--data" in more else ["--root", folder]), "--workers", 0,
-                            *([] if "--out" in more else ["--out", tmp_path / "o"]), *[flag.format(**places) for flag in more])
+    status, _, err = script("evaluate", "--checkpoint", checkpoint,
+                            *([] if "--data" in more else ["--root", folder]), "--workers", 0,
+                            *([] if "--out" in more else ["--out", tmp_path / "o"]),
+                            *[flag.format(**places) for flag in more])
     assert status == 2 and message.format(**places) in err and err.count("\n") == 1, err
     assert (tmp_path / "file").read_text() == "a user's file"

@@ -1,0 +1,340 @@
+"""How a script starts and ends: its flags, its processes and device, and the one line that a user's mistake
+gets."""
+import argparse
+import errno
+import math
+import os
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
+
+from model import ResNet50, WeightsError
+
+# ------------------------------------------------------------------------------------------------------------
+# The end of a script: exit statuses and error messages
+
+STOPPED = 75  # EX_TEMPFAIL: a signal stopped the run, the same command continues it
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+                errno.ENOTDIR}
+
+
+class InputError(Exception):
+    """A user's mistake. The message says what is wrong, in which file or flag, what was expected, what to
+    do."""
+
+
+class SampleError(InputError):
+    """A fault in one image or mask. Only the process that reads it knows of it."""
+
+
+class Stopped(Exception):
+    """A signal stopped the run; its state is saved."""
+
+
+def say(text):
+    """Print a line for the user: by the first process alone, above a progress bar where there is one."""
+    if text and os.environ.get("RANK", "0") == "0":
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def run_script(main):
+    """Call main(). A user's mistake or a disk that cannot be written is one line and exit status 2."""
+    script, is_main = os.path.basename(sys.argv[0]), os.environ.get("RANK", "0") == "0"
+    try:
+        main()
+    except (InputError, WeightsError) as error:
+        if is_main or isinstance(error, SampleError):
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)  # torchrun ends all processes when the first one exits: let rank 0 print its line
+        sys.exit(2)
+    except BrokenPipeError:  # nobody reads the output any more: python evaluate.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        print(f"{script}: error: {error.filename or 'a file'} cannot be written ({error.strerror}); what was "
+              "saved before is whole. Free the disk or pass another folder, then repeat the command",
+              file=sys.stderr, flush=True)
+        sys.exit(2)
+    except Stopped as stop:
+        if is_main:
+            print(stop, file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        no_default = action.default is None or action.default is False
+        return action.help if no_default else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, with the defaults that there are in the help, without abbreviations."""
+
+    def __init__(self, description):
+        super().__init__(description=description.split("\n\n")[0], allow_abbrev=False,
+                         formatter_class=HelpWithDefaults)
+
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def add_training_flags(parser, data_sets):
+    """The flags that the three training stages share. Their defaults come from each stage's RECIPE."""
+    add_data_flags(parser, data_sets)
+    add = parser.add_argument
+    add("--out", metavar="DIR", help="folder of the run; a run already there is continued "
+                                     "(default: a folder of the script's name in runs/DATA)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive_int, help="optimiser steps")
+    length.add_argument("--epochs", type=positive_float, help="passes over the images, or --steps")
+    add("--batch-size", type=positive_int, help="images per step, over all processes")
+    add("--micro-batch", type=positive_int,
+        help="images that one process puts through the network at once; gradients are accumulated")
+    add("--lr", type=positive_float, help="peak learning rate of Adam (5.1)")
+    add("--warmup-steps", type=non_negative_int, help="linear warm-up before the cosine; PAPER SILENT")
+    add("--weight-decay", type=non_negative_float, help="L2 penalty of Adam (5.1 for fine-tuning)")
+    add("--clip-norm", type=positive_float,
+        help="largest norm of the gradient; PAPER SILENT, so none on real data")
+    add("--decoupled-weight-decay", action="store_true", help="AdamW instead of Adam; PAPER SILENT on which")
+    add("--batch-norm", choices=("stored", "batch"),
+        help="resnet50: normalise with the stored statistics or with those of the batch, over all processes; "
+             "PAPER SILENT (default: batch where the encoder trains from fresh weights, else stored)")
+    add("--seed", type=non_negative_int, default=0, help="of fresh weights, order, crops, flips, noise")
+    add("--workers", type=non_negative_int, help="loader processes per process; 0: none")
+    add("--save-every", type=steps_or_minutes, help="steps between checkpoints, or minutes: 10min")
+    add("--log-every", type=positive_int, default=10, help="steps between lines of log.jsonl")
+    add_device_flags(parser)
+
+
+def add_data_flags(parser, data_sets):
+    parser.add_argument("--data", choices=data_sets, default="shapes",
+                        help="the data set; it decides the other defaults")
+    parser.add_argument("--root", metavar="DIR", help="folder of the data (shapes has none)")
+
+
+def add_device_flags(parser):
+    add = parser.add_argument
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
+    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
+        help="auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 (CUDA) scales the loss")
+    add("--compile", action="store_true", help="torch.compile the network")
+
+
+def peek(argv, flag, default=None):
+    """The value of one flag, before the other flags and their defaults are known."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, nargs="?", default=default, dest="value")
+    return parser.parse_known_args(argv)[0].value
+
+
+def parse(parser, recipe, argv=None, of_checkpoint=None):
+    """Parse the command line with the defaults of the chosen data set.
+
+    recipe: {"shapes": defaults, "paper": defaults of real data, NAME: what is different for this set}.
+    of_checkpoint: evaluate.py: the data set that a checkpoint was made with, and its flags.
+    """
+    usual = of_checkpoint or {"data": "shapes"}
+    data = peek(argv, "--data", usual["data"])
+    defaults = recipe["shapes"] if data == "shapes" else {**recipe["paper"], **recipe.get(data, {})}
+    parser.set_defaults(**defaults)
+    if data == usual["data"]:
+        parser.set_defaults(**usual)
+    if peek(argv, "--steps") is not None:  # the one that is given replaces the recipe's other one
+        parser.set_defaults(epochs=None)
+    if peek(argv, "--epochs") is not None:
+        parser.set_defaults(steps=None)
+    args = parser.parse_args(argv)
+    if args.data == "shapes" and args.root is not None:
+        raise InputError("--root given, but --data shapes is drawn by code; pass --data folder, or another set")
+    return args
+
+
+def number(kind, allowed, expected):
+    """A type for argparse."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+    return convert
+
+
+positive_int = number(int, lambda n: n > 0, "a whole number above 0")
+non_negative_int = number(int, lambda n: n >= 0, "a whole number, 0 or more")
+positive_float = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+non_negative_float = number(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
+unit_float = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+
+def steps_or_minutes(text):
+    """The text itself, checked: "500" or "10min"."""
+    check = positive_float if text.endswith("min") else positive_int
+    check(text.removesuffix("min"))
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes, device, precision
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun started: number `rank` of `world`, and its device."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def sum(self, tensor):
+        """The sum of `tensor` over all processes."""
+        if self.world > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_numbers(self, *numbers):
+        """The sum of each number (float, bool or scalar tensor) over all processes, as floats: one
+        exchange."""
+        numbers = [torch.as_tensor(n, dtype=torch.float32, device=self.device) for n in numbers]
+        return self.sum(torch.stack(numbers)).tolist()
+
+    def gather(self, thing):
+        """[thing of process 0, thing of process 1, ...], any picklable thing."""
+        if self.world == 1:
+            return [thing]
+        things = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    @contextmanager
+    def one_first(self):
+        """One process of each machine runs the block before the others do: it makes a file, they find it."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if first:
+                self.barrier()
+
+    def share(self, batch_size):
+        """Images of a global batch per process."""
+        if batch_size % self.world:
+            raise InputError(f"--batch-size {batch_size} does not divide over {self.world} processes; "
+                             f"pass a multiple of {self.world}")
+        return batch_size // self.world
+
+
+def start_processes(device="auto"):
+    """Join the process group that torchrun announces, if it does; choose this process's device."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        mps = torch.backends.mps.is_available() and world == 1  # MPS has no collectives
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device; pass --device cpu, or install one with CUDA")
+    if device == "mps" and not (torch.backends.mps.is_available() and world == 1):
+        raise InputError("--device mps: needs an Apple GPU and one process; pass --device cpu")
+    backend = "gloo"
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus:  # NCCL wants a GPU for each process
+            backend = "nccl"
+        device = f"cuda:{local_rank % gpus}"
+        torch.cuda.set_device(device)
+    if world > 1:
+        patience = timedelta(minutes=60)
+        # When torchrun restarts a group (--max-restarts) its store still holds the addresses of the dead one.
+        store = next(rendezvous("env://", timeout=patience))[0]
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    return Processes(rank, world, torch.device(device))
+
+
+def default_workers():
+    return min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def resolve_precision(precision, device):
+    """"fp32", "bf16" or "fp16". bf16 is slower than fp32 on most CPUs, so auto is fp32 there."""
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(f"--precision fp16 needs CUDA, this is {device.type}; pass bf16 or fp32")
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return precision
+
+
+def autocast(precision, device):
+    """torch.autocast of this precision; with fp32 it does nothing."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the training flags mean
+
+
+def number_of_steps(args, images):
+    """--steps, or enough for --epochs over so many images; the last batch is filled from the next epoch."""
+    return args.steps if args.steps is not None else max(1, math.ceil(args.epochs * images / args.batch_size))
+
+
+def cosine_rate(step, steps, peak, warmup_steps):
+    """Learning rate of `step` (from 0): linear warm-up to `peak`, then half a cosine to 0 at `steps`
+    (5.1)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def split_batch(batch, size):
+    """The tensors of a batch in micro-batches of at most `size` images: a list of dicts."""
+    tensors = {key: value.split(size) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    return [dict(zip(tensors, parts)) for parts in zip(*tensors.values())]
+
+
+def choose_batch_norm(encoder, args, processes, fresh):
+    """Set what a ResNet-50 normalises with while it trains, by --batch-norm.
+
+    fresh: it trains from fresh weights, whose stored statistics, 0 and 1, would normalise nothing. Returns
+    the number of images over which batch statistics are taken, which a run must keep when it continues; None
+    without them. """
+    if not isinstance(encoder, ResNet50):
+        if args.batch_norm is not None:
+            raise InputError("--batch-norm belongs to --encoder resnet50; other encoders have no BatchNorm")
+        return None
+    encoder.batch_statistics = fresh if args.batch_norm is None else args.batch_norm == "batch"
+    images = min(args.micro_batch, processes.share(args.batch_size)) * processes.world
+    return images if encoder.batch_statistics else None

@@ -1,0 +1,371 @@
+"""One training run in one folder. Kill it at any moment: the same command continues, to the same bits.
+
+What a sample looks like is a function of (seed, epoch, index), see data.py. So a checkpoint holds weights,
+optimiser, scaler, step and best score, and no state of generators or loaders.
+
+    last.pt         the newest checkpoint
+    previous.pt     the one before it, in case last.pt is damaged
+    best.pt         the weights with the best score so far, in stages that validate
+    log.jsonl       a line for every --log-every steps (step, loss, rate, images/s, share of time spent waiting
+                    for data), and one for every validation
+    args.json       the flags
+    metrics.json    written last: the run is finished
+    lock            held by the process that writes in the folder
+"""
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+from tqdm import tqdm
+
+from launch import InputError, Stopped, say
+from model import PUBLISHED, WeightsError, published_weights, read_weights
+
+try:
+    import fcntl
+except ImportError:  # Windows has no lock
+    fcntl = None
+
+# Flags that may change between a run and its continuation: they do not change what is computed. Of the data,
+# the content is compared, not the path.
+FREE_TO_CHANGE = {"out", "root", "cache", "workers", "save_every", "log_every", "device", "compile",
+                  "micro_batch"}
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+class RunFolder:
+    """The run in settings["out"]; checkpoint: the one to continue from, None for a new run.
+
+    settings: the flags of the run, and what they were resolved to. data: a text that tells the data from any
+    other. steps: of the whole run; count: the images it trains on. Raises InputError where another process
+    runs there, or where one ran with other settings or data. """
+
+    def __init__(self, settings, data, steps, count, processes):
+        self.out, self.settings, self.data, self.steps = settings["out"], settings, data, steps
+        self.count, self.processes = count, processes
+        self.signal, self.saved_step, self.saved_at, self.notes = None, 0, time.monotonic(), []
+        if processes.is_main:
+            make_folder(self.out)
+            self.lock = lock_folder(self.out)
+        self.checkpoint, damaged = self._newest_checkpoint()
+        if self.checkpoint is not None:
+            then = {**self.checkpoint["args"], "data-content": self.checkpoint["data"]}
+            refuse_other_flags(self.out, then, {**settings, "data-content": data})
+            self.saved_step, before = self.checkpoint["step"], self.checkpoint["processes"]
+            if before != processes.world:
+                self.notes.append(f"begun on {before} processes, continued on {processes.world}: the same "
+                                  "samples, results equal but for rounding")
+        elif os.path.exists(self.path("args.json")):
+            self.notes.append(f"{self.out}: a run began here and saved nothing; starting over")
+        processes.barrier()  # all have read before one writes
+        if processes.is_main:
+            if damaged:
+                os.replace(self.path("last.pt"), self.path("last.pt.damaged"))
+            write_json(self.path("args.json"), settings)
+
+    def path(self, name):
+        return os.path.join(self.out, name)
+
+    def _newest_checkpoint(self):
+        """(the newest whole checkpoint or None, whether last.pt is damaged)."""
+        damage = None
+        for name in ("last.pt", "previous.pt"):
+            if os.path.exists(self.path(name)):
+                try:
+                    checkpoint = load_checkpoint(self.path(name))
+                except (InputError, WeightsError) as error:
+                    damage = damage or str(error)
+                    continue
+                if damage:
+                    self.notes.append(f"{damage}; it is kept as last.pt.damaged, continuing from "
+                                      f"previous.pt, step {checkpoint['step']}")
+                return checkpoint, damage is not None
+        if damage:
+            raise InputError(f"{damage}; and there is no whole one before it. Remove {self.out} to start anew")
+        return None, False
+
+    def restore(self, model, optimizer, scaler):
+        """Load the newest checkpoint into these, if there is one: (its step, loss, best score), or (0, None,
+        -1)."""
+        if self.checkpoint is None:
+            return 0, None, -1.0
+        model.load_state_dict(self.checkpoint["model"])
+        optimizer.load_state_dict(self.checkpoint["optimizer"])
+        scaler.load_state_dict(self.checkpoint["scaler"])
+        return self.checkpoint["step"], self.checkpoint["loss"], self.checkpoint.get("best")
+
+    def is_finished(self):
+        return is_finished(self.out)
+
+    def begin(self, start):
+        """Open the log, show the progress, print the notes; from now on signals stop the run after their
+        step.
+
+        A second Ctrl-C ends it at once. start: the number of steps that are done.
+        """
+        self.unreadable = set(self.checkpoint.get("unreadable", [])) if self.checkpoint else set()
+        self.new_unreadable, self.waiting = [], 0.0
+        self.started = self.last_log = self.last_print = time.perf_counter()
+        self.start = self.last_log_step = start
+        self.on_terminal = self.processes.is_main and sys.stderr.isatty()
+        self.bar = tqdm(total=self.steps, initial=start, unit="step", dynamic_ncols=True,
+                        disable=not self.on_terminal)
+        if self.processes.is_main:
+            with replacing(self.path("log.jsonl")) as file:
+                file.writelines(lines_before(self.path("log.jsonl"), start))
+            self.log = open(self.path("log.jsonl"), "a", buffering=1)
+        for note in self.notes:
+            say(note)
+        self.handlers = {number: signal.signal(number, self._note_signal) for number in SIGNALS}
+
+    def _note_signal(self, number, frame):
+        self.signal = signal.Signals(number).name
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun passes on a Ctrl-C that has arrived already
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def batches(self, loader):
+        """The loader's batches; the time spent waiting for them is counted."""
+        loader = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(loader, None)
+            self.waiting += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def log_step(self, step, loss, rate, batch):
+        """After step number `step` (from 1), on all processes: every log_every steps a line in the log.
+
+        Files of the batches that did not decode are then named, each once; more than 1 % of all end the run.
+        """
+        self.bar.update()
+        self.new_unreadable += batch["unreadable"]
+        if step % self.settings["log_every"] and step != self.steps:
+            return
+        for index, message in sorted(set(sum(self.processes.gather(self.new_unreadable), []))):
+            if index not in self.unreadable:
+                self.unreadable.add(index)
+                say(f"skipped {message} ({len(self.unreadable)} of {self.count} so far)")
+        self.new_unreadable = []
+        if len(self.unreadable) > self.count / 100:
+            raise InputError(f"{len(self.unreadable)} of {self.count} images are unreadable, more than 1 %; "
+                             "remove or repair them")
+        now = time.perf_counter()
+        elapsed = now - self.last_log
+        speed = (step - self.last_log_step) * self.settings["batch_size"] / elapsed
+        waiting = min(1.0, self.waiting / elapsed)
+        self.record(step=step, loss=loss, rate=rate, images_per_second=round(speed, 2),
+                    waiting=round(waiting, 4))
+        self.last_log, self.last_log_step, self.waiting = now, step, 0.0
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, waiting {waiting:.0%}")
+        if not self.on_terminal and (now - self.last_print > 60 or step == self.steps):
+            left = (now - self.started) / (step - self.start) * (self.steps - step)
+            say(f"step {step}/{self.steps}  loss {loss:.4f}  {speed:.1f} images/s  waiting for data "
+                f"{waiting:.0%}  left {timedelta(seconds=round(left))}")
+            self.last_print = now
+
+    def record(self, **values):
+        """A line of log.jsonl; "step" must be among the values."""
+        if self.processes.is_main:
+            try:
+                self.log.write(json.dumps(values) + "\n")
+            except OSError as error:  # a full disk: name the file
+                error.filename = self.path("log.jsonl")
+                raise
+
+    def require_finite(self, step, loss, norm, scaler, names):
+        """End a run whose loss or gradient's norm is infinite or no number, before it reaches the weights.
+
+        names: this process's images of the batch. With fp16 the scaler skips such a step and lowers its
+        scale, until no lower scale will help. """
+        scaler_helps = scaler.is_enabled() and scaler.get_scale() > 1e-6
+        if math.isfinite(loss) and math.isfinite(norm) or scaler_helps:
+            return
+        listing = self.path(f"not_finite_step_{step}.txt")
+        names = sum(self.processes.gather(names), [])
+        if self.processes.is_main:
+            write_lines(listing, names)
+        raise InputError(f"the loss is {loss:g} and its gradient's norm is {norm:g} at step {step}: stopped "
+                         "before they reached the weights; last.pt is as last saved. The batch's images are "
+                         f"listed in {listing}. Try a lower --lr, --warmup-steps, --clip-norm, or "
+                         "--precision fp32")
+
+    def save_is_due(self, step):
+        """After step number `step` (from 1), by --save-every."""
+        every = self.settings["save_every"]
+        if every.endswith("min"):
+            return time.monotonic() - self.saved_at >= 60 * float(every.removesuffix("min"))
+        return step % int(every) == 0
+
+    def save(self, step, model, optimizer, scaler, **content):
+        """Write the checkpoint of `step`; what was last.pt becomes previous.pt."""
+        self.saved_step, self.saved_at = step, time.monotonic()
+        if self.processes.is_main:
+            content.update(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                           scaler=scaler.state_dict(), args=self.settings, data=self.data,
+                           processes=self.processes.world, unreadable=sorted(self.unreadable))
+            save(self.path("last.pt"), content, keep=self.path("previous.pt"))
+
+    def save_best(self, model, **content):
+        if self.processes.is_main:
+            save(self.path("best.pt"), {"model": model.state_dict(), **content, "args": self.settings})
+
+    def stop_if_told(self):
+        """Raise Stopped on all processes when any of them got a signal; all must call it equally often."""
+        if any(self.processes.sum_numbers(self.signal is not None)):
+            self.stop()
+
+    def stop(self):
+        raise Stopped(f"stopped by {self.signal or 'a signal to another process'}: saved at step "
+                      f"{self.saved_step} in {self.out}; the same command continues")
+
+    def finish(self, metrics):
+        """The last thing that a run does: metrics.json. Gives signals, log and lock back."""
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.processes.is_main:
+            self.log.close()
+            write_json(self.path("metrics.json"), metrics)
+            self.lock.close()
+
+
+def lines_before(path, start):
+    """The lines of a log that a run which continues after `start` steps will not write again.
+
+    The score of step `start` is measured again, and a torn line is dropped.
+    """
+    if start == 0 or not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            with suppress(ValueError):
+                values = json.loads(line)
+                of_a_step = "loss" in values
+                done = values["step"] <= start if of_a_step else values["step"] < start
+                if done and line.endswith(b"\n"):
+                    yield line
+
+
+def is_finished(out):
+    return os.path.exists(os.path.join(out, "metrics.json"))
+
+
+def make_folder(path, flag="--out"):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); pass another {flag}") from None
+
+
+def lock_folder(out):
+    """The open file `lock` in `out`, locked for this process until it ends, however it ends."""
+    try:
+        file = open(os.path.join(out, "lock"), "a+")
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); pass another --out") from None
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader workers would hold too
+    except OSError:
+        file.seek(0)
+        raise InputError(f"{out}: another run is writing there ({file.read().strip()}); wait for its end, or "
+                         "pass another --out") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def refuse_other_flags(out, then, now, free=FREE_TO_CHANGE):
+    """Raise InputError, with a table, where a flag has another value than it had in the run in `out`."""
+    changed = [key for key in sorted((set(then) | set(now)) - free) if then.get(key) != now.get(key)]
+    if not changed:
+        return
+    rows = [("", "then", "now")]
+    for key in changed:
+        flag = "data" if key == "data-content" else "--" + key.replace("_", "-")
+        rows.append((flag, str(then.get(key)), str(now.get(key))))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    table = "\n".join(f"    {flag:{widths[0]}}  {a:{widths[1]}}  {b}" for flag, a, b in rows)
+    raise InputError(f"{out} holds a run with other flags or data; pass a new --out, or these:\n{table}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files that are there whole or not at all
+
+
+@contextmanager
+def replacing(path, beside=None, keep=None):
+    """A file to write in, which takes the place of `path` when it is whole: written beside, flushed, renamed.
+
+    keep: where the file goes that was there before. Raises OSError, with the path, where it cannot be
+    written. """
+    beside = beside or f"{path}.tmp"
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and os.path.exists(path):
+            os.replace(path, keep)
+        os.replace(beside, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.remove(beside)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
+        raise
+
+
+def write_json(path, content):
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
+
+
+def write_lines(path, lines):
+    """A text file of file names, which need not be valid UTF-8."""
+    with replacing(path) as file:
+        file.writelines(os.fsencode(line) + b"\n" for line in lines)
+
+
+def read_json(path):
+    with open(path) as file:
+        return json.load(file)
+
+
+def save(path, checkpoint, keep=None):
+    """torch.save through `replacing`."""
+    with replacing(path, keep=keep) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch hides a full disk behind an error of its own
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def load_checkpoint(path):
+    """A checkpoint of ours, a dict with "model" and "model_args". Raises WeightsError where it is damaged."""
+    checkpoint = read_weights(path)
+    if not {"model", "model_args"} <= set(checkpoint):
+        raise InputError(f"{path}: not a checkpoint of these scripts, which hold model and model_args")
+    return checkpoint
+
+
+def weights_path(source, encoder, processes):
+    """The file that --encoder-weights or --init names: a path, or a published name, fetched once per
+    machine."""
+    if source not in PUBLISHED:
+        return source
+    if encoder not in (None, PUBLISHED[source][0]):
+        raise InputError(f"{source} are weights of --encoder {PUBLISHED[source][0]}, this is {encoder}; pass "
+                         "the one or the other")
+    with processes.one_first():
+        return published_weights(source)

@@ -1,0 +1,158 @@
+"""finetune.py: the four initialisations, and a user's own folder."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TINY, flags, load, losses, write_image, write_mask
+
+import model
+
+
+def test_each_initialisation_loads_what_it_says(script, few_shapes, tmp_path):
+    assert script("pretrain_encoder", *flags("pretrain_encoder"), "--out", tmp_path / "encoder")[0] == 0
+    assert (script("pretrain_decoder", *TINY["pretrain_decoder"], "--encoder-weights",
+                   tmp_path / "encoder/last.pt", "--out", tmp_path / "ddep")[0] == 0)
+    encoder, ddep = load(tmp_path / "encoder/last.pt")["model"], load(tmp_path / "ddep/last.pt")["model"]
+    total, in_encoder = len(ddep), sum(name.startswith("encoder.") for name in ddep)
+
+    def start(init):  # the weights before the first step: a rate too small to move them
+        out = tmp_path / f"from_{init.parent.name if init != 'none' else init}"
+        status, text, err = script("finetune", *flags("finetune"), "--init", init, "--lr", 1e-30,
+                                   "--weight-decay", 0, "--steps", 1, "--out", out)
+        assert status == 0, err
+        return load(out / "last.pt")["model"], next(line for line in text.splitlines()
+                                                    if line.startswith("init "))
+
+    weights, said = start(tmp_path / "ddep/last.pt")
+    assert (
+        f"loaded {total - 2} tensors (encoder and decoder blocks); fresh: 2 tensors, the head (decoder.head.weight, decoder.head.bias)"
+        in said)
+    assert all(
+        torch.equal(weights[name], value) for name, value in ddep.items()
+        if not name.startswith("decoder.head"))
+    assert weights["decoder.head.weight"].shape[0] == 7
+
+    weights, said = start(tmp_path / "encoder/last.pt")
+    assert (
+        f"loaded {in_encoder} tensors (the encoder of a checkpoint of this project); fresh: {total - in_encoder} tensors, the decoder"
+        in said)
+    assert all(
+        torch.equal(weights[name], value) for name, value in encoder.items() if name.startswith("encoder."))
+    assert not torch.equal(weights["decoder.blocks.0.conv1.weight"], ddep["decoder.blocks.0.conv1.weight"])
+
+    weights, said = start("none")
+    assert f"loaded 0 tensors (nothing); fresh: {total} tensors, everything" in said
+    assert not torch.equal(weights["encoder.conv_root.weight"], encoder["encoder.conv_root.weight"])
+
+
+def test_all_parameters_train_in_fine_tuning(script, few_shapes, tmp_path):
+    assert script("finetune", *flags("finetune"), "--lr", 1e-30, "--out", tmp_path / "still")[0] == 0
+    assert script("finetune", *flags("finetune"), "--out", tmp_path / "moved")[0] == 0
+    still, moved = (load(tmp_path / name / "last.pt")["model"] for name in ("still", "moved"))
+    assert all(not torch.equal(still[name], moved[name]) for name in still)
+
+
+def test_fine_tuning_and_evaluate_agree_on_the_score(script, few_shapes, tmp_path):
+    assert script("finetune", *flags("finetune"), "--out", tmp_path)[0] == 0
+    status, _, err = script("evaluate", "--checkpoint", tmp_path / "last.pt")
+    assert status == 0, err
+    assert json.loads((tmp_path / "evaluate_last" / "metrics.json").read_text()) == json.loads(
+        (tmp_path / "metrics.json").read_text())
+
+
+def test_a_folder_is_fine_tuned_and_its_subset_can_be_passed_back(script, folder, tmp_path):
+    base = [
+        "--data", "folder", "--root", folder, "--encoder", "hybrid-small", "--width", 1 / 32, "--crop-size",
+        32, "--steps", 2, "--batch-size", 2, "--workers", 0, "--eval-every", 1
+    ]
+    status, out, err = script("finetune", *base, "--labels", 2, "--out", tmp_path / "a")
+    assert status == 0 and "2 labelled images, 3 classes, 2 validation images" in out, err
+    assert (tmp_path / "a" / "best.pt").exists() and "sand" in out
+    shutil.copy(tmp_path / "a" / "labelled.txt", tmp_path / "again.txt")
+    status, out, err = script("finetune", *base, "--train-list", tmp_path / "again.txt", "--out",
+                              tmp_path / "b")
+    assert status == 0 and "2 labelled images, 3 classes, 2 validation images" in out, err
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_a_folder_without_validation_images_trains_and_has_no_score(script, folder, tmp_path):
+    for kind in ("images", "masks"):
+        shutil.rmtree(folder / kind / "val")
+    status, out, err = script("finetune", "--data", "folder", "--root", folder, "--encoder", "hybrid-small",
+                              "--width", 1 / 32, "--crop-size", 32, "--steps", 2, "--batch-size", 2,
+                              "--workers", 0, "--out", tmp_path / "o")
+    assert (status == 0 and "no validation images" in out and (tmp_path / "o" / "last.pt").exists()
+            and not (tmp_path / "o" / "best.pt").exists()), err
+    assert set(json.loads((tmp_path / "o" / "metrics.json").read_text())) == {"loss"}
+
+
+def test_masks_that_are_all_ignored_train_to_nothing_and_no_error(script, folder, tmp_path):
+    for path in (folder / "masks").rglob("*.png"):
+        height, width = __import__("PIL.Image").Image.open(path).size[::-1]
+        write_mask(path, [[255] * width] * height)
+    status, out, err = script("finetune", "--data", "folder", "--root", folder, "--encoder", "hybrid-small",
+                              "--width", 1 / 32, "--crop-size", 32, "--steps", 2, "--batch-size", 2,
+                              "--workers", 0, "--out", tmp_path / "o")
+    assert status == 0 and losses(tmp_path / "o") == [0.0], err  # logged at the last step
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [(lambda root: write_mask(root / "masks/val/f.png", [[9] * 56] * 42),
+      "masks/val/f.png: mask value 9, expected 0 to 2"),
+     (lambda root: write_image(root / "masks/train/c.png", 43, 55), "masks/train/c.png: mask is RGB"),
+     (lambda root: write_mask(root / "masks/train/c.png", [[0]]), "masks/train/c.png: mask is 1x1"),
+     (lambda root:
+      (root / "images/val/e.jpg").write_text("broken"), "images/val/e.jpg: not a readable image")])
+def test_a_fault_in_a_labelled_folder_is_named_before_training(spoil, message, script, folder, tmp_path):
+    spoil(folder)
+    status, out, err = script("finetune", "--data", "folder", "--root", folder, "--encoder", "hybrid-small",
+                              "--width", 1 / 32, "--workers", 0, "--out", tmp_path / "o")
+    assert status == 2 and message in err and err.count("\n") == 1 and "step" not in out.split("checking")[1]
+
+
+def test_the_position_grid_of_the_weights_is_kept_through_all_stages(script, few_shapes, tmp_path):
+    """Weights at another size than the default, as Google's at 384 pixels: nothing is squeezed into another grid."""
+    encoder = model.build_encoder("hybrid-small", image_size=96)
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    torch.save({"model": state, "model_args": {"encoder": "hybrid-small"}}, tmp_path / "at_96.pt")
+    status, _, err = script("pretrain_decoder", *TINY["pretrain_decoder"], "--encoder-weights", tmp_path / "at_96.pt",
+                            "--out", tmp_path / "ddep")
+    assert status == 0, err
+    status, _, err = script("finetune", *TINY["finetune"], "--init", tmp_path / "ddep" / "last.pt", "--lr", 1e-30,
+                            "--out", tmp_path / "tuned")
+    assert status == 0, err
+    tuned = load(tmp_path / "tuned" / "last.pt")
+    assert tuned["model_args"]["image_size"] == 96
+    assert torch.equal(tuned["model"]["encoder.pos_embedding"], state["encoder.pos_embedding"])
+    assert script("evaluate", "--checkpoint", tmp_path / "tuned" / "last.pt")[0] == 0
+    status, _, err = script("finetune", *TINY["finetune"], "--init", tmp_path / "at_96.pt", "--lr", 1e-30, "--out",
+                            tmp_path / "supervised")
+    assert status == 0, err
+    supervised = load(tmp_path / "supervised" / "last.pt")["model"]
+    assert torch.equal(supervised["encoder.pos_embedding"], state["encoder.pos_embedding"])
+
+
+def test_a_resnet50_normalises_by_the_batch_when_it_starts_fresh_and_as_stored_when_it_does_not(
+        script, few_shapes, tmp_path):
+    tiny = [*TINY["finetune"], "--encoder", "resnet50", "--steps", 1, "--lr", 1e-30]
+
+    def statistics(out, *more):
+        status, _, err = script("finetune", *tiny, *more, "--out", tmp_path / out)
+        assert status == 0, err
+        weights = load(tmp_path / out / "last.pt")["model"]
+        return weights["encoder.bn1.running_mean"], weights["encoder.bn1.running_var"]
+
+    fresh = torch.zeros(64), torch.ones(64)
+    mean, var = statistics("none")
+    assert not torch.equal(mean, fresh[0]) and not torch.equal(var, fresh[1])
+    assert all(map(torch.equal, statistics("stored", "--batch-norm", "stored"), fresh))
+    init = ["--init", tmp_path / "none" / "last.pt"]  # holds trained weights and their statistics
+    assert all(map(torch.equal, statistics("trained", *init), (mean, var)))
+    assert not torch.equal(statistics("batch", *init, "--batch-norm", "batch")[0], mean)
+    status, _, err = script("finetune", *tiny, "--micro-batch", 2, "--out", tmp_path / "none")
+    assert status == 2 and "--images-per-batch-norm  4     2" in err
+    status, _, err = script("finetune", *TINY["finetune"], "--batch-norm", "batch", "--out", tmp_path / "hybrid")
+    assert status == 2 and "--batch-norm belongs to --encoder resnet50" in err

@@ -1,0 +1,102 @@
+"""launch.py: rates and lengths by hand, and the one line that bad flags get."""
+
+import math
+
+import pytest
+import torch
+from conftest import flags, load, torchrun, write_image
+
+import launch
+
+
+def test_the_rate_warms_up_and_falls_as_half_a_cosine():
+    rates = [launch.cosine_rate(step, 110, 2.0, 10) for step in range(111)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
+    assert (rates[60] == pytest.approx(1.0) and rates[35] == pytest.approx(1 + math.sqrt(0.5))
+            and rates[110] == pytest.approx(0))
+    assert launch.cosine_rate(0, 100, 3.0, 0) == 3.0
+
+
+def test_micro_batches_are_the_batch_in_order():
+    parts = launch.split_batch({"x": torch.arange(7), "unreadable": []}, 3)
+    assert [part["x"].tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_epochs_replace_the_recipes_steps(script, few_shapes, tmp_path):
+    base = ["--width", 1 / 32, "--image-size", 32, "--encoder-weights", "random"]
+    assert script("pretrain_decoder", *base, "--batch-size", 5, "--epochs", 2, "--out", tmp_path)[0] == 0
+    assert load(tmp_path / "last.pt")["step"] == 5  # 24 samples in batches of 5: the last one is filled up
+    status, _, err = script("pretrain_decoder", *base, "--steps", 3, "--epochs", 2, "--out", tmp_path / "o")
+    assert status == 2 and "not allowed with argument" in err
+
+
+@pytest.mark.parametrize(
+    "stage, more, message",
+    [("pretrain_decoder", ["--data", "folder"], "which folder? pass --root DIR"),
+     ("pretrain_decoder", ["--data", "folder", "--root", "nowhere"], "nowhere: no such folder"),
+     ("pretrain_decoder", ["--data", "folder", "--root", "{empty}"
+                           ], "no images in this folder, expected .jpg"),
+     ("pretrain_decoder", ["--root", "{empty}"], "--root given, but --data shapes is drawn by code"),
+     ("pretrain_decoder", ["--data", "folder", "--root", "{images}"
+                           ], "DDeP pretrains the decoder of a trained encoder: pass --encoder-weights PATH"),
+     ("pretrain_decoder", ["--encoder-weights", "nowhere.pt"], "nowhere.pt: no such file; expected weights"),
+     ("pretrain_decoder", ["--gamma", "0.5", "--sigma", "1"
+                           ], "--gamma, --gamma-range and --sigma all set the noise level"),
+     ("pretrain_decoder", ["--gamma", "1.5"], "'1.5' is not a number from 0 to 1"),
+     ("pretrain_decoder", ["--gamma-range", "0.9", "0.8"], "expected LOW <= HIGH"),
+     ("pretrain_decoder", ["--noise", "simple", "--gamma", "0.9"
+                           ], "--noise simple (Eq. 1) has no gamma; pass --sigma"),
+     ("pretrain_decoder", ["--image-size", "50", "--encoder-weights", "random"
+                           ], "expected a multiple of the encoder's stride 16"),
+     ("pretrain_decoder", ["--steps", "0"], "'0' is not a whole number above 0"),
+     ("pretrain_decoder", ["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs CUDA"),
+     ("pretrain_decoder", ["--gama", "0.9"], "unrecognized arguments: --gama"),
+     ("pretrain_encoder", ["--data", "folder", "--root", "{images}"], "class folders, expected two or more"),
+     ("pretrain_decoder", ["--encoder-weights", "imagenet21k"
+                           ], "imagenet21k are weights of --encoder hybrid, this is hybrid-small"),
+     ("pretrain_decoder", [
+         "--data", "folder", "--root", "{images}", "--coarse", "--encoder-weights", "random"
+     ], "--coarse belongs to --data cityscapes"),
+     ("pretrain_decoder", ["--save-every", "0min"], "'0' is not a number above 0"),
+     ("finetune", ["--init", "imagenet1k", "--encoder", "hybrid"
+                   ], "imagenet1k are weights of --encoder resnet50, this is hybrid"),
+     ("finetune", ["--data", "ade20k", "--root", "{images}"
+                   ], "no folder images/training in it; expected ADEChallengeData2016/"),
+     ("finetune", ["--data", "imagenet21k", "--root", "{images}"], "invalid choice: 'imagenet21k'"),
+     ("finetune", ["--init", "nowhere.pt"], "nowhere.pt: no such file"),
+     ("finetune", ["--init", "{text}"], "cannot be read as weights"),
+     ("finetune", ["--labels", "4", "--fraction", "0.5"], "not allowed with argument"),
+     ("finetune", ["--fraction", "2"], "'2' is not a share of the images"),
+     ("finetune", ["--labels", "100000"
+                   ], "there are 512 labelled images, 100000 asked for; expected 1 to 512"),
+     ("finetune", ["--data", "folder", "--root", "{images}", "--num-classes", "3"
+                   ], "no folder images/train; expected"),
+     ("finetune", ["--data", "folder", "--root", "{images}", "--num-classes", "300"
+                   ], "--num-classes 300: expected 2 to 255"),
+     ("finetune", ["--data", "folder", "--root", "{images}"], "how many classes? pass --num-classes"),
+     ("finetune", ["--data", "folder", "--root", "nowhere"], "nowhere: no such folder"),
+     ("finetune", ["--data", "folder"], "which folder? pass --root DIR")])
+def test_bad_flags_end_in_one_line_and_status_2(stage, more, message, script, tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_image(tmp_path / "images" / "one.png")
+    (tmp_path / "text.pt").write_text("hello")
+    places = {name: str(tmp_path / name)
+              for name in ("empty", "images")} | {"text": str(tmp_path / "text.pt")}
+    status, _, err = script(stage, *[flag.format(**places) for flag in more], "--out", tmp_path / "out")
+    assert status == 2 and message in err and err.count("\n") == 1, err
+    assert not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(tmp_path):
+    done = torchrun(2, "pretrain_decoder", "--batch-size", "5", "--encoder-weights", "random", "--out",
+                    tmp_path)
+    assert (done.returncode != 0
+            and "--batch-size 5 does not divide over 2 processes; pass a multiple of 2" in done.stderr)
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(script, few_shapes, tmp_path):
+    (tmp_path / "file").write_text("a user's file")
+    status, _, err = script("pretrain_decoder", *flags("pretrain_decoder"), "--out",
+                            tmp_path / "file" / "out")
+    assert status == 2 and "cannot be written" in err and err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "a user's file"
