@@ -10,7 +10,8 @@ the same for any number of loader workers, for any number of processes at one gl
 restart; and there is no state of a generator or loader to save.
 
 Images travel as uint8 (3, H, W) and become float32 in [-1, 1] on the device (`to_pixels`). Masks are uint8
-(H, W) class indices; 255 is ignored. """
+(H, W) class indices; 255 is ignored.
+"""
 import hashlib
 import io
 import json
@@ -54,7 +55,8 @@ def read_image(source, name=None):
     """A JPEG, PNG, WebP or BMP as RGB uint8 (3, H, W), turned upright by its EXIF tag.
 
     source: a path, or an open file and its name. Alpha is dropped, 16-bit greys are scaled to 8 bits, the
-    first picture of an animation is taken. Raises UnreadableImage, which names the file. """
+    first picture of an animation is taken. Raises UnreadableImage, which names the file.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd EXIF tags
@@ -79,8 +81,7 @@ def _reason(error):
 
 
 def label_map(classes):
-    """{mask value: class index, or IGNORE} as an array (256,), -1 for values that may not occur. 255:
-    IGNORE."""
+    """{mask value: class index, or IGNORE} as an array (256,); -1: may not occur. 255 is always IGNORE."""
     table = np.full(256, -1, np.int16)
     table[list(classes)] = list(classes.values())
     table[IGNORE] = IGNORE
@@ -133,7 +134,8 @@ class ImageIndex:
     file changes; what has changed is listed again. In a .tar an image is read by its offset, with one pread.
 
     containers: {path relative to root: [time of change in ns, size, number of images]}, in the records'
-    order. """
+    order.
+    """
 
     def __init__(self, root, containers, records, path=None):
         self.root, self.containers, self.records, self.path = root, list(containers), records, path
@@ -198,7 +200,8 @@ class ImageIndex:
 
         containers: the containers that there must be, where finding them is cheap. Raises InputError where
         there is no image, for a broken .tar, and where an index of .tar files or in `cache` cannot be
-        written. """
+        written.
+        """
         key = "\0".join([os.path.realpath(root) if cache else "", what])
         file_name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         path = os.path.join(cache or os.path.join(root, INDEX_FOLDER), file_name)
@@ -340,7 +343,8 @@ def segmentation_transform(size, crop="random", min_area=0.08):
     values.
 
     PAPER SILENT on which: "random" (5.1: "random cropping ... to a fixed size"; smaller pictures are padded,
-    with ignore in the mask) or "inception" (6). """
+    with ignore in the mask) or "inception" (6).
+    """
     if crop == "inception":
         return pretraining_transform(size, min_area)
     fill = {tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}
@@ -415,7 +419,8 @@ class Batches(Sampler):
 
     The samples of a run are one endless sequence, epoch after epoch, each in an order of its own. Step s
     takes batch_size of them from s * batch_size on. A batch may reach into the next epoch, so every batch is
-    full. """
+    full.
+    """
 
     def __init__(self, count, batch_size, steps, seed=0, start=0, rank=0, world=1):
         self.count, self.batch_size, self.steps, self.seed, self.start = count, batch_size, steps, seed, start
@@ -483,8 +488,7 @@ def in_rounds(loader, between):
 
 
 def _ignore_signals(worker):
-    """A signal that stops a run reaches its loader workers too; they go on until the main process has
-    saved."""
+    """A signal that stops a run reaches its loader workers too; they go on until the main process saved."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):  # no SIGUSR1 on Windows
             signal.signal(getattr(signal, name), signal.SIG_IGN)

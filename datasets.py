@@ -8,7 +8,8 @@ A source is what a stage reads: len(source), source.name(i), source.read(i) -> {
 from others.
 
 To add a labelled set: write a class like those below (its files, label map, names, colours, official counts,
-and what is special in fine-tuning and evaluation), and enter it in DATA_SETS. """
+and what is special in fine-tuning and evaluation), and enter it in DATA_SETS.
+"""
 import argparse
 import hashlib
 import os
@@ -353,7 +354,8 @@ def pretraining_images(data, root, cache=None, coarse=False):
     """A source of images for stage 2; no labels are read.
 
     cache: folder for the index of a large listing. coarse: cityscapes with the images of train_extra (Table
-    3). """
+    3).
+    """
     if coarse and data != "cityscapes":
         raise InputError(f"--coarse belongs to --data cityscapes, this is {data}")
     if data == "shapes":
@@ -374,7 +376,8 @@ def classification_images(data, root, cache=None):
 
     folder: root/train/<class>/ and root/val/<class>/; imagenet21k: the same, or synsets. Without val/, or
     with the classes right in root, every hundredth image, but no more than 10,000, is held out for
-    validation. """
+    validation.
+    """
     if data == "shapes":
         parts = [Shapes(part, SHAPES_COUNTS[part]) for part in ("encoder_train", "encoder_val")]
         return (*parts, list(shapes.CLASSES[1:]))
@@ -506,7 +509,8 @@ def _listed_pairs(list_file, base):
     """([(image, mask), ...], note) of a text file with one pair a line, the paths relative to `base`.
 
     Names may hold spaces: a tab separates, or else the space at which both halves are files that exist. A
-    published list may name Cityscapes' labelTrainIds where there are only labelIds. """
+    published list may name Cityscapes' labelTrainIds where there are only labelIds.
+    """
     try:
         lines = Path(list_file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -574,7 +578,8 @@ def label_subset(ids, amount, seed):
     1].
 
     The ids are ranked by a hash of seed and id, and the first ones taken. So the 1 % subset lies inside the 5
-    % subset of the same seed, and the order in which ids are listed does not matter. PAPER SILENT on how. """
+    % subset of the same seed, and the order in which ids are listed does not matter. PAPER SILENT on how.
+    """
     count = amount
     if isinstance(amount, Fraction):
         count = PAPER_COUNTS.get((len(ids), amount), round(len(ids) * amount))

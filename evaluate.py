@@ -10,7 +10,8 @@ In: a checkpoint of finetune.py. Out, in --out: metrics.json (fractions of 1) an
 
 ONE confusion matrix is summed over all pixels of all images and processes. IoU = TP / (TP + FP + FN) per
 class; mIoU is its mean over the classes that occur in the truth or in a prediction. Pixels of value 255 do
-not count. """
+not count.
+"""
 import argparse
 import os
 import sys
@@ -84,7 +85,8 @@ def predict_windows(model, x, window, stride):
     """Logits (B, C, H, W) of x (B, 3, H, W), window by window, averaged where windows overlap.
 
     One window at a time is in the network; window 0 is the whole image. Cityscapes' "two 1024x1024 patches"
-    (5.1) are window = stride = 1024 on 1024x2048. """
+    (5.1) are window = stride = 1024 on 1024x2048.
+    """
     height, width = x.shape[-2:]
     if not window or (window >= height and window >= width):
         return model(x)
@@ -106,7 +108,8 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None, average=
 
     The logits of every scale are brought to the image's own size (bilinear) and averaged. PAPER SILENT on
     logits or probabilities ("average the results"): `average` takes either name. In memory at a time: one
-    window in the network and three maps of logits. """
+    window in the network and three maps of logits.
+    """
     total = 0.0
     for scale in scales:
         size = [max(1, round(scale * side)) for side in x.shape[-2:]]
@@ -127,7 +130,8 @@ def evaluate(model, source, names, processes, precision="fp32", workers=0, progr
 
     how: the arguments of `predict`. on_prediction(index, prediction (H, W) uint8, image (3, H, W) uint8) gets
     every image of this process. between() is called before each, equally often on all processes. A source
-    without masks gives empty scores. """
+    without masks gives empty scores.
+    """
     was_training = model.training
     model.eval()
     device, n = processes.device, len(names)
@@ -266,8 +270,7 @@ def main():
 
 
 def write_prediction(folder, name, prediction, image, colours):
-    """folder/index/<name>.png (palette PNG of class indices), folder/overlay/<name>.png (colours on the
-    image)."""
+    """folder/index/<name>.png (palette PNG of class indices), folder/overlay/<name>.png (colours)."""
     index_path, overlay_path = (os.path.join(folder, kind, name + ".png") for kind in ("index", "overlay"))
     os.makedirs(os.path.dirname(index_path), exist_ok=True)
     os.makedirs(os.path.dirname(overlay_path), exist_ok=True)

@@ -1,5 +1,4 @@
-"""How a script starts and ends: its flags, its processes and device, and the one line that a user's mistake
-gets."""
+"""How a script starts and ends: its flags, its processes and device, and the one line on a user's mistake."""
 import argparse
 import errno
 import math
@@ -26,8 +25,7 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 class InputError(Exception):
-    """A user's mistake. The message says what is wrong, in which file or flag, what was expected, what to
-    do."""
+    """A user's mistake: what is wrong, in which file or flag, what was expected, what to do, in one line."""
 
 
 class SampleError(InputError):
@@ -219,8 +217,7 @@ class Processes:
         return tensor
 
     def sum_numbers(self, *numbers):
-        """The sum of each number (float, bool or scalar tensor) over all processes, as floats: one
-        exchange."""
+        """The sum of each number (float, bool or scalar tensor) over all processes: one exchange."""
         numbers = [torch.as_tensor(n, dtype=torch.float32, device=self.device) for n in numbers]
         return self.sum(torch.stack(numbers)).tolist()
 
@@ -264,7 +261,7 @@ def start_processes(device="auto"):
         mps = torch.backends.mps.is_available() and world == 1  # MPS has no collectives
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device; pass --device cpu, or install one with CUDA")
+        raise InputError("--device cuda: torch sees no CUDA device; pass --device cpu, or a torch with CUDA")
     if device == "mps" and not (torch.backends.mps.is_available() and world == 1):
         raise InputError("--device mps: needs an Apple GPU and one process; pass --device cpu")
     backend = "gloo"
@@ -312,8 +309,7 @@ def number_of_steps(args, images):
 
 
 def cosine_rate(step, steps, peak, warmup_steps):
-    """Learning rate of `step` (from 0): linear warm-up to `peak`, then half a cosine to 0 at `steps`
-    (5.1)."""
+    """Learning rate of `step` (from 0): linear warm-up to `peak`, half a cosine to 0 at `steps` (5.1)."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
@@ -330,7 +326,8 @@ def choose_batch_norm(encoder, args, processes, fresh):
 
     fresh: it trains from fresh weights, whose stored statistics, 0 and 1, would normalise nothing. Returns
     the number of images over which batch statistics are taken, which a run must keep when it continues; None
-    without them. """
+    without them.
+    """
     if not isinstance(encoder, ResNet50):
         if args.batch_norm is not None:
             raise InputError("--batch-norm belongs to --encoder resnet50; other encoders have no BatchNorm")

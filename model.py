@@ -64,7 +64,8 @@ def same_padding(x, kernel, stride, value=0.0):
     """JAX's SAME padding: ceil(size / stride) outputs, the odd row below, the odd column right.
 
     At even sizes a 7x7/2 kernel pads (2, 3), a 3x3/2 kernel (0, 1). Symmetric padding shifts features by half
-    a pixel. """
+    a pixel.
+    """
     total = [max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
     top, left = total[0] // 2, total[1] // 2
     return F.pad(x, (left, total[1] - left, top, total[0] - top), value=value) if any(total) else x
@@ -146,7 +147,8 @@ class HybridViT(nn.Module):
     transformer. image_size: what the position grid is made for: 224 -> 14x14. Other H x W interpolate it.
 
     forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (before the max-pool), 4, 8 and 16 (after the last
-    LayerNorm). PAPER SILENT on the class token: it takes part in the attention and is then dropped. """
+    LayerNorm). PAPER SILENT on the class token: it takes part in the attention and is then dropped.
+    """
 
     def __init__(self, stem=64, widths=(64, 128, 256), units=(3, 4, 9), dim=768, depth=12, heads=12,
                  mlp_dim=3072, image_size=224):
@@ -230,7 +232,8 @@ class ResNet50(nn.Module):
 
     batch_statistics: of what BatchNorm uses in training mode. PAPER SILENT. False: the stored statistics,
     which then never change. True: those of the batch: for fresh weights, whose stored 0 and 1 would normalise
-    nothing. """
+    nothing.
+    """
 
     def __init__(self, batch_statistics=False):
         super().__init__()
@@ -269,7 +272,8 @@ def upsample_conv(x, weight):
     """Nearest x2 upsampling, then a 3x3 convolution: (B, I, H, W), (O, I, 3, 3) -> (B, O, 2H, 2W).
 
     Computed as ONE 4x4 stride-2 transposed convolution, whose kernel is the 3x3 kernel summed over 2x2
-    shifts: the same function with 2.25 times fewer multiply-adds. """
+    shifts: the same function with 2.25 times fewer multiply-adds.
+    """
     flipped = weight.flip(2, 3)
     kernel = sum(F.pad(flipped, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1))
     return F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2, padding=1)
@@ -279,7 +283,8 @@ class DecoderNorm(nn.Module):
     """GroupNorm; with conditioning (4.4) then a scale and shift per channel, linear in the embedded gamma.
 
     PAPER SILENT on the norm. With GroupNorm an image does not depend on the rest of its batch, which may be
-    small. """
+    small.
+    """
 
     def __init__(self, channels, gamma_dim=None):
         super().__init__()
@@ -301,7 +306,8 @@ class DecoderBlock(nn.Module):
     """[x2 upsampling] -> [concatenate the skip] -> (3x3 conv -> norm -> ReLU) twice.
 
     PAPER SILENT on all of it; this is TransUNet's block, the paper's architecture (Chen et al., 2021). PAPER
-    SILENT on upsampling: nearest, because it and the convolution behind it are then one cheap operation. """
+    SILENT on upsampling: nearest, because it and the convolution behind it are then one cheap operation.
+    """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample, gamma_dim=None):
         super().__init__()
@@ -361,8 +367,7 @@ class UNetDecoder(nn.Module):
         self.replace_head(out_channels)
 
     def replace_head(self, out_channels):
-        """A fresh 3x3 head with `out_channels` outputs (3: denoising, N: classes); the rest stays as it
-        is."""
+        """A fresh 3x3 head with `out_channels` outputs (3: denoising, N: classes); the rest stays."""
         last = self.blocks[-1].conv2
         self.head = nn.Conv2d(last.out_channels, out_channels, 3, padding=1).to(last.weight)
 
@@ -374,8 +379,7 @@ class UNetDecoder(nn.Module):
         return self.head(y)[..., :size[0], :size[1]]            # cropped from the multiple of strides[-1]
 
     def embed_gamma(self, gamma, like):
-        """gamma in [0, 1], a float or (B,); None: 1, a clean image -> (B, 256): sines and cosines, one
-        layer."""
+        """gamma in [0, 1], a float or (B,); None: 1 (a clean image) -> (B, 256): sines and cosines."""
         gamma = torch.as_tensor(1.0 if gamma is None else gamma, device=like.device, dtype=torch.float32)
         frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, device=like.device))
         phase = gamma.expand(len(like))[:, None] * frequencies                        # (B, 32)
@@ -386,7 +390,8 @@ class UNet(nn.Module):
     """encoder + decoder: (B, 3, H, W) in [-1, 1] -> (B, out_channels, H, W), for any H and W.
 
     Images are padded below and right to a multiple of the coarsest stride, and the output is cropped. gamma:
-    the noise level, for condition_on_gamma (4.4): a float or (B,); None means a clean image. """
+    the noise level, for condition_on_gamma (4.4): a float or (B,); None means a clean image.
+    """
 
     def __init__(self, encoder, width=1, out_channels=3, condition_on_gamma=False):
         super().__init__()
@@ -447,7 +452,8 @@ def load_encoder_weights(encoder, source, label=None):
 
     source: a path, or what read_weights found there, with a label for messages. Classification heads are left
     out. Any other tensor that is missing, left over or of another shape is a WeightsError, and the encoder
-    stays as it was. Returns what the file was taken for, as text. """
+    stays as it was. Returns what the file was taken for, as text.
+    """
     content = source if isinstance(source, Mapping) else read_weights(source)
     label = label or ("the given mapping" if content is source else source)
     kind, state = recognise(content, label)
@@ -479,8 +485,7 @@ def recognise(content, label="the given mapping"):
 
 
 def image_size_of(content):
-    """The image size that the position grid of these weights is made for (224, 384, ...); None without a
-    grid."""
+    """The image size that the position grid of these weights is made for: 224, 384 ...; or None."""
     tensors = content["model"] if isinstance(content.get("model"), Mapping) else content
     for name in ("encoder.pos_embedding", "Transformer/posembed_input/pos_embedding", "pos_embed"):
         if name in tensors:
@@ -489,8 +494,7 @@ def image_size_of(content):
 
 
 def load_strictly(module, state, complaint):
-    """load_state_dict that sets all tensors or none: else a WeightsError, `complaint` and the first few
-    keys."""
+    """load_state_dict that sets all tensors or none: else a WeightsError: `complaint` and keys."""
     ours = module.state_dict()
     shapes = [f"{k} {tuple(state[k].shape)}, expected {tuple(ours[k].shape)}" for k in ours
               if k in state and state[k].shape != ours[k].shape]
@@ -564,7 +568,8 @@ def from_google(arrays):
     """The arrays of R50+ViT-B_16.npz (name -> array) as a state dict of HybridViT.
 
     Kernels change from (h, w, in, out) to (out, in, h, w), and from (in, out) to (out, in); query, key and
-    value, (768, 12 heads, 64) each, become one matrix. """
+    value, (768, 12 heads, 64) each, become one matrix.
+    """
     renamed = {"Transformer/posembed_input/": "", "Transformer/encoder_norm": "encoder_norm",
                "Transformer/encoderblock_": "transformer/", "LayerNorm_0": "norm1", "LayerNorm_2": "norm2",
                "MlpBlock_3/Dense_0": "fc1", "MlpBlock_3/Dense_1": "fc2", "kernel": "weight", "scale": "weight",

@@ -20,7 +20,8 @@ Two ways to write one noise: x~ = sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma
     0.6098    0.8000                       0.6247             DeP in Table 2: sigma = 0.8
 
 The paper's "optimal noise magnitude", 0.22, is sqrt(1 - gamma) at gamma = 0.95. (Table 4's caption says sigma
-where its values are gamma.) """
+where its values are gamma.)
+"""
 import math
 
 import torch
@@ -66,13 +67,13 @@ def denoising_loss(prediction, target):
     prediction, target: (B, C, H, W). Returns a float32 scalar: the MEAN over all elements. The paper writes
     the squared norm, a sum over the C H W elements of an image. The mean is that sum divided by a constant,
     to which Adam is indifferent: it does not grow with the image, and a model that answers 0 to unit noise
-    has loss 1. """
+    has loss 1.
+    """
     return F.mse_loss(prediction.float(), target.float())
 
 
 def remove_noise(x_noisy, eps, gamma):
-    """Eq. 5 solved for x: (x~ - sqrt(1 - gamma) e) / sqrt(gamma), gamma in (0, 1]; to look at a
-    prediction."""
+    """Eq. 5 solved for x: (x~ - sqrt(1 - gamma) e) / sqrt(gamma), gamma in (0, 1]; for display."""
     _check_gamma(gamma, zero_allowed=False)
     gamma = _per_image(gamma, x_noisy)
     return ((x_noisy - (1 - gamma).sqrt() * eps) / gamma.sqrt()).to(x_noisy.dtype)
@@ -82,7 +83,8 @@ def sample_noise(shape, seeds, device="cpu"):
     """e ~ N(0, I) of shape (B, C, H, W), float32: image b from a generator of its own, seeded with seeds[b].
 
     So an image's noise does not depend on the rest of its batch, on the process that holds it, or on what was
-    drawn before. It does depend on the kind of device, whose generators differ. """
+    drawn before. It does depend on the kind of device, whose generators differ.
+    """
     noise = [torch.randn(shape[1:], generator=_generator(seed, device), device=device) for seed in seeds]
     return torch.stack(noise)
 
@@ -91,7 +93,8 @@ def sample_gamma(low, high, seeds):
     """gamma ~ U(low, high), one per image (4.4, Table 4): (B,) float32 on the CPU.
 
     Image b's gamma is a function of seeds[b] + 1: the seed of its noise would tie the two together. Raises
-    ValueError unless 0 <= low <= high <= 1. """
+    ValueError unless 0 <= low <= high <= 1.
+    """
     _check_gamma(low)
     _check_gamma(high)
     if low > high:
@@ -105,8 +108,7 @@ def _generator(seed, device):
 
 
 def _per_image(value, x):
-    """A float or (B,) tensor, shaped to multiply (B, C, H, W); float32 at least: in bf16 1 - 0.95 is 1.6 %
-    off."""
+    """A float or (B,) tensor, shaped to multiply (B, C, H, W); float32 at least: bf16 is too coarse."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.as_tensor(value, dtype=dtype, device=x.device).reshape(-1, 1, 1, 1)
 

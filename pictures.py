@@ -36,8 +36,7 @@ def overlay(image, mask, colours):
 
 
 def sheet(rows, titles, height=128):
-    """A PIL image with a table of pictures: rows of uint8 (H, W, 3), scaled to `height`; a title per
-    column."""
+    """A PIL image with a table of pictures: rows of uint8 (H, W, 3), scaled to `height`; column titles."""
     font = ImageFont.load_default(13)
     cells = [[_scaled(picture, height) for picture in row] for row in rows]
     widths = [max(*(row[i].width for row in cells), round(font.getlength(title))) + 6
@@ -61,8 +60,7 @@ def _scaled(picture, height):
 
 
 def curves(series, x_label, y_label, size=(720, 480)):
-    """A PIL image of lines with error bars. series: {name: [(x, mean, deviation), ...]}; x > 0,
-    logarithmic."""
+    """A PIL image of lines with error bars. series: {name: [(x, mean, deviation), ...]}; x on a log scale."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)

@@ -8,7 +8,8 @@ classification").
 In: class folders (root/train/<class>/, root/val/<class>/, or root/<class>/). Out, in --out: last.pt and
 best.pt (by top-1), whose encoder stage 2 takes as --encoder-weights; log.jsonl, args.json, metrics.json. The
 same command again continues. The paper's encoder is published, trained on ImageNet-21k: with its weights skip
-this stage. """
+this stage.
+"""
 import math
 import os
 

@@ -8,7 +8,8 @@ label subset. Each run is one of this project's scripts in a process of its own,
 run is never repeated.
 
 Out: results/table.md (mean, standard deviation, number of runs), results.json (every run),
-label_efficiency.png, predictions.png. """
+label_efficiency.png, predictions.png.
+"""
 import os
 import signal
 import statistics
@@ -86,8 +87,7 @@ def run_name(method, labels):
 
 
 def run_all(runs, args):
-    """Run what is not finished, --jobs at a time, each with its share of the cores; output.txt has their
-    output."""
+    """Run what is not finished, --jobs at a time, each with its share of the cores; they print to output.txt."""
     def finished(name):
         return is_finished(folder(args, name))
 
@@ -153,8 +153,7 @@ def spread(values):
 
 
 def table(results, args):
-    """The table as Markdown: methods x budgets, then the differences that the paper is about, seed by
-    seed."""
+    """The table as Markdown: methods x budgets, then differences, paired by seed."""
     lines = ["| mIoU % (runs) | " + " | ".join(f"{labels} labels" for labels in args.labels) + " |",
              "|---|" + "---|" * len(args.labels)]
 

@@ -45,7 +45,8 @@ class RunFolder:
 
     settings: the flags of the run, and what they were resolved to. data: a text that tells the data from any
     other. steps: of the whole run; count: the images it trains on. Raises InputError where another process
-    runs there, or where one ran with other settings or data. """
+    runs there, or where one ran with other settings or data.
+    """
 
     def __init__(self, settings, data, steps, count, processes):
         self.out, self.settings, self.data, self.steps = settings["out"], settings, data, steps
@@ -92,8 +93,7 @@ class RunFolder:
         return None, False
 
     def restore(self, model, optimizer, scaler):
-        """Load the newest checkpoint into these, if there is one: (its step, loss, best score), or (0, None,
-        -1)."""
+        """Load the newest checkpoint into these: (its step, loss, best score); without one (0, None, -1)."""
         if self.checkpoint is None:
             return 0, None, -1.0
         model.load_state_dict(self.checkpoint["model"])
@@ -105,8 +105,7 @@ class RunFolder:
         return is_finished(self.out)
 
     def begin(self, start):
-        """Open the log, show the progress, print the notes; from now on signals stop the run after their
-        step.
+        """Open the log, show the progress, print the notes. From now on a signal stops the run after its step.
 
         A second Ctrl-C ends it at once. start: the number of steps that are done.
         """
@@ -185,7 +184,8 @@ class RunFolder:
         """End a run whose loss or gradient's norm is infinite or no number, before it reaches the weights.
 
         names: this process's images of the batch. With fp16 the scaler skips such a step and lowers its
-        scale, until no lower scale will help. """
+        scale, until no lower scale will help.
+        """
         scaler_helps = scaler.is_enabled() and scaler.get_scale() > 1e-6
         if math.isfinite(loss) and math.isfinite(norm) or scaler_helps:
             return
@@ -308,7 +308,8 @@ def replacing(path, beside=None, keep=None):
     """A file to write in, which takes the place of `path` when it is whole: written beside, flushed, renamed.
 
     keep: where the file goes that was there before. Raises OSError, with the path, where it cannot be
-    written. """
+    written.
+    """
     beside = beside or f"{path}.tmp"
     try:
         with open(beside, "wb") as file:
@@ -360,8 +361,7 @@ def load_checkpoint(path):
 
 
 def weights_path(source, encoder, processes):
-    """The file that --encoder-weights or --init names: a path, or a published name, fetched once per
-    machine."""
+    """The file that --encoder-weights or --init names: a path, or a published name, which is fetched."""
     if source not in PUBLISHED:
         return source
     if encoder not in (None, PUBLISHED[source][0]):

@@ -11,7 +11,8 @@ The background holds plain distractors of the same outlines and hues, so that no
 
 Picture i of a part is a function of (part, i) alone, the same on every machine: the draws are uniform ones of
 NumPy's RandomState, which is frozen, and all arithmetic is + - * / on float64, which IEEE 754 fixes to the
-bit (no sine, no matrix product). No two parts share a picture: each has its own random streams. """
+bit (no sine, no matrix product). No two parts share a picture: each has its own random streams.
+"""
 import numpy as np
 
 SIZE = 64
@@ -25,7 +26,8 @@ def draw(part, index):
     int).
 
     The mask holds indices into CLASSES. encoder_train and encoder_val, for stage 1, show ONE large object;
-    the label is its class minus one, 0 to 5. The other parts show scenes, with label -1. """
+    the label is its class minus one, 0 to 5. The other parts show scenes, with label -1.
+    """
     rng = np.random.RandomState([2022, PARTS.index(part), index])
     image = _background(rng)
     mask = np.zeros((SIZE, SIZE), np.uint8)
@@ -69,8 +71,7 @@ def _background(rng):
 
 
 def _outline(rng, kind, radius):
-    """A shape at a random place and angle: (inside (64, 64) bool, pixel coordinates (y, x) from its
-    centre)."""
+    """A shape at a random place and angle: (inside (64, 64) bool, (y, x) from its centre)."""
     centre = rng.uniform(0.6 * radius, SIZE - 0.6 * radius, 2)
     y, x = Y - centre[0], X - centre[1]
     t = rng.uniform(-0.4, 0.4)                  # tan of half the angle: a rotation without a sine
