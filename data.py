@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from launch import InputError, SampleError, say
-from run_folder import replacing
+from run_folder import SIGNALS, replacing
 
 IGNORE = 255
 
@@ -489,9 +489,8 @@ def in_rounds(loader, between):
 
 def _ignore_signals(worker):
     """A signal that stops a run reaches its loader workers too; they go on until the main process saved."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):  # no SIGUSR1 on Windows
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(items):

@@ -1,6 +1,6 @@
 """Evaluation: mIoU of a fine-tuned network over a whole data set (sections 2 and 5.1).
 
-    python evaluate.py --checkpoint runs/shapes/finetune/best.pt                     # on what it was made for
+    python evaluate.py --checkpoint runs/shapes/finetune/best.pt                     # its own validation set
     python evaluate.py --checkpoint best.pt --data folder --root my_data --flip      # on your images and masks
     python evaluate.py --checkpoint best.pt --data folder --root photos --save-predictions out   # without masks
     torchrun --nproc_per_node=8 evaluate.py --checkpoint best.pt --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
@@ -128,7 +128,7 @@ def evaluate(model, source, names, processes, precision="fp32", workers=0, progr
              between=lambda: None, **how):
     """The scores of `model` on `source`: every image counts once, on any number of processes.
 
-    how: the arguments of `predict`. on_prediction(index, prediction (H, W) uint8, image (3, H, W) uint8) gets
+    how: passed on to `predict`. on_prediction(index, prediction (H, W) uint8, image (3, H, W) uint8) gets
     every image of this process. between() is called before each, equally often on all processes. A source
     without masks gives empty scores.
     """
@@ -160,7 +160,7 @@ def parse_arguments(argv=None):
     add("--checkpoint", metavar="PATH", required=True, help="best.pt or last.pt of finetune.py")
     launch.add_data_flags(parser, LABELLED)
     add("--split", choices=("val", "train"), default="val", help="which part of the data set")
-    add("--list", metavar="FILE", help="text file with one `image mask` a line, instead of a split")
+    add("--list", metavar="FILE", help="text file, an `image mask` a line, instead of a split")
     add("--out", metavar="DIR", help="folder of metrics.json (default: evaluate_NAME beside NAME.pt)")
     add("--scales", type=launch.positive_float, nargs="+", help="image scales to average over (5.1)")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image (5.1)")
@@ -168,7 +168,7 @@ def parse_arguments(argv=None):
         help="side of the sliding window; 0: the whole image; PAPER SILENT except for Cityscapes, 1024 "
              "(default: the crop size of the fine-tuning)")
     add("--stride", type=launch.positive_int, help="step of the sliding window (default: its side)")
-    add("--average", choices=("logits", "probabilities"), default="logits", help="of what; PAPER SILENT")
+    add("--average", choices=("logits", "probabilities"), default="logits", help="what is averaged")
     add("--save-predictions", metavar="DIR",
         help="write index PNGs and colour overlays there; works without masks too, on all images in ROOT")
     add("--workers", type=launch.non_negative_int, help="loader processes per process")
@@ -181,9 +181,11 @@ def parse_arguments(argv=None):
     if "class_names" not in checkpoint or "width" not in checkpoint["model_args"]:
         raise InputError(f"{path}: not a checkpoint of finetune.py; this network was never fine-tuned for "
                          f"segmentation")
-    then = checkpoint["args"]
-    parser.set_defaults(window=then.get("crop_size", 0))
-    made_for = {"data": then.get("data", "shapes"), "root": then.get("root"), "list": then.get("val_list")}
+    trained = checkpoint["args"]
+    parser.set_defaults(window=trained.get("crop_size", 0))
+    made_for = {"data": trained.get("data", "shapes"), "root": trained.get("root")}
+    if launch.peek(argv, "--root") is None and launch.peek(argv, "--split") is None:
+        made_for["list"] = trained.get("val_list")
     args = launch.parse(parser, RECIPE, argv, made_for)
     if checkpoint["model_args"]["encoder"] == "resnet50" and launch.peek(argv, "--scales") is None:
         args.scales = [1.0]  # Table 7: ResNet-50 without multi-scale
@@ -251,7 +253,8 @@ def main():
     colours = class_colours(checkpoint["args"]["data"], len(names))
 
     def write(index, prediction, image):
-        name = os.path.splitext(source.name(index))[0]
+        # Below the folder, wherever a list says that the image lies: ../a.png and /a.png too.
+        name = os.path.relpath(os.path.join("/", os.path.splitext(source.name(index))[0]), "/")
         write_prediction(args.save_predictions, name, prediction, image, colours)
 
     metrics = evaluate(model, source, names, processes, precision, args.workers,
@@ -265,20 +268,18 @@ def main():
     else:
         say(f"{len(source)} images predicted, no masks to compare with")
     if args.save_predictions:
-        say(f"predictions: {os.path.join(args.save_predictions, 'index')} and "
-            f"{os.path.join(args.save_predictions, 'overlay')}")
+        say(f"predictions: {args.save_predictions}/index and {args.save_predictions}/overlay")
 
 
 def write_prediction(folder, name, prediction, image, colours):
     """folder/index/<name>.png (palette PNG of class indices), folder/overlay/<name>.png (colours)."""
-    index_path, overlay_path = (os.path.join(folder, kind, name + ".png") for kind in ("index", "overlay"))
-    os.makedirs(os.path.dirname(index_path), exist_ok=True)
-    os.makedirs(os.path.dirname(overlay_path), exist_ok=True)
     index = Image.fromarray(prediction.numpy())
     index.putpalette(colours.tobytes())
-    index.save(index_path)
-    picture = overlay(image.permute(1, 2, 0).numpy(), prediction.numpy(), colours)
-    Image.fromarray(picture).save(overlay_path)
+    coloured = Image.fromarray(overlay(image.permute(1, 2, 0).numpy(), prediction.numpy(), colours))
+    for kind, picture in (("index", index), ("overlay", coloured)):
+        path = os.path.join(folder, kind, name + ".png")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        picture.save(path)
 
 
 if __name__ == "__main__":

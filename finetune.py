@@ -1,7 +1,7 @@
 """Stage 3: fine-tune the whole network on labelled images (5.1), from any of the paper's four
 initialisations.
 
-    python finetune.py --init runs/shapes/pretrain_decoder_ddep/last.pt --labels 32      # embedded data, CPU
+    python finetune.py --init runs/shapes/pretrain_decoder_ddep/last.pt --labels 32      # toy data, on a CPU
     python finetune.py --data folder --root my_data --init ddep.pt                       # your own, one GPU
     torchrun --nproc_per_node=8 finetune.py --data cityscapes --root cityscapes --init ddep.pt --fraction 1/8
 
@@ -12,7 +12,7 @@ initialisations.
 
 In: pairs of image and mask. Out, in --out: best.pt (by mIoU on the validation images) and last.pt, which
 evaluate.py takes; log.jsonl, args.json, labelled.txt (the images used), metrics.json (last.pt's scores),
-predictions.png. The same command again continues.
+predictions.png. Rerun the same command to resume.
 """
 import math
 import os
@@ -55,16 +55,16 @@ def parse_arguments(argv=None):
         help="decoder of [1024, 512, 256, 128, 64] * W (default: that of --init, else 1; shapes: 1/4)")
     add("--num-classes", type=launch.positive_int,
         help="folder: mask values are 0 to N-1, or 255 to ignore (default: as many as ROOT/classes.txt names); "
-             "pascal_context: 59, or 60 with the background; PAPER SILENT")
+             "pascal_context: 59, or 60 with the background")
     add("--train-list", metavar="FILE", help="file with an `image mask` a line, instead of ROOT/images/train")
     add("--val-list", metavar="FILE", help="the same for validation")
     add_subset_flags(parser)
     add("--crop-size", type=launch.positive_int,
         help="side of the square training crops (5.1: 512, Cityscapes 1024)")
     add("--crop", choices=("random", "inception"),
-        help="5.1 says random crop, 6 says inception-style; PAPER SILENT on which")
+        help="paper 5.1 says random crop, 6 says inception-style")
     add("--min-area", type=launch.unit_float,
-        help="inception: least share of a picture's area in a crop")
+        help="inception: smallest crop, as a fraction of the image's area")
     add("--eval-every", type=launch.positive_int, help="steps between validations")
     args = launch.parse(parser, RECIPE, argv)
     args.out = args.out or os.path.join("runs", args.data, "finetune")
@@ -77,16 +77,16 @@ def choose_network(args, init):
     small = args.data == "shapes"
     network = dict(encoder="hybrid-small" if small else "hybrid", width=1 / 4 if small else 1.0,
                    condition_on_gamma=False, image_size=None if init is None else image_size_of(init))
-    made_with = {"encoder": PUBLISHED[args.init][0]} if args.init in PUBLISHED else {}
+    from_init = {"encoder": PUBLISHED[args.init][0]} if args.init in PUBLISHED else {}
     if init is not None and args.init not in PUBLISHED:
-        made_with = {key: value for key, value in init.get("model_args", {}).items() if key in network}
+        from_init = {key: value for key, value in init.get("model_args", {}).items() if key in network}
     for key, asked in (("encoder", args.encoder), ("width", args.width)):
-        if key in made_with and asked not in (None, made_with[key]):
-            raise InputError(f"--{key} {asked}, but {args.init} was made with {key} {made_with[key]}; drop the "
+        if key in from_init and asked not in (None, from_init[key]):
+            raise InputError(f"--{key} {asked}, but {args.init} was made with {key} {from_init[key]}; drop the "
                              f"flag, or pass another --init")
         if asked is not None:
             network[key] = asked
-    return {**network, **made_with}
+    return {**network, **from_init}
 
 
 def initialise(model, name, init):
@@ -111,16 +111,17 @@ def main():
     processes = launch.start_processes(args.device)
     device = processes.device
     precision = launch.resolve_precision(args.precision, device)
-    processes.share(args.batch_size)  # refuses a batch that does not divide
+    processes.share(args.batch_size)  # raises if it does not divide
 
     # Initial weights, which decide the network
-    init_file = weights_path(args.init, args.encoder, processes)
-    init = None if args.init == "none" else read_weights(init_file)
+    init = None
+    if args.init != "none":
+        init = read_weights(weights_path(args.init, args.encoder, processes))
     network = choose_network(args, init)
 
     # Data: all labelled images, or a nested subset of them
     all_labelled, names = segmentation_pairs(args.data, args.root, "train", args.num_classes, args.train_list)
-    val = None
+    val = None  # --train-list without --root or --val-list: nothing to validate on
     if args.val_list is not None or args.train_list is None or args.root is not None:
         val, _ = segmentation_pairs(args.data, args.root, "val", args.num_classes, args.val_list)
     train = choose_labels(all_labelled, args)
@@ -131,7 +132,7 @@ def main():
     model_args = dict(**network, out_channels=len(names))
     model = build_unet(**model_args)
     origin = initialise(model, args.init, init)
-    normalised_over = launch.choose_batch_norm(model.encoder, args, processes, fresh=init is None)
+    batch_norm_images = launch.set_batch_norm(model.encoder, args, processes, fresh=init is None)
     model.to(device, memory_format=torch.channels_last)
 
     # Optimiser: Adam (5.1). PAPER SILENT on its betas (torch's defaults), and on coupled weight decay or not
@@ -140,8 +141,8 @@ def main():
                      fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    # Continue, or say that there is nothing left to do
-    settings = {**vars(args), "precision": precision, "images-per-batch-norm": normalised_over,
+    # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
+    settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images,
                 "encoder": network["encoder"], "width": network["width"]}
     data = "; ".join(source.fingerprint() for source in (train, val) if source is not None)
     run = RunFolder(settings, data, steps, len(train), processes)
@@ -149,7 +150,7 @@ def main():
     if run.is_finished():
         return say(f"{args.out}: finished at step {steps}, see metrics.json there")
 
-    if args.compile:  # in place, so that the names in checkpoints stay
+    if args.compile:  # in place: no "_orig_mod." in the names of parameters
         model.compile()
     wrapped = DistributedDataParallel(model) if processes.world > 1 else model
     samples = Samples(train, segmentation_transform(args.crop_size, args.crop, args.min_area), args.seed)
@@ -184,7 +185,7 @@ def main():
     run.begin(start)
     model.train()
     for step, batch in enumerate(run.batches(loader), start):
-        # Validated at the start of the next step, after the save: a stop or a kill in it loses no step.
+        # Validate when the checkpoint of this step is on disk: an interruption here loses no training.
         if val is not None and step and step % args.eval_every == 0:
             _, best = validate(step)
         rate = launch.cosine_rate(step, steps, args.lr, args.warmup_steps)
@@ -202,7 +203,7 @@ def main():
             x = to_pixels(part["image"].to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
             mask = part["mask"].to(device, non_blocking=True).long()
-            # DDP averages the gradients over the processes in backward(): once a step is enough.
+            # Synchronise gradients in the last micro-batch alone, as DDP.no_sync() does; ignored without DDP.
             wrapped.require_backward_grad_sync = i == len(parts) - 1
             with launch.autocast(precision, device):
                 logits = wrapped(x)
@@ -210,11 +211,11 @@ def main():
             scaler.scale(part_loss * processes.world).backward()  # times world: DDP averages, we need the sum
             loss += part_loss.detach()
 
-        # One exchange tells every process the loss of the global batch and whether any of them is to stop.
+        # One all-reduce: the loss of the global batch, and whether any process received a signal.
         loss, stopping = processes.sum_numbers(loss, run.signal is not None)
         scaler.unscale_(optimizer)  # clipping needs the true gradient
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf).item()
-        run.require_finite(step, loss, norm, scaler, [train.name(int(n)) for n in batch["index"]])
+        run.require_finite(step + 1, loss, norm, scaler, train, batch)
         scaler.step(optimizer)
         scaler.update()
 

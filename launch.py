@@ -45,14 +45,14 @@ def say(text):
 
 def run_script(main):
     """Call main(). A user's mistake or a disk that cannot be written is one line and exit status 2."""
-    script, is_main = os.path.basename(sys.argv[0]), os.environ.get("RANK", "0") == "0"
+    script, is_main = os.path.basename(sys.argv[0]), os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         main()
     except (InputError, WeightsError) as error:
         if is_main or isinstance(error, SampleError):
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(5)  # torchrun ends all processes when the first one exits: let rank 0 print its line
+            time.sleep(5)  # torchrun ends all processes when the first one exits: let the first print its line
         sys.exit(2)
     except BrokenPipeError:  # nobody reads the output any more: python evaluate.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,7 +61,7 @@ def run_script(main):
         if error.errno not in CANNOT_WRITE:
             raise
         print(f"{script}: error: {error.filename or 'a file'} cannot be written ({error.strerror}); what was "
-              "saved before is whole. Free the disk or pass another folder, then repeat the command",
+              "saved before is intact. Free the disk or pass another folder, then repeat the command",
               file=sys.stderr, flush=True)
         sys.exit(2)
     except Stopped as stop:
@@ -104,19 +104,19 @@ def add_training_flags(parser, data_sets):
                                      "(default: a folder of the script's name in runs/DATA)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive_int, help="optimiser steps")
-    length.add_argument("--epochs", type=positive_float, help="passes over the images, or --steps")
+    length.add_argument("--epochs", type=positive_float, help="passes over the images, instead of --steps")
     add("--batch-size", type=positive_int, help="images per step, over all processes")
     add("--micro-batch", type=positive_int,
         help="images that one process puts through the network at once; gradients are accumulated")
-    add("--lr", type=positive_float, help="peak learning rate of Adam (5.1)")
-    add("--warmup-steps", type=non_negative_int, help="linear warm-up before the cosine; PAPER SILENT")
-    add("--weight-decay", type=non_negative_float, help="L2 penalty of Adam (5.1 for fine-tuning)")
+    add("--lr", type=positive_float, help="peak learning rate of Adam (paper 5.1)")
+    add("--warmup-steps", type=non_negative_int, help="linear warm-up before the cosine (not in the paper)")
+    add("--weight-decay", type=non_negative_float, help="L2 penalty of Adam (paper 5.1)")
     add("--clip-norm", type=positive_float,
-        help="largest norm of the gradient; PAPER SILENT, so none on real data")
-    add("--decoupled-weight-decay", action="store_true", help="AdamW instead of Adam; PAPER SILENT on which")
+        help="maximum gradient norm (not in the paper: off on real data)")
+    add("--decoupled-weight-decay", action="store_true", help="AdamW instead of Adam (not in the paper)")
     add("--batch-norm", choices=("stored", "batch"),
-        help="resnet50: normalise with the stored statistics or with those of the batch, over all processes; "
-             "PAPER SILENT (default: batch where the encoder trains from fresh weights, else stored)")
+        help="resnet50: normalise with the stored statistics or with those of the batch over all processes "
+             "(default: batch where the encoder trains from fresh weights, else stored)")
     add("--seed", type=non_negative_int, default=0, help="of fresh weights, order, crops, flips, noise")
     add("--workers", type=non_negative_int, help="loader processes per process; 0: none")
     add("--save-every", type=steps_or_minutes, help="steps between checkpoints, or minutes: 10min")
@@ -305,7 +305,7 @@ def autocast(precision, device):
 
 def number_of_steps(args, images):
     """--steps, or enough for --epochs over so many images; the last batch is filled from the next epoch."""
-    return args.steps if args.steps is not None else max(1, math.ceil(args.epochs * images / args.batch_size))
+    return args.steps or math.ceil(args.epochs * images / args.batch_size)
 
 
 def cosine_rate(step, steps, peak, warmup_steps):
@@ -321,7 +321,7 @@ def split_batch(batch, size):
     return [dict(zip(tensors, parts)) for parts in zip(*tensors.values())]
 
 
-def choose_batch_norm(encoder, args, processes, fresh):
+def set_batch_norm(encoder, args, processes, fresh):
     """Set what a ResNet-50 normalises with while it trains, by --batch-norm.
 
     fresh: it trains from fresh weights, whose stored statistics, 0 and 1, would normalise nothing. Returns

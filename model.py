@@ -352,17 +352,16 @@ class UNetDecoder(nn.Module):
         gamma_dim = 256 if condition_on_gamma else None
         if condition_on_gamma:
             self.gamma_mlp = nn.Sequential(nn.Linear(64, gamma_dim), nn.SiLU())
-        skip_channels = dict(zip(strides[:-1], channels[:-1]))
         without_upsampling = 5 - int(math.log2(strides[-1]))
-        self.skip_strides, self.blocks = [], nn.ModuleList()
+        self.skip_levels, self.blocks = [], nn.ModuleList()      # level: which of the maps is the skip, or None
         stride, in_channels = strides[-1], channels[-1]
         for i, out in enumerate(widths):
             upsample = i >= without_upsampling
             stride = stride // 2 if upsample else stride
-            skip_stride = stride if upsample and stride in skip_channels else None
-            skip = skip_channels.get(skip_stride, 0)
+            level = strides.index(stride) if upsample and stride in strides else None
+            skip = 0 if level is None else channels[level]
             self.blocks.append(DecoderBlock(in_channels, skip, out, upsample, gamma_dim))
-            self.skip_strides.append(None if skip_stride is None else strides.index(skip_stride))
+            self.skip_levels.append(level)
             in_channels = out
         self.replace_head(out_channels)
 
@@ -374,7 +373,7 @@ class UNetDecoder(nn.Module):
     def forward(self, maps, size, gamma=None):
         gamma = self.embed_gamma(gamma, maps[-1]) if self.condition_on_gamma else None
         y = maps[-1]
-        for block, skip in zip(self.blocks, self.skip_strides):
+        for block, skip in zip(self.blocks, self.skip_levels):
             y = block(y, None if skip is None else maps[skip], gamma)
         return self.head(y)[..., :size[0], :size[1]]            # cropped from the multiple of strides[-1]
 
@@ -396,8 +395,7 @@ class UNet(nn.Module):
     def __init__(self, encoder, width=1, out_channels=3, condition_on_gamma=False):
         super().__init__()
         self.encoder = encoder
-        channels, strides = encoder.channels, encoder.strides
-        self.decoder = UNetDecoder(channels, strides, width, out_channels, condition_on_gamma)
+        self.decoder = UNetDecoder(encoder.channels, encoder.strides, width, out_channels, condition_on_gamma)
 
     def encode(self, x):
         """The encoder's maps of x, padded to a multiple of the coarsest stride."""

@@ -1,6 +1,6 @@
 """Stage 2: Decoder Denoising Pretraining (DDeP), or denoising pretraining of the whole network (DeP).
 
-    python pretrain_decoder.py                                                       # embedded data, on a CPU
+    python pretrain_decoder.py                                                        # toy data, on a CPU
     python pretrain_decoder.py --data folder --root photos --encoder-weights imagenet21k           # one GPU
     torchrun --nproc_per_node=8 pretrain_decoder.py --data imagenet21k --root imagenet21k \\
         --encoder-weights imagenet21k                                                              # eight GPUs
@@ -42,11 +42,11 @@ SHAPES_ENCODER = os.path.join("runs", "shapes", "pretrain_encoder")
 def parse_arguments(argv=None):
     parser = launch.Parser(__doc__)
     launch.add_training_flags(parser, UNLABELLED)
-    parser.set_defaults(weight_decay=0.0)  # PAPER SILENT on that of pretraining
+    parser.set_defaults(weight_decay=0.0)  # PAPER SILENT
     add = parser.add_argument
     add("--cache", metavar="DIR", help="folder for the index of a large listing (default: beside the data)")
     add("--coarse", action="store_true", help="cityscapes: with the images of train_extra (Table 3)")
-    add("--method", choices=("ddep", "dep"), default="ddep", help="ddep: encoder frozen; dep: all trains")
+    add("--method", choices=("ddep", "dep"), default="ddep", help="what trains: the decoder, or the encoder too")
     add("--gamma", type=launch.unit_float,
         help="noise level of Eq. 5, 0 to 1; 0.95 unless another flag sets it")
     add("--gamma-range", type=launch.unit_float, nargs=2, metavar=("LOW", "HIGH"),
@@ -55,14 +55,14 @@ def parse_arguments(argv=None):
         help="the noise level as sigma = sqrt(1/gamma - 1)")
     add("--noise", choices=("scaled", "simple"), default="scaled", help="Eq. 5 or Eq. 1")
     add("--target", choices=("noise", "image"), default="noise", help="what to predict (3.2, Table 1)")
-    add("--condition", action="store_true", help="tell the decoder's normalisation layers gamma (4.4)")
+    add("--condition", action="store_true", help="condition the decoder's norms on gamma (4.4)")
     add("--encoder", choices=ENCODERS, help="the encoder network")
     add("--encoder-weights", metavar="PATH",
         help="a checkpoint of pretrain_encoder.py or published weights; imagenet21k (hybrid) or imagenet1k "
              "(resnet50) are downloaded; random: fresh (the default of dep)")
-    add("--width", type=launch.positive_float, help="decoder of [1024, 512, 256, 128, 64] * W (4.3)")
+    add("--width", type=launch.positive_float, help="decoder of [1024, 512, 256, 128, 64] * W channels (4.3)")
     add("--image-size", type=launch.positive_int, help="side of the square crops (5.1: 224)")
-    add("--min-area", type=launch.unit_float, help="least share of a picture's area in a crop")
+    add("--min-area", type=launch.unit_float, help="smallest crop, as a fraction of the image's area")
     args = launch.parse(parser, RECIPE, argv)
 
     # Defaults that depend on other flags
@@ -85,7 +85,7 @@ def parse_arguments(argv=None):
     return args
 
 
-def choose_encoder_weights(args, processes):
+def find_or_train_encoder(args, processes):
     """The path of the encoder's weights, or None for fresh ones."""
     if args.encoder_weights == "random" or (args.encoder_weights is None and args.method == "dep"):
         return None
@@ -98,7 +98,7 @@ def choose_encoder_weights(args, processes):
 
 
 def train_missing_encoder(args, processes):
-    """Run stage 1 on the embedded data, once, in the main process alone; returns the path of its weights."""
+    """Run stage 1 on the toy data, once, in the main process alone; returns the path of its weights."""
     if processes.is_main and not is_finished(SHAPES_ENCODER):
         say(f"no encoder in {SHAPES_ENCODER}: training one first (stage 1, once)")
         alone = launch.Processes(rank=0, world=1, device=processes.device)
@@ -129,12 +129,12 @@ def main():
     share = processes.share(args.batch_size)
 
     # Data
-    with processes.one_first():  # it lists the images, for all on its machine
+    with processes.one_first():  # one process per machine builds the index, the others read it
         images = pretraining_images(args.data, args.root, args.cache, args.coarse)
     steps = launch.number_of_steps(args, len(images))
 
     # Model
-    weights_file = choose_encoder_weights(args, processes)
+    weights_file = find_or_train_encoder(args, processes)
     weights = None if weights_file is None else read_weights(weights_file)
     model_args = dict(encoder=args.encoder, width=args.width, out_channels=3, condition_on_gamma=args.condition,
                       image_size=None if weights is None else image_size_of(weights))
@@ -147,7 +147,7 @@ def main():
     if weights is not None:
         origin = f"{load_encoder_weights(model.encoder, weights, weights_file)}, {weights_file}"
     fresh = weights is None and args.method == "dep"
-    normalised_over = launch.choose_batch_norm(model.encoder, args, processes, fresh)
+    batch_norm_images = launch.set_batch_norm(model.encoder, args, processes, fresh)
     model.to(device, memory_format=torch.channels_last)
     trained = model
     if args.method == "ddep":
@@ -160,14 +160,14 @@ def main():
                      fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    # Continue, or say that there is nothing left to do
-    settings = {**vars(args), "precision": precision, "images-per-batch-norm": normalised_over}
+    # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
+    settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images}
     run = RunFolder(settings, images.fingerprint(), steps, len(images), processes)
     start, loss, _ = run.restore(model, optimizer, scaler)
     if run.is_finished():
         return say(f"{args.out}: finished at step {steps}, see metrics.json there")
 
-    if args.compile:  # in place, so that the names in checkpoints stay
+    if args.compile:  # in place: no "_orig_mod." in the names of parameters
         model.encoder.compile()
         model.decoder.compile()
     wrapped = DistributedDataParallel(trained) if processes.world > 1 else trained
@@ -196,11 +196,11 @@ def main():
             x = to_pixels(part["image"].to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
             x_noisy, eps, gamma = add_noise(args, x, part["noise_seed"])
-            # DDP averages the gradients over the processes in backward(): once a step is enough.
+            # Synchronise gradients in the last micro-batch alone, as DDP.no_sync() does; ignored without DDP.
             wrapped.require_backward_grad_sync = i == len(parts) - 1
             with launch.autocast(precision, device):
                 if args.method == "ddep":
-                    with torch.no_grad():  # no gradient leaves the decoder: keep no activations
+                    with torch.no_grad():  # frozen: keep no activations for a gradient
                         maps = model.encode(x_noisy)
                     prediction = wrapped(maps, x_noisy.shape[-2:], gamma.to(device))
                 else:
@@ -211,11 +211,11 @@ def main():
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
 
-        # One exchange tells every process the loss of the global batch and whether any of them is to stop.
+        # One all-reduce: the loss of the global batch, and whether any process received a signal.
         loss, stopping = processes.sum_numbers(loss / processes.world, run.signal is not None)
         scaler.unscale_(optimizer)  # clipping needs the true gradient
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), args.clip_norm or math.inf).item()
-        run.require_finite(step, loss, norm, scaler, [images.name(int(n)) for n in batch["index"]])
+        run.require_finite(step + 1, loss, norm, scaler, images, batch)
         scaler.step(optimizer)
         scaler.update()
 
@@ -244,7 +244,7 @@ def draw_panel(args, model, samples, device, rows=4):
         x = to_pixels(sample["image"][None].to(device))
         x_noisy, _, gamma = add_noise(args, x, [sample["noise_seed"]])
         prediction = model(x_noisy, gamma.to(device)).float()
-        gamma = gamma.clamp(min=1e-3).item()
+        gamma = gamma.clamp(min=1e-3).item()  # no division by 0
         # Eq. 1 is Eq. 5 divided by sqrt(gamma): bring x~ to the scale of Eq. 5, then solve that
         scaled = x_noisy * math.sqrt(gamma) if args.noise == "simple" else x_noisy
         if args.target == "image":
@@ -253,7 +253,7 @@ def draw_panel(args, model, samples, device, rows=4):
         else:
             eps_hat = prediction
             x_hat = noise.remove_noise(scaled, eps_hat, gamma)
-        pictures.append([from_pixels(picture[0]) for picture in (x, x_noisy, eps_hat / 3, x_hat)])
+        pictures.append([from_pixels(picture[0]) for picture in (x, x_noisy, eps_hat / 3, x_hat)])  # 3 sigma: 1
     return sheet(pictures, ["image", "noisy image", "predicted noise", "denoised image"], height=160)
 
 

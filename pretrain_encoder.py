@@ -1,7 +1,7 @@
 """Stage 1: train the encoder as a classifier (section 2: "The encoder is pre-trained on ImageNet-21k
 classification").
 
-    python pretrain_encoder.py                                                # embedded data, on a CPU
+    python pretrain_encoder.py                                                # built-in toy data, on a CPU
     python pretrain_encoder.py --data folder --root imagenet                  # class folders, one GPU
     torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k          # eight
 
@@ -42,7 +42,7 @@ def parse_arguments(argv=None):
     add("--cache", metavar="DIR", help="folder for the index of a large listing (default: beside the data)")
     add("--encoder", choices=ENCODERS, help="the network")
     add("--image-size", type=launch.positive_int, help="side of the square crops, in pixels")
-    add("--min-area", type=launch.unit_float, help="least share of a picture's area in a crop")
+    add("--min-area", type=launch.unit_float, help="smallest crop, as a fraction of the image's area")
     add("--eval-every", type=launch.positive_int, help="steps between measurements of top-1")
     args = launch.parse(parser, RECIPE, argv)
     args.out = args.out or os.path.join("runs", args.data, "pretrain_encoder")
@@ -73,7 +73,7 @@ def main(argv=None, processes=None):
     share = processes.share(args.batch_size)
 
     # Data
-    with processes.one_first():  # it lists the images, for all on its machine
+    with processes.one_first():  # one process per machine builds the index, the others read it
         train, val, names = classification_images(args.data, args.root, args.cache)
     steps = launch.number_of_steps(args, len(train))
 
@@ -81,7 +81,7 @@ def main(argv=None, processes=None):
     torch.manual_seed(args.seed)
     model_args = dict(encoder=args.encoder, num_classes=len(names))
     model = build_classifier(**model_args).to(device, memory_format=torch.channels_last)
-    normalised_over = launch.choose_batch_norm(model.encoder, args, processes, fresh=True)
+    batch_norm_images = launch.set_batch_norm(model.encoder, args, processes, fresh=True)
 
     # Optimiser: Adam
     adam = torch.optim.AdamW if args.decoupled_weight_decay else torch.optim.Adam
@@ -89,22 +89,22 @@ def main(argv=None, processes=None):
                      fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    # Continue, or say that there is nothing left to do
+    # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
     data = f"{train.fingerprint()}; {val.fingerprint()}"
-    settings = {**vars(args), "precision": precision, "images-per-batch-norm": normalised_over}
+    settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images}
     run = RunFolder(settings, data, steps, len(train), processes)
     start, loss, best = run.restore(model, optimizer, scaler)
     if run.is_finished():
         return say(f"{args.out}: finished at step {steps}, see metrics.json there")
 
-    if args.compile:  # in place, so that the names in checkpoints stay
+    if args.compile:  # in place: no "_orig_mod." in the names of parameters
         model.compile()
     wrapped = DistributedDataParallel(model) if processes.world > 1 else model
     samples = Samples(train, pretraining_transform(args.image_size, args.min_area), args.seed,
                       skip_unreadable=True)
     batches = Batches(len(train), args.batch_size, steps, args.seed, start, processes.rank, processes.world)
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
-    val_samples = Samples(val, centre_crop(args.image_size), skip_unreadable=True)
+    val_samples = Samples(val, centre_crop(args.image_size))
     val_batches = Each(len(val), processes.rank, processes.world, args.micro_batch)
     val_loader = load(val_samples, val_batches, args.workers)
 
@@ -123,7 +123,7 @@ def main(argv=None, processes=None):
     run.begin(start)
     model.train()
     for step, batch in enumerate(run.batches(loader), start):
-        # Validated at the start of the next step, after the save: a stop or a kill in it loses no step.
+        # Validate when the checkpoint of this step is on disk: an interruption here loses no training.
         if step and step % args.eval_every == 0:
             _, best = validate(step)
         rate = launch.cosine_rate(step, steps, args.lr, args.warmup_steps)
@@ -137,7 +137,7 @@ def main(argv=None, processes=None):
         for i, part in enumerate(parts):
             x = to_pixels(part["image"].to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
-            # DDP averages the gradients over the processes in backward(): once a step is enough.
+            # Synchronise gradients in the last micro-batch alone, as DDP.no_sync() does; ignored without DDP.
             wrapped.require_backward_grad_sync = i == len(parts) - 1
             with launch.autocast(precision, device):
                 logits = wrapped(x)
@@ -145,11 +145,11 @@ def main(argv=None, processes=None):
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
 
-        # One exchange tells every process the loss of the global batch and whether any of them is to stop.
+        # One all-reduce: the loss of the global batch, and whether any process received a signal.
         loss, stopping = processes.sum_numbers(loss / processes.world, run.signal is not None)
         scaler.unscale_(optimizer)  # clipping needs the true gradient
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf).item()
-        run.require_finite(step, loss, norm, scaler, [train.name(int(n)) for n in batch["index"]])
+        run.require_finite(step + 1, loss, norm, scaler, train, batch)
         scaler.step(optimizer)
         scaler.update()
 

@@ -87,7 +87,7 @@ def run_name(method, labels):
 
 
 def run_all(runs, args):
-    """Run what is not finished, --jobs at a time, each with its share of the cores; they print to output.txt."""
+    """Run what is not finished, --jobs at a time, each with its share of the cores, printing to output.txt."""
     def finished(name):
         return is_finished(folder(args, name))
 

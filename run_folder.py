@@ -65,7 +65,8 @@ class RunFolder:
                                   "samples, results equal but for rounding")
         elif os.path.exists(self.path("args.json")):
             self.notes.append(f"{self.out}: a run began here and saved nothing; starting over")
-        processes.barrier()  # all have read before one writes
+        if len(set(processes.gather(self.saved_step))) > 1:  # this also waits: all have read before one writes
+            raise InputError(f"{self.out} holds another run on another machine; --out must be on a shared disk")
         if processes.is_main:
             if damaged:
                 os.replace(self.path("last.pt"), self.path("last.pt.damaged"))
@@ -122,6 +123,7 @@ class RunFolder:
             self.log = open(self.path("log.jsonl"), "a", buffering=1)
         for note in self.notes:
             say(note)
+        self.checkpoint = None  # its memory is needed
         self.handlers = {number: signal.signal(number, self._note_signal) for number in SIGNALS}
 
     def _note_signal(self, number, frame):
@@ -180,17 +182,17 @@ class RunFolder:
                 error.filename = self.path("log.jsonl")
                 raise
 
-    def require_finite(self, step, loss, norm, scaler, names):
-        """End a run whose loss or gradient's norm is infinite or no number, before it reaches the weights.
+    def require_finite(self, step, loss, norm, scaler, source, batch):
+        """End a run whose loss or gradient's norm is infinite or NaN, before step number `step` is made.
 
-        names: this process's images of the batch. With fp16 the scaler skips such a step and lowers its
-        scale, until no lower scale will help.
+        source: what the batch's indices refer to. With fp16 the scaler skips such a step and lowers its scale,
+        until no lower scale will help.
         """
         scaler_helps = scaler.is_enabled() and scaler.get_scale() > 1e-6
         if math.isfinite(loss) and math.isfinite(norm) or scaler_helps:
             return
         listing = self.path(f"not_finite_step_{step}.txt")
-        names = sum(self.processes.gather(names), [])
+        names = sum(self.processes.gather([source.name(int(i)) for i in batch["index"]]), [])
         if self.processes.is_main:
             write_lines(listing, names)
         raise InputError(f"the loss is {loss:g} and its gradient's norm is {norm:g} at step {step}: stopped "
@@ -292,7 +294,7 @@ def refuse_other_flags(out, then, now, free=FREE_TO_CHANGE):
         return
     rows = [("", "then", "now")]
     for key in changed:
-        flag = "data" if key == "data-content" else "--" + key.replace("_", "-")
+        flag = key if "-" in key else "--" + key.replace("_", "-")  # what is no flag has a "-" in its key
         rows.append((flag, str(then.get(key)), str(now.get(key))))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     table = "\n".join(f"    {flag:{widths[0]}}  {a:{widths[1]}}  {b}" for flag, a, b in rows)

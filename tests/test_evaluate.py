@@ -270,3 +270,24 @@ def test_a_wrong_request_ends_in_one_line_and_status_2(script, checkpoint, folde
                             *[flag.format(**places) for flag in more])
     assert status == 2 and message.format(**places) in err and err.count("\n") == 1, err
     assert (tmp_path / "file").read_text() == "a user's file"
+
+
+def test_predictions_stay_in_their_folder_wherever_a_list_says_that_the_images_are(script, checkpoint, folder, tmp_path):
+    images = [folder / "images" / "val" / "e.jpg", folder / "images" / "val" / "f.png"]
+    before = [path.read_bytes() for path in images]
+    masks = [folder / "masks" / "val" / "e.png", folder / "masks" / "val" / "f.png"]
+    (tmp_path / "list.txt").write_text(f"{images[0]}\t{masks[0]}\n../{folder.name}/images/val/f.png\t{masks[1]}\n")
+    status, _, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--list", tmp_path / "list.txt",
+                            "--workers", 0, "--save-predictions", tmp_path / "p", "--out", tmp_path / "o")
+    assert status == 0, err
+    assert [path.read_bytes() for path in images] == before
+    assert len(list((tmp_path / "p" / "overlay").rglob("*.png"))) == 2
+
+
+def test_other_data_than_the_fine_tunings_is_not_read_from_its_list(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["args"]["val_list"] = "val.txt"
+    torch.save(content, tmp_path / "listed.pt")
+    for more, wanted in (([], "val.txt"), (["--root", "elsewhere"], None), (["--split", "train"], None)):
+        args, *_ = evaluate.parse_arguments(["--checkpoint", str(tmp_path / "listed.pt"), *more])
+        assert args.list == wanted

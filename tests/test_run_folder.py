@@ -488,10 +488,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_lists_the_batch(stage, 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", spoil(torch.nn.functional.cross_entropy))
     monkeypatch.setattr(torch.nn.functional, "mse_loss", spoil(torch.nn.functional.mse_loss))
     status, _, err = script(stage, *flags(stage, tmp_path, "--micro-batch", 4))
-    assert status == 2 and "its gradient's norm is nan at step 2" in err and err.count("\n") == 1
+    assert status == 2 and "its gradient's norm is nan at step 3" in err and err.count("\n") == 1
     checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
     assert checkpoint["step"] == 2 and all(value.isfinite().all() for value in checkpoint["model"].values())
-    names = (tmp_path / "not_finite_step_2.txt").read_text().split()
+    names = (tmp_path / "not_finite_step_3.txt").read_text().split()
     source = {
         "pretrain_encoder": datasets.classification_images("shapes", None)[0],
         "pretrain_decoder": datasets.pretraining_images("shapes", None),
@@ -557,7 +557,7 @@ def test_fp16_skips_a_step_that_overflows_and_stops_when_no_scale_will_help(scri
     Scaler.scale_now, spoiled = 1e-7, {2}
     calls.clear()
     status, _, err = script("pretrain_decoder", *run, "--out", tmp_path / "stops")
-    assert status == 2 and "the loss is inf" in err and "at step 1: stopped" in err
+    assert status == 2 and "the loss is inf" in err and "at step 2: stopped" in err
 
 
 # ------------------------------------------------------------------------------------------------ bad pictures
@@ -715,7 +715,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", spoil(torch.nn.functional.cross_entropy))
     monkeypatch.setattr(torch.nn.functional, "mse_loss", spoil(torch.nn.functional.mse_loss))
     status, _, err = script(stage, *tiny(stage), "--save-every", 1, "--out", tmp_path)
-    assert status == 2 and "the loss is nan and its gradient's norm is nan at step 2" in err and err.count("\n") == 1
+    assert status == 2 and "the loss is nan and its gradient's norm is nan at step 3" in err and err.count("\n") == 1
     checkpoint = load(tmp_path / "last.pt")
     assert checkpoint["step"] == 2 and all(value.isfinite().all() for value in checkpoint["model"].values())
 
