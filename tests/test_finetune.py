@@ -153,6 +153,6 @@ def test_a_resnet50_normalises_by_the_batch_when_it_starts_fresh_and_as_stored_w
     assert all(map(torch.equal, statistics("trained", *init), (mean, var)))
     assert not torch.equal(statistics("batch", *init, "--batch-norm", "batch")[0], mean)
     status, _, err = script("finetune", *tiny, "--micro-batch", 2, "--out", tmp_path / "none")
-    assert status == 2 and "--images-per-batch-norm  4     2" in err
+    assert status == 2 and "images-per-batch-norm  4     2" in err
     status, _, err = script("finetune", *TINY["finetune"], "--batch-norm", "batch", "--out", tmp_path / "hybrid")
     assert status == 2 and "--batch-norm belongs to --encoder resnet50" in err

@@ -405,7 +405,7 @@ def test_other_data_is_refused(script, tmp_path):
     write_image(tmp_path / "moved" / "another.png", 40, 40)
     status, _, err = script("pretrain_decoder", *moved)
     rows = err.splitlines()
-    assert (status == 2 and "other flags or data" in rows[0] and rows[2].split()[0] == "data"
+    assert (status == 2 and "other flags or data" in rows[0] and rows[2].split()[0] == "data-content"
             and "4 images" in rows[2] and "5 images" in rows[2])
 
 
@@ -426,7 +426,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(undisturb
     out = tmp_path / "out"
     run = Forked(tmp_path, "pretrain_decoder", *flags("pretrain_decoder", out), patches=[("fill_disk", 1)])
     assert run.wait() == [2], run.text()
-    assert ("last.pt cannot be written (File too large); what was saved before is whole" in run.text()
+    assert ("last.pt cannot be written (File too large); what was saved before is intact" in run.text()
             and "Traceback" not in run.text())
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2 and not list(out.glob("*.tmp"))
     assert Forked(tmp_path, "pretrain_decoder", *flags("pretrain_decoder", out)).wait() == [0]
