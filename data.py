@@ -5,9 +5,8 @@
     samples = Samples(source, pretraining_transform(224), seed=0)      # samples[epoch, i]: a cropped sample
     loader  = load(samples, Batches(len(source), batch_size=512, steps=1000, seed=0))
 
-Order, crop, flip and noise of a sample are functions of (seed, epoch, index) and of nothing else. So they are
-the same for any number of loader workers, for any number of processes at one global batch size, and after a
-restart; and there is no state of a generator or loader to save.
+Order, crop, flip and noise of a sample are functions of (seed, epoch, index) alone. So they are the same for
+any number of loader workers and processes and after a restart, and there is no state to save.
 
 Images travel as uint8 (3, H, W) and become float32 in [-1, 1] on the device (`to_pixels`). Masks are uint8
 (H, W) class indices; 255 is ignored.
@@ -43,8 +42,7 @@ def to_pixels(images):
     return (images.float() - 127.5) / 127.5
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Reading one file
+# ---------------------------------------- Reading one file
 
 
 class UnreadableImage(SampleError):
@@ -55,7 +53,7 @@ def read_image(source, name=None):
     """A JPEG, PNG, WebP or BMP as RGB uint8 (3, H, W), turned upright by its EXIF tag.
 
     source: a path, or an open file and its name. Alpha is dropped, 16-bit greys are scaled to 8 bits, the
-    first picture of an animation is taken. Raises UnreadableImage, which names the file.
+    first picture of an animation is taken. Raises UnreadableImage.
     """
     try:
         with warnings.catch_warnings():
@@ -91,7 +89,7 @@ def label_map(classes):
 def read_mask(path, labels):
     """An index PNG (palette or grey) as class indices uint8 (H, W), by a label_map. Colours are never read.
 
-    Raises SampleError for colour masks and for values that may not occur, naming the file and the value.
+    Raises SampleError for colour masks and values that may not occur.
     """
     expected = f"0 to {np.flatnonzero(labels[:IGNORE] >= 0).max()}, or {IGNORE} to ignore"
     try:
@@ -103,8 +101,7 @@ def read_mask(path, labels):
         raise SampleError(f"{path}: mask is {image.mode}, expected an index image (palette or grey) whose "
                           f"pixel values are class indices {expected}; convert its colours to indices first")
     if image.format == "JPEG":
-        raise SampleError(f"{path}: mask is a JPEG, whose compression changes values; expected a PNG of class "
-                          f"indices")
+        raise SampleError(f"{path}: mask is a JPEG, which changes values; expected a PNG of class indices")
     values = np.asarray(image).astype(np.int64)
     mask = np.where((values >= 0) & (values <= 255), labels[values.clip(0, 255)], -1)
     if (mask < 0).any():
@@ -113,8 +110,7 @@ def read_mask(path, labels):
     return torch.from_numpy(mask.astype(np.uint8))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Finding millions of files, in folders or inside .tar files that stay unopened
+# ---------------------------------------- Finding files, in folders or inside .tar files that stay unopened
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 INDEX_FOLDER = ".ddep_index"  # beside the data
@@ -123,18 +119,14 @@ SYNSET = re.compile(r"n\d{8}(\.tar)?")
 
 
 class ImageIndex:
-    """The images of `root`: records (N,) of (name, offset, size), grouped by container: a folder or a .tar
-    file.
+    """The images of `root`: records (N,) of (name, offset, size), by container: folders or .tar files.
 
     ImageNet-21k holds 14 million images. As Python strings their names would take gigabytes in every process.
-    Here an image is a record of about 40 bytes, a large listing is kept in a file, and all processes and
-    loader workers of a machine map that file: its pages are in memory once.
+    Here an image is a record of about 40 bytes. A large listing is kept in a file that all processes of a
+    machine map: a line of JSON (the containers), then the records. What has changed since is listed again.
+    In a .tar an image is read by its offset, with one pread.
 
-    The file is a line of JSON (the containers), then the records. It is used again until a folder or .tar
-    file changes; what has changed is listed again. In a .tar an image is read by its offset, with one pread.
-
-    containers: {path relative to root: [time of change in ns, size, number of images]}, in the records'
-    order.
+    containers: {path below root: [time of change in ns, size, number of images]}, in the records' order.
     """
 
     def __init__(self, root, containers, records, path=None):
@@ -154,7 +146,7 @@ class ImageIndex:
         return os.path.normpath(os.path.join(self.containers[self.container(i)], name))
 
     def open(self, i):
-        """A path, or a file object with the bytes of a .tar's member: what PIL.Image.open takes."""
+        """What PIL.Image.open takes: a path, or the bytes of a .tar's member as a file."""
         offset, size = int(self.records["offset"][i]), int(self.records["size"][i])
         if offset < 0:
             return os.path.join(self.root, self.name(i))
@@ -166,8 +158,7 @@ class ImageIndex:
 
     def fingerprint(self):
         """A digest of the containers' names and of the names, offsets and sizes in them."""
-        containers = json.dumps([self.containers, self.ends.tolist()]).encode()
-        digest = hashlib.blake2b(containers, digest_size=8)
+        digest = hashlib.blake2b(json.dumps([self.containers, self.ends.tolist()]).encode(), digest_size=8)
         digest.update(np.ascontiguousarray(self.records))
         return digest.hexdigest()
 
@@ -198,9 +189,8 @@ class ImageIndex:
     def _listed(cls, root, cache, what, find_containers, containers=None):
         """The index from its file, or listed now and, if it is large or has a .tar in it, written there.
 
-        containers: the containers that there must be, where finding them is cheap. Raises InputError where
-        there is no image, for a broken .tar, and where an index of .tar files or in `cache` cannot be
-        written.
+        containers: those that there must be, where finding them is cheap. Raises InputError where there is no
+        image, for a broken .tar, and where an index of .tar files or in `cache` cannot be written.
         """
         key = "\0".join([os.path.realpath(root) if cache else "", what])
         file_name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
@@ -225,7 +215,7 @@ class ImageIndex:
         if not sum(len(group) for _, group in listed):
             raise InputError(f"{root}: no images in this folder, expected {', '.join(EXTENSIONS)}")
         records = np.concatenate([group for _, group in listed])
-        # Narrowed to the longest name, which may have gone: equal listings have equal fingerprints.
+        # As wide as the longest name, which may have gone: equal listings have equal fingerprints.
         records = records.astype(_record(int(np.char.str_len(records["name"]).max())))
         found = {name: [*stamp, len(group)] for name, (stamp, group) in zip(names, listed)}
         must_keep = bool(cache) or any(os.path.isfile(os.path.join(root, name)) for name in names)
@@ -268,11 +258,11 @@ def _read_index(path):
         known = json.loads(head)
         dtype = np.dtype([tuple(field) for field in known["dtype"]])
         count = sum(count for _, _, count in known["containers"].values())
-        if os.path.getsize(path) != len(head) + count * dtype.itemsize:
-            return {}, None
-        return known["containers"], np.memmap(path, dtype, "r", offset=len(head), shape=(count,))
+        if os.path.getsize(path) == len(head) + count * dtype.itemsize:
+            return known["containers"], np.memmap(path, dtype, "r", offset=len(head), shape=(count,))
     except (OSError, ValueError, KeyError, TypeError):
-        return {}, None
+        pass
+    return {}, None
 
 
 def _stamp(root, name):
@@ -325,25 +315,20 @@ def _list_tar(root, name):
     return _as_records(rows)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Crops and flips: torchvision's transforms, which treat an image and its mask as one
+# ---------------------------------------- Crops and flips: torchvision's transforms, of image and mask as one
 
 
 def pretraining_transform(size, min_area=0.08):
-    """Inception-style crop (6), scaled to size x size, and flip.
-
-    The crop shows min_area to all of the picture, at an aspect ratio of 3/4 to 4/3.
-    """
+    """Inception-style crop (6) of min_area to all of the picture, aspect ratio 3/4 to 4/3, and flip."""
     crop = v2.RandomResizedCrop(size, scale=(min_area, 1.0), antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
 def segmentation_transform(size, crop="random", min_area=0.08):
-    """Training crop of image and mask to size x size, and left-right flip. Masks are scaled without mixing
-    values.
+    """Training crop of image and mask to size x size, and flip. Masks are scaled without mixing values.
 
-    PAPER SILENT on which: "random" (5.1: "random cropping ... to a fixed size"; smaller pictures are padded,
-    with ignore in the mask) or "inception" (6).
+    PAPER SILENT on which crop: "random" (5.1: "random cropping ... to a fixed size"; smaller pictures are
+    padded, with ignore in the mask) or "inception" (6).
     """
     if crop == "inception":
         return pretraining_transform(size, min_area)
@@ -356,8 +341,7 @@ def centre_crop(size):
     return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Samples, their order, their batches
+# ---------------------------------------- Samples, their order, their batches
 
 
 def sample_seed(seed, epoch, index, purpose):
@@ -377,7 +361,7 @@ def seeded(seed):
 class Samples(Dataset):
     """samples[epoch, index] -> {"image", "mask" or "label" where there is one, "noise_seed", "index"}.
 
-    skip_unreadable: an image that does not decode is replaced by the next one that does, and is reported in
+    skip_unreadable: an image that does not decode is replaced by the next that does, and reported in
     "unreadable": [(index, message), ...].
     """
 
@@ -414,12 +398,10 @@ class Samples(Dataset):
 
 
 class Batches(Sampler):
-    """For each step from `start` to `steps`: this process's share of the global batch, as (epoch, index)
-    keys.
+    """For each step from `start` to `steps`: this process's share of the global batch, (epoch, index) keys.
 
-    The samples of a run are one endless sequence, epoch after epoch, each in an order of its own. Step s
-    takes batch_size of them from s * batch_size on. A batch may reach into the next epoch, so every batch is
-    full.
+    The samples of a run are one endless sequence, epoch after epoch, each in its own order. Step s takes
+    batch_size of them from s * batch_size on: a batch may reach into the next epoch, so every batch is full.
     """
 
     def __init__(self, count, batch_size, steps, seed=0, start=0, rank=0, world=1):
@@ -444,10 +426,7 @@ class Batches(Sampler):
 
 
 class Each(Sampler):
-    """Every sample once, dealt out to the processes: none is padded, none counted twice.
-
-    rounds: the number of batches of the process that has most.
-    """
+    """Every sample once, dealt out to the processes; rounds: the batches of the process that has most."""
 
     def __init__(self, count, rank=0, world=1, batch_size=1):
         self.indices, self.batch_size = range(rank, count, world), batch_size
@@ -488,7 +467,7 @@ def in_rounds(loader, between):
 
 
 def _ignore_signals(worker):
-    """A signal that stops a run reaches its loader workers too; they go on until the main process saved."""
+    """A signal that stops a run reaches its loader workers too; they go on until the run is saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -34,8 +34,7 @@ from pictures import palette
 MULTI_SCALE = dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75])  # 5.1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sources
+# ---------------------------------------- Sources
 
 
 class ImageFiles:
@@ -148,8 +147,7 @@ def _digest(lines):
     return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The labelled data sets of the paper, a class each
+# ---------------------------------------- The labelled data sets of the paper, a class each
 
 
 def read_classes(name):
@@ -346,15 +344,13 @@ def _require_folder(root):
         raise InputError(f"{root}: {what}; pass --root with the folder of the data")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Stage 1 and 2: images with a class or without any label
+# ---------------------------------------- Stage 1 and 2: images with a class or without any label
 
 
 def pretraining_images(data, root, cache=None, coarse=False):
     """A source of images for stage 2; no labels are read.
 
-    cache: folder for the index of a large listing. coarse: cityscapes with the images of train_extra (Table
-    3).
+    cache: folder for the index of a large listing. coarse: cityscapes with train_extra (Table 3).
     """
     if coarse and data != "cityscapes":
         raise InputError(f"--coarse belongs to --data cityscapes, this is {data}")
@@ -375,8 +371,7 @@ def classification_images(data, root, cache=None):
     """(training source, validation source, class names) for stage 1.
 
     folder: root/train/<class>/ and root/val/<class>/; imagenet21k: the same, or synsets. Without val/, or
-    with the classes right in root, every hundredth image, but no more than 10,000, is held out for
-    validation.
+    with the classes right in root, every hundredth image, at most 10,000, is held out for validation.
     """
     if data == "shapes":
         parts = [Shapes(part, SHAPES_COUNTS[part]) for part in ("encoder_train", "encoder_val")]
@@ -401,7 +396,8 @@ def classification_images(data, root, cache=None):
         unknown = {_class_of(container) for container in val.containers} - {*names, "."}
         if unknown:
             raise InputError(f"{os.path.join(val.root, min(unknown))}: a class that {train.root} lacks")
-        return ImageFiles(train, None, classes, note), ImageFiles(val, None, _class_numbers(val, names)), names
+        val = ImageFiles(val, None, _class_numbers(val, names))
+        return ImageFiles(train, None, classes, note), val, names
     every = max(100, -(-len(train) // 10_000))
     held_out = np.arange(0, len(train), every, dtype=np.int32)
     rest = np.delete(np.arange(len(train), dtype=np.int32), held_out)
@@ -437,8 +433,7 @@ def _count_note(what, count, official):
     return "" if official in (None, count) else f"{what}: {count} images, the official set has {official}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Stage 3: images with masks
+# ---------------------------------------- Stage 3: images with masks
 
 
 def segmentation_pairs(data, root, part, num_classes=None, list_file=None):
@@ -537,8 +532,8 @@ def _listed_pairs(list_file, base):
             missing = splits[0][0] if not exists(splits[0][0]) else splits[0][1]
             raise InputError(f"{list_file}, line {number}: no such file: {os.path.join(base, missing)}")
         else:
-            raise InputError(f"{list_file}, line {number}: expected `image mask`, two files below {base}, got "
-                             f"{line.strip()!r}")
+            raise InputError(f"{list_file}, line {number}: expected `image mask`, two files below {base}, "
+                             f"got {line.strip()!r}")
     if not pairs:
         raise InputError(f"{list_file}: no pairs; expected one `image mask` a line")
     return pairs, note
@@ -565,8 +560,7 @@ def class_names(root, num_classes=None):
     return names
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Label subsets
+# ---------------------------------------- Label subsets
 
 # Counts of the paper that rounding (half to even) does not give: 1/30 of Cityscapes is the published split of
 # 100, and many people have two images of Pascal Context less.
@@ -574,11 +568,10 @@ PAPER_COUNTS = {(2975, Fraction(1, 30)): 100, (4996, Fraction(1, 5)): 1000}
 
 
 def label_subset(ids, amount, seed):
-    """Indices of a subset of `ids`: of as many as the int `amount`, or of the share Fraction `amount` in (0,
-    1].
+    """Indices of a subset of `ids`: of `amount` (int), or of the share `amount` (Fraction in (0, 1]).
 
-    The ids are ranked by a hash of seed and id, and the first ones taken. So the 1 % subset lies inside the 5
-    % subset of the same seed, and the order in which ids are listed does not matter. PAPER SILENT on how.
+    The ids are ranked by a hash of seed and id, and the first ones taken. So the 1 % subset lies in the 5 %
+    subset of one seed, and the order in which ids are listed does not matter. PAPER SILENT on how.
     """
     count = amount
     if isinstance(amount, Fraction):
@@ -629,14 +622,13 @@ def check(source, first=0, step=1, progress=False):
             pass
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The script: look at a data set before a GPU waits for it
+# ---------------------------------------- The script: look at a data set before a GPU waits for it
 
 
 def main():
     parser = launch.Parser(__doc__)
     launch.add_data_flags(parser, LABELLED)
-    parser.add_argument("--split", choices=("train", "val"), default="train", help="which part of the data set")
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="part of the data set")
     parser.add_argument("--num-classes", type=launch.positive_int, help="as in finetune.py")
     add_subset_flags(parser)
     parser.add_argument("--check", action="store_true", help="read every image and mask of the list")

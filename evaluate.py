@@ -1,16 +1,15 @@
 """Evaluation: mIoU of a fine-tuned network over a whole data set (sections 2 and 5.1).
 
-    python evaluate.py --checkpoint runs/shapes/finetune/best.pt                     # its own validation set
-    python evaluate.py --checkpoint best.pt --data folder --root my_data --flip      # on your images and masks
-    python evaluate.py --checkpoint best.pt --data folder --root photos --save-predictions out   # without masks
+    python evaluate.py --checkpoint runs/shapes/finetune/best.pt              # its own validation images
+    python evaluate.py --checkpoint best.pt --data folder --root my_data --flip           # your own data
+    python evaluate.py --checkpoint best.pt --data folder --root photos --save-predictions out   # no masks
     torchrun --nproc_per_node=8 evaluate.py --checkpoint best.pt --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
 
 In: a checkpoint of finetune.py. Out, in --out: metrics.json (fractions of 1) and args.json; in the folder of
 --save-predictions: index PNGs at the size of the images, and colour overlays.
 
-ONE confusion matrix is summed over all pixels of all images and processes. IoU = TP / (TP + FP + FN) per
-class; mIoU is its mean over the classes that occur in the truth or in a prediction. Pixels of value 255 do
-not count.
+ONE confusion matrix counts the pixels of all images, without those of value 255. Per class IoU = TP / (TP +
+FP + FN); mIoU is its mean over the classes that occur in the truth or in a prediction.
 """
 import argparse
 import os
@@ -36,19 +35,18 @@ RECIPE = {  # 5.1
 }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Scores
+# ---------------------------------------- Scores
 
 
 def confusion_matrix(prediction, truth, num_classes):
-    """int64 (N, N): entry [t, p] counts the pixels of class t that were predicted as p. Both of one shape."""
+    """int64 (N, N): entry [t, p] counts the pixels of class t that were predicted as p."""
     counted = truth != IGNORE
     pairs = truth[counted].long() * num_classes + prediction[counted].long()
     return torch.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
 
 
 def scores(confusion, names):
-    """mIoU over the classes that occur, IoU by class name, pixel accuracy; None for what does not occur."""
+    """mIoU, IoU by class name and pixel accuracy, 0 to 1; None for what does not occur."""
     confusion = confusion.double()
     hits, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
     iou = [(hit / total).item() if total else None for hit, total in zip(hits, union)]
@@ -70,12 +68,11 @@ def table(metrics):
                       f"{metrics['images']} images"])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Predictions
+# ---------------------------------------- Predictions
 
 
 def window_starts(size, window, stride):
-    """Where windows of length `window` start that cover `size`: every `stride`, the last one at the edge."""
+    """Where windows start that cover `size`: every `stride`, the last one at the edge."""
     if window >= size:
         return [0]
     return [*range(0, size - window, stride), size - window]
@@ -84,16 +81,15 @@ def window_starts(size, window, stride):
 def predict_windows(model, x, window, stride):
     """Logits (B, C, H, W) of x (B, 3, H, W), window by window, averaged where windows overlap.
 
-    One window at a time is in the network; window 0 is the whole image. Cityscapes' "two 1024x1024 patches"
-    (5.1) are window = stride = 1024 on 1024x2048.
+    Window 0: the whole image. Cityscapes' "two 1024x1024 patches" (5.1): 1024 for both, on 1024x2048.
     """
     height, width = x.shape[-2:]
-    if not window or (window >= height and window >= width):
+    if not window or window >= max(height, width):
         return model(x)
     total, count = None, torch.zeros(height, width, device=x.device)
     for top in window_starts(height, window, stride):
         for left in window_starts(width, window, stride):
-            rows, columns = slice(top, min(top + window, height)), slice(left, min(left + window, width))
+            rows, columns = slice(top, top + window), slice(left, left + window)
             logits = model(x[..., rows, columns])
             if total is None:
                 total = logits.new_zeros((*logits.shape[:2], height, width))
@@ -103,18 +99,17 @@ def predict_windows(model, x, window, stride):
 
 
 def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None, average="logits"):
-    """Averaged scores (1, C, H, W) of one image x (1, 3, H, W) in [-1, 1] over scales and mirror images
-    (5.1).
+    """Scores (1, C, H, W) of an image x (1, 3, H, W) in [-1, 1]: the average over scales and flips (5.1).
 
-    The logits of every scale are brought to the image's own size (bilinear) and averaged. PAPER SILENT on
-    logits or probabilities ("average the results"): `average` takes either name. In memory at a time: one
-    window in the network and three maps of logits.
+    The logits of every scale are brought to the image's own size (bilinear). PAPER SILENT on logits or
+    probabilities ("average the results"): `average` takes either name. In memory at a time: one window in
+    the network and three maps of logits.
     """
     total = 0.0
     for scale in scales:
         size = [max(1, round(scale * side)) for side in x.shape[-2:]]
         scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", antialias=True)
-        for mirrored in ((False, True) if flip else (False,)):
+        for mirrored in [False, True] if flip else [False]:
             picture = scaled.flip(3) if mirrored else scaled
             logits = predict_windows(model, picture, window, stride or window).float()
             logits = logits.flip(3) if mirrored else logits
@@ -128,9 +123,8 @@ def evaluate(model, source, names, processes, precision="fp32", workers=0, progr
              between=lambda: None, **how):
     """The scores of `model` on `source`: every image counts once, on any number of processes.
 
-    how: passed on to `predict`. on_prediction(index, prediction (H, W) uint8, image (3, H, W) uint8) gets
-    every image of this process. between() is called before each, equally often on all processes. A source
-    without masks gives empty scores.
+    how: for `predict`. on_prediction(index, prediction (H, W) uint8, image (3, H, W) uint8) gets every image
+    of this process; between(): see in_rounds. Without masks the scores are None.
     """
     was_training = model.training
     model.eval()
@@ -149,12 +143,11 @@ def evaluate(model, source, names, processes, precision="fp32", workers=0, progr
     return {**scores(processes.sum(confusion).cpu(), names), "images": len(source)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The script
+# ---------------------------------------- The script
 
 
 def parse_arguments(argv=None):
-    """(args, checkpoint): the checkpoint decides the default data set."""
+    """(args, checkpoint, whether there are masks). The checkpoint decides the default data set."""
     parser = launch.Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", metavar="PATH", required=True, help="best.pt or last.pt of finetune.py")
@@ -165,8 +158,8 @@ def parse_arguments(argv=None):
     add("--scales", type=launch.positive_float, nargs="+", help="image scales to average over (5.1)")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image (5.1)")
     add("--window", type=launch.non_negative_int,
-        help="side of the sliding window; 0: the whole image; PAPER SILENT except for Cityscapes, 1024 "
-             "(default: the crop size of the fine-tuning)")
+        help="side of the sliding window; 0: the whole image (default: the crop size of the fine-tuning); "
+             "PAPER SILENT except for Cityscapes, 1024")
     add("--stride", type=launch.positive_int, help="step of the sliding window (default: its side)")
     add("--average", choices=("logits", "probabilities"), default="logits", help="what is averaged")
     add("--save-predictions", metavar="DIR",
@@ -180,7 +173,7 @@ def parse_arguments(argv=None):
     checkpoint = load_checkpoint(path)
     if "class_names" not in checkpoint or "width" not in checkpoint["model_args"]:
         raise InputError(f"{path}: not a checkpoint of finetune.py; this network was never fine-tuned for "
-                         f"segmentation")
+                         "segmentation")
     trained = checkpoint["args"]
     parser.set_defaults(window=trained.get("crop_size", 0))
     made_for = {"data": trained.get("data", "shapes"), "root": trained.get("root")}
@@ -189,30 +182,29 @@ def parse_arguments(argv=None):
     args = launch.parse(parser, RECIPE, argv, made_for)
     if checkpoint["model_args"]["encoder"] == "resnet50" and launch.peek(argv, "--scales") is None:
         args.scales = [1.0]  # Table 7: ResNet-50 without multi-scale
-    if args.stride is not None and not args.window:
+    if args.stride and not args.window:
         raise InputError("--stride without --window: the whole image is one window; pass --window N too")
-    if args.stride is not None and args.stride > args.window:
+    if args.stride and args.stride > args.window:
         raise InputError(f"--stride {args.stride} is longer than --window {args.window}: no window would see "
                          "what lies between; pass a shorter one")
-    without_masks = (args.data == "folder" and args.list is None and os.path.isdir(args.root or "")
-                     and not os.path.isdir(os.path.join(args.root, "masks")))
-    if without_masks and args.save_predictions is None:
+    labelled = not (args.data == "folder" and args.list is None and os.path.isdir(args.root or "")
+                    and not os.path.isdir(os.path.join(args.root, "masks")))
+    if not labelled and args.save_predictions is None:
         raise InputError(f"{args.root}: no folder masks in it, so nothing to compare with; pass "
                          f"--save-predictions DIR to write predictions, or a root with images/{args.split} "
                          f"and masks/{args.split}")
-    if without_masks:
+    if not labelled:
         args.out = args.save_predictions  # there are no scores: everything goes there
     elif args.out is None:
-        name = os.path.splitext(os.path.basename(path))[0]
-        args.out = os.path.join(os.path.dirname(path), f"evaluate_{name}")
-    return args, checkpoint, not without_masks
+        folder, name = os.path.split(os.path.splitext(path)[0])
+        args.out = os.path.join(folder, f"evaluate_{name}")
+    return args, checkpoint, labelled
 
 
 def labelled_source(args, names):
     """The pairs to evaluate on; their classes must be `names`, those of the checkpoint."""
-    num_classes = None
-    if args.data == "folder" or (args.data == "pascal_context" and len(names) == 60):
-        num_classes = len(names)
+    by_checkpoint = args.data == "folder" or (args.data == "pascal_context" and len(names) == 60)
+    num_classes = len(names) if by_checkpoint else None
     source, own_names = segmentation_pairs(args.data, args.root, args.split, num_classes, args.list)
     if source is None:
         raise InputError(f"{args.root}: no folder images/{args.split}; pass --split train, or --list FILE")
@@ -226,7 +218,8 @@ def labelled_source(args, names):
 def main():
     args, checkpoint, labelled = parse_arguments()
     processes = launch.start_processes(args.device)
-    device, precision = processes.device, launch.resolve_precision(args.precision, processes.device)
+    device = processes.device
+    precision = launch.resolve_precision(args.precision, device)
     names = checkpoint["class_names"]
     source = labelled_source(args, names) if labelled else pretraining_images(args.data, args.root)
 
@@ -237,7 +230,7 @@ def main():
         model.compile()
 
     args_file = os.path.join(args.out, "args.json")
-    if os.path.exists(args_file):  # the scores of other flags are not overwritten
+    if os.path.exists(args_file):
         free = (FREE_TO_CHANGE | {"save_predictions"}) - {"root"}
         refuse_other_flags(args.out, read_json(args_file), vars(args), free)
     processes.barrier()  # all have read what is there before the main one writes
@@ -253,9 +246,16 @@ def main():
     colours = class_colours(checkpoint["args"]["data"], len(names))
 
     def write(index, prediction, image):
+        """index/NAME.png (palette PNG of class indices) and overlay/NAME.png (colours)."""
+        indices = Image.fromarray(prediction.numpy())
+        indices.putpalette(colours.tobytes())
+        coloured = Image.fromarray(overlay(image.permute(1, 2, 0).numpy(), prediction.numpy(), colours))
         # Below the folder, wherever a list says that the image lies: ../a.png and /a.png too.
         name = os.path.relpath(os.path.join("/", os.path.splitext(source.name(index))[0]), "/")
-        write_prediction(args.save_predictions, name, prediction, image, colours)
+        for kind, picture in (("index", indices), ("overlay", coloured)):
+            path = os.path.join(args.save_predictions, kind, f"{name}.png")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            picture.save(path)
 
     metrics = evaluate(model, source, names, processes, precision, args.workers,
                        progress=processes.is_main and sys.stderr.isatty(),
@@ -269,17 +269,6 @@ def main():
         say(f"{len(source)} images predicted, no masks to compare with")
     if args.save_predictions:
         say(f"predictions: {args.save_predictions}/index and {args.save_predictions}/overlay")
-
-
-def write_prediction(folder, name, prediction, image, colours):
-    """folder/index/<name>.png (palette PNG of class indices), folder/overlay/<name>.png (colours)."""
-    index = Image.fromarray(prediction.numpy())
-    index.putpalette(colours.tobytes())
-    coloured = Image.fromarray(overlay(image.permute(1, 2, 0).numpy(), prediction.numpy(), colours))
-    for kind, picture in (("index", index), ("overlay", coloured)):
-        path = os.path.join(folder, kind, name + ".png")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        picture.save(path)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
-"""Stage 3: fine-tune the whole network on labelled images (5.1), from any of the paper's four
-initialisations.
+"""Stage 3: fine-tune the whole network on labelled images (5.1), from one of four initialisations.
 
     python finetune.py --init runs/shapes/pretrain_decoder_ddep/last.pt --labels 32      # toy data, on a CPU
     python finetune.py --data folder --root my_data --init ddep.pt                       # your own, one GPU
     torchrun --nproc_per_node=8 finetune.py --data cityscapes --root cityscapes --init ddep.pt --fraction 1/8
 
     --init ddep.pt or dep.pt: a checkpoint of pretrain_decoder.py, all but its head         "DDeP", "DeP"
-    --init encoder.pt or imagenet21k: a checkpoint of pretrain_encoder.py or published
-           weights: the encoder alone                                                       "Supervised"
+    --init encoder.pt or imagenet21k: of pretrain_encoder.py or published, the encoder      "Supervised"
     --init none: fresh weights                                                              "No Pretraining"
 
-In: pairs of image and mask. Out, in --out: best.pt (by mIoU on the validation images) and last.pt, which
-evaluate.py takes; log.jsonl, args.json, labelled.txt (the images used), metrics.json (last.pt's scores),
-predictions.png. Rerun the same command to resume.
+In: pairs of image and mask. Out, in --out (run_folder.py): best.pt (by mIoU on the validation images) and
+last.pt, which evaluate.py takes; metrics.json (last.pt's scores), labelled.txt (the images used),
+predictions.png.
 """
 import math
 import os
@@ -30,10 +28,9 @@ from launch import InputError, say
 from model import (ENCODERS, PUBLISHED, build_unet, image_size_of, load_encoder_weights, load_strictly,
                    read_weights)
 from pictures import colour_mask, from_pixels, sheet
-from run_folder import RunFolder, weights_path, write_lines
+from run_folder import RunFolder, is_finished, weights_path, write_lines
 
-# 5.1 sweeps learning rate and weight decay over [1e-5, 3e-4]. PAPER SILENT on what won, on batch size and
-# steps.
+# 5.1 sweeps lr and weight_decay over [1e-5, 3e-4]. PAPER SILENT on what won, on batch size and steps.
 RECIPE = {
     "shapes": dict(crop_size=64, crop="inception", min_area=0.5, steps=250, batch_size=4, micro_batch=4,
                    lr=1e-3, warmup_steps=20, weight_decay=0.0, clip_norm=1.0, workers=0, save_every="125",
@@ -54,17 +51,14 @@ def parse_arguments(argv=None):
     add("--width", type=launch.positive_float,
         help="decoder of [1024, 512, 256, 128, 64] * W (default: that of --init, else 1; shapes: 1/4)")
     add("--num-classes", type=launch.positive_int,
-        help="folder: mask values are 0 to N-1, or 255 to ignore (default: as many as ROOT/classes.txt names); "
+        help="folder: mask values are 0 to N-1, or 255 to ignore (default: by ROOT/classes.txt); "
              "pascal_context: 59, or 60 with the background")
     add("--train-list", metavar="FILE", help="file with an `image mask` a line, instead of ROOT/images/train")
     add("--val-list", metavar="FILE", help="the same for validation")
     add_subset_flags(parser)
-    add("--crop-size", type=launch.positive_int,
-        help="side of the square training crops (5.1: 512, Cityscapes 1024)")
-    add("--crop", choices=("random", "inception"),
-        help="paper 5.1 says random crop, 6 says inception-style")
-    add("--min-area", type=launch.unit_float,
-        help="inception: smallest crop, as a fraction of the image's area")
+    add("--crop-size", type=launch.positive_int, help="side of the square crops (5.1: 512, Cityscapes 1024)")
+    add("--crop", choices=("random", "inception"), help="paper 5.1 says random crop, 6 says inception-style")
+    add("--min-area", type=launch.unit_float, help="inception: smallest crop, as a fraction of the area")
     add("--eval-every", type=launch.positive_int, help="steps between validations")
     args = launch.parse(parser, RECIPE, argv)
     args.out = args.out or os.path.join("runs", args.data, "finetune")
@@ -72,32 +66,32 @@ def parse_arguments(argv=None):
 
 
 def choose_network(args, init):
-    """The encoder, width, conditioning and image_size of `init`, or else those of the flags: for
-    build_unet."""
+    """Arguments for build_unet: those of `init` (the content of --init), else of the flags, else defaults."""
     small = args.data == "shapes"
     network = dict(encoder="hybrid-small" if small else "hybrid", width=1 / 4 if small else 1.0,
                    condition_on_gamma=False, image_size=None if init is None else image_size_of(init))
-    from_init = {"encoder": PUBLISHED[args.init][0]} if args.init in PUBLISHED else {}
-    if init is not None and args.init not in PUBLISHED:
+    from_init = {}
+    if args.init in PUBLISHED:
+        from_init = {"encoder": PUBLISHED[args.init][0]}
+    elif init is not None:
         from_init = {key: value for key, value in init.get("model_args", {}).items() if key in network}
     for key, asked in (("encoder", args.encoder), ("width", args.width)):
         if key in from_init and asked not in (None, from_init[key]):
-            raise InputError(f"--{key} {asked}, but {args.init} was made with {key} {from_init[key]}; drop the "
-                             f"flag, or pass another --init")
+            raise InputError(f"--{key} {asked}, but {args.init} was made with {key} {from_init[key]}; drop "
+                             "the flag, or pass another --init")
         if asked is not None:
             network[key] = asked
     return {**network, **from_init}
 
 
 def initialise(model, name, init):
-    """Load what `init`, the content of --init, holds for `model`. Returns a line that says what is fresh."""
+    """Load what `init` holds for `model`. Returns a line that says what is loaded and what is fresh."""
     ours = model.state_dict()
     if init is None:
         loaded, fresh, what = "nothing", ours, "everything"
     elif any(key.startswith("decoder.") for key in init.get("model", {})):
         fresh = {key: value for key, value in ours.items() if key.startswith("decoder.head.")}
-        body = {key: value for key, value in init["model"].items() if not key.startswith("decoder.head.")}
-        load_strictly(model, {**body, **fresh}, f"{name}: does not fit this network")
+        load_strictly(model, {**init["model"], **fresh}, f"{name}: does not fit this network")
         loaded, what = "encoder and decoder blocks", f"the head ({', '.join(fresh)})"
     else:
         loaded = f"the encoder of {load_encoder_weights(model.encoder, init, name)}"
@@ -114,9 +108,7 @@ def main():
     processes.share(args.batch_size)  # raises if it does not divide
 
     # Initial weights, which decide the network
-    init = None
-    if args.init != "none":
-        init = read_weights(weights_path(args.init, args.encoder, processes))
+    init = None if args.init == "none" else read_weights(weights_path(args.init, args.encoder, processes))
     network = choose_network(args, init)
 
     # Data: all labelled images, or a nested subset of them
@@ -125,17 +117,18 @@ def main():
     if args.val_list is not None or args.train_list is None or args.root is not None:
         val, _ = segmentation_pairs(args.data, args.root, "val", args.num_classes, args.val_list)
     train = choose_labels(all_labelled, args)
+    sources = [train] if val is None else [train, val]
     steps = launch.number_of_steps(args, len(train))
 
     # Model: everything trains (section 2)
     torch.manual_seed(args.seed)
-    model_args = dict(**network, out_channels=len(names))
+    model_args = {**network, "out_channels": len(names)}
     model = build_unet(**model_args)
     origin = initialise(model, args.init, init)
     batch_norm_images = launch.set_batch_norm(model.encoder, args, processes, fresh=init is None)
     model.to(device, memory_format=torch.channels_last)
 
-    # Optimiser: Adam (5.1). PAPER SILENT on its betas (torch's defaults), and on coupled weight decay or not
+    # Adam (5.1). PAPER SILENT on its betas (here torch's defaults) and on coupled weight decay or not
     adam = torch.optim.AdamW if args.decoupled_weight_decay else torch.optim.Adam
     optimizer = adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                      fused=device.type in ("cpu", "cuda"))
@@ -144,10 +137,9 @@ def main():
     # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
     settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images,
                 "encoder": network["encoder"], "width": network["width"]}
-    data = "; ".join(source.fingerprint() for source in (train, val) if source is not None)
-    run = RunFolder(settings, data, steps, len(train), processes)
+    run = RunFolder(settings, sources, steps, processes)
     start, loss, best = run.restore(model, optimizer, scaler)
-    if run.is_finished():
+    if is_finished(args.out):
         return say(f"{args.out}: finished at step {steps}, see metrics.json there")
 
     if args.compile:  # in place: no "_orig_mod." in the names of parameters
@@ -158,9 +150,9 @@ def main():
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
 
     def validate(done):
-        """Measure, and keep the weights in best.pt if they are the best so far: (scores, best mIoU)."""
-        metrics = evaluate(model, val, names, processes, precision, args.workers, between=run.stop_if_told,
-                           window=args.crop_size)
+        """Measure mIoU; the best weights so far go to best.pt. Returns the scores and the best mIoU."""
+        metrics = evaluate(model, val, names, processes, precision, args.workers, window=args.crop_size,
+                           between=run.stop_if_told)
         miou = metrics["miou"] or 0.0  # None where every validation pixel is ignored
         run.record(step=done, miou=miou, pixel_accuracy=metrics["pixel_accuracy"])
         say(f"step {done}: mIoU {miou:.4f}")
@@ -172,14 +164,12 @@ def main():
         f"{len(names)} classes, {len(val) if val else 'no'} validation images, steps {start} to {steps}, "
         f"{processes.world} x {device.type}, {precision}")
     say(origin)
-    for source in (all_labelled, val):
-        if source is not None:
-            say(source.note)
-    if args.data == "folder":  # read once before training: a bad mask is named now
-        for source in (train, val):
-            if source is not None:
-                say(f"checking {len(source)} images and masks")
-                check(source, processes.rank, processes.world)
+    for source in [all_labelled, *sources[1:]]:
+        say(source.note)
+    if args.data == "folder":  # a bad mask is named before training
+        for source in sources:
+            say(f"checking {len(source)} images and masks")
+            check(source, processes.rank, processes.world)
     if processes.is_main:
         write_lines(run.path("labelled.txt"), [train.line(i) for i in range(len(train))])
     run.begin(start)
@@ -192,8 +182,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        # The mean is over the labelled pixels of the GLOBAL batch. A mean per process would give a pixel more
-        # weight where its process has few, and the result would depend on the number of processes.
+        # The mean is over the labelled pixels of the GLOBAL batch: a mean per process would depend on the
+        # number of processes, and give a pixel more weight where its process has few.
         labelled = processes.sum((batch["mask"] != IGNORE).sum().to(device)).clamp(min=1)
         # Gradients add up over micro-batches, which are as large as memory allows.
         optimizer.zero_grad()
@@ -211,11 +201,11 @@ def main():
             scaler.scale(part_loss * processes.world).backward()  # times world: DDP averages, we need the sum
             loss += part_loss.detach()
 
-        # One all-reduce: the loss of the global batch, and whether any process received a signal.
+        # One all-reduce: the loss of the global batch, and whether a process received a signal.
         loss, stopping = processes.sum_numbers(loss, run.signal is not None)
         scaler.unscale_(optimizer)  # clipping needs the true gradient
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf).item()
-        run.require_finite(step + 1, loss, norm, scaler, train, batch)
+        run.require_finite(step + 1, loss, norm, scaler, batch)
         scaler.step(optimizer)
         scaler.update()
 
@@ -241,11 +231,12 @@ def main():
 
 @torch.no_grad()
 def draw_predictions(model, source, colours, device, window, rows=6):
-    """Image, truth and prediction of validation images, spread over the set."""
+    """Image, truth and prediction of `rows` images, spread over the set."""
     model.eval()
     pictures = []
-    for row in range(min(rows, len(source))):
-        sample = source.read(row * len(source) // rows if len(source) > rows else row)
+    rows = min(rows, len(source))
+    for row in range(rows):
+        sample = source.read(row * len(source) // rows)
         x = to_pixels(sample["image"].as_subclass(torch.Tensor)[None].to(device))
         predicted = predict(model, x, window=window).argmax(1)[0].cpu()
         masks = [colour_mask(mask, colours) for mask in (sample["mask"], predicted)]

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from model import ResNet50, WeightsError
 
-# ------------------------------------------------------------------------------------------------------------
-# The end of a script: exit statuses and error messages
+# ---------------------------------------- The end of a script: exit statuses and error messages
 
 STOPPED = 75  # EX_TEMPFAIL: a signal stopped the run, the same command continues it
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
@@ -25,11 +24,11 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 class InputError(Exception):
-    """A user's mistake: what is wrong, in which file or flag, what was expected, what to do, in one line."""
+    """A user's mistake, in one line: what is wrong and where, what was expected, what to do."""
 
 
 class SampleError(InputError):
-    """A fault in one image or mask. Only the process that reads it knows of it."""
+    """A fault in one image or mask, known to the process that reads it alone."""
 
 
 class Stopped(Exception):
@@ -37,24 +36,24 @@ class Stopped(Exception):
 
 
 def say(text):
-    """Print a line for the user: by the first process alone, above a progress bar where there is one."""
+    """Print a line, from the first process alone, above its progress bar."""
     if text and os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def run_script(main):
-    """Call main(). A user's mistake or a disk that cannot be written is one line and exit status 2."""
+    """Call main(). A user's mistake or a disk that cannot be written is one line and status 2."""
     script, is_main = os.path.basename(sys.argv[0]), os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         main()
     except (InputError, WeightsError) as error:
         if is_main or isinstance(error, SampleError):
-            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+            print(f"{script}: error: {error}", file=sys.stderr)
         else:
-            time.sleep(5)  # torchrun ends all processes when the first one exits: let the first print its line
+            time.sleep(5)  # torchrun ends all processes when one exits: let the first print its line
         sys.exit(2)
-    except BrokenPipeError:  # nobody reads the output any more: python evaluate.py | head
+    except BrokenPipeError:  # python evaluate.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -62,11 +61,11 @@ def run_script(main):
             raise
         print(f"{script}: error: {error.filename or 'a file'} cannot be written ({error.strerror}); what was "
               "saved before is intact. Free the disk or pass another folder, then repeat the command",
-              file=sys.stderr, flush=True)
+              file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         if is_main:
-            print(stop, file=sys.stderr, flush=True)
+            print(stop, file=sys.stderr)
         sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -75,8 +74,7 @@ def run_script(main):
             dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Flags
+# ---------------------------------------- Flags
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -86,7 +84,7 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, with the defaults that there are in the help, without abbreviations."""
+    """argparse with one-line errors, with defaults in the help, without abbreviated flags."""
 
     def __init__(self, description):
         super().__init__(description=description.split("\n\n")[0], allow_abbrev=False,
@@ -97,26 +95,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_training_flags(parser, data_sets):
-    """The flags that the three training stages share. Their defaults come from each stage's RECIPE."""
+    """The flags of all three stages. Their defaults come from each stage's RECIPE."""
     add_data_flags(parser, data_sets)
     add = parser.add_argument
     add("--out", metavar="DIR", help="folder of the run; a run already there is continued "
-                                     "(default: a folder of the script's name in runs/DATA)")
+                                     "(default: runs/DATA/NAME OF THE SCRIPT)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive_int, help="optimiser steps")
     length.add_argument("--epochs", type=positive_float, help="passes over the images, instead of --steps")
     add("--batch-size", type=positive_int, help="images per step, over all processes")
-    add("--micro-batch", type=positive_int,
-        help="images that one process puts through the network at once; gradients are accumulated")
+    add("--micro-batch", type=positive_int, help="images in one process's network at once (accumulation)")
     add("--lr", type=positive_float, help="peak learning rate of Adam (paper 5.1)")
     add("--warmup-steps", type=non_negative_int, help="linear warm-up before the cosine (not in the paper)")
     add("--weight-decay", type=non_negative_float, help="L2 penalty of Adam (paper 5.1)")
-    add("--clip-norm", type=positive_float,
-        help="maximum gradient norm (not in the paper: off on real data)")
+    add("--clip-norm", type=positive_float, help="maximum gradient norm (not in the paper: off on real data)")
     add("--decoupled-weight-decay", action="store_true", help="AdamW instead of Adam (not in the paper)")
     add("--batch-norm", choices=("stored", "batch"),
-        help="resnet50: normalise with the stored statistics or with those of the batch over all processes "
-             "(default: batch where the encoder trains from fresh weights, else stored)")
+        help="resnet50: normalise with stored statistics, or those of the batch over all processes (default: "
+             "batch where the encoder trains from fresh weights, else stored)")
     add("--seed", type=non_negative_int, default=0, help="of fresh weights, order, crops, flips, noise")
     add("--workers", type=non_negative_int, help="loader processes per process; 0: none")
     add("--save-every", type=steps_or_minutes, help="steps between checkpoints, or minutes: 10min")
@@ -139,7 +135,7 @@ def add_device_flags(parser):
 
 
 def peek(argv, flag, default=None):
-    """The value of one flag, before the other flags and their defaults are known."""
+    """The value of one flag, before the defaults of the others are known."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(flag, nargs="?", default=default, dest="value")
     return parser.parse_known_args(argv)[0].value
@@ -148,8 +144,8 @@ def peek(argv, flag, default=None):
 def parse(parser, recipe, argv=None, of_checkpoint=None):
     """Parse the command line with the defaults of the chosen data set.
 
-    recipe: {"shapes": defaults, "paper": defaults of real data, NAME: what is different for this set}.
-    of_checkpoint: evaluate.py: the data set that a checkpoint was made with, and its flags.
+    recipe: {"shapes": defaults, "paper": those of real data, NAME: what differs for this set}.
+    of_checkpoint: the data set that a checkpoint was made with, and its flags (evaluate.py).
     """
     usual = of_checkpoint or {"data": "shapes"}
     data = peek(argv, "--data", usual["data"])
@@ -157,26 +153,24 @@ def parse(parser, recipe, argv=None, of_checkpoint=None):
     parser.set_defaults(**defaults)
     if data == usual["data"]:
         parser.set_defaults(**usual)
-    if peek(argv, "--steps") is not None:  # the one that is given replaces the recipe's other one
-        parser.set_defaults(epochs=None)
-    if peek(argv, "--epochs") is not None:
-        parser.set_defaults(steps=None)
+    for given, other in (("--steps", "epochs"), ("--epochs", "steps")):
+        if peek(argv, given) is not None:  # replaces the recipe's other one
+            parser.set_defaults(**{other: None})
     args = parser.parse_args(argv)
     if args.data == "shapes" and args.root is not None:
-        raise InputError("--root given, but --data shapes is drawn by code; pass --data folder, or another set")
+        raise InputError("--root given, but --data shapes is drawn by code; pass --data folder, or another "
+                         "set")
     return args
 
 
 def number(kind, allowed, expected):
-    """A type for argparse."""
+    """A type for argparse: what `kind` reads and is `allowed`."""
     def convert(text):
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not allowed(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return value
+            if allowed(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return convert
 
 
@@ -194,13 +188,12 @@ def steps_or_minutes(text):
     return text
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Processes, device, precision
+# ---------------------------------------- Processes, device, precision
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that torchrun started: number `rank` of `world`, and its device."""
+    """This process: number `rank` of the `world` that torchrun started, and its device."""
     rank: int
     world: int
     device: torch.device
@@ -210,19 +203,19 @@ class Processes:
         return self.rank == 0
 
     def sum(self, tensor):
-        """The sum of `tensor` over all processes."""
+        """The sum over all processes."""
         if self.world > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
 
     def sum_numbers(self, *numbers):
-        """The sum of each number (float, bool or scalar tensor) over all processes: one exchange."""
+        """The sums, as floats, of numbers, bools or scalar tensors over all processes, in one exchange."""
         numbers = [torch.as_tensor(n, dtype=torch.float32, device=self.device) for n in numbers]
         return self.sum(torch.stack(numbers)).tolist()
 
     def gather(self, thing):
-        """[thing of process 0, thing of process 1, ...], any picklable thing."""
+        """[thing of process 0, thing of process 1, ...]; it is pickled."""
         if self.world == 1:
             return [thing]
         things = [None] * self.world
@@ -235,7 +228,7 @@ class Processes:
 
     @contextmanager
     def one_first(self):
-        """One process of each machine runs the block before the others do: it makes a file, they find it."""
+        """One process of each machine runs the block first: it makes a file, the others find it."""
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if not first:
             self.barrier()
@@ -246,7 +239,7 @@ class Processes:
                 self.barrier()
 
     def share(self, batch_size):
-        """Images of a global batch per process."""
+        """Images per process of a global batch."""
         if batch_size % self.world:
             raise InputError(f"--batch-size {batch_size} does not divide over {self.world} processes; "
                              f"pass a multiple of {self.world}")
@@ -254,15 +247,15 @@ class Processes:
 
 
 def start_processes(device="auto"):
-    """Join the process group that torchrun announces, if it does; choose this process's device."""
+    """Join torchrun's process group, if there is one; choose this process's device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    mps = torch.backends.mps.is_available() and world == 1  # MPS has no collectives
     if device == "auto":
-        mps = torch.backends.mps.is_available() and world == 1  # MPS has no collectives
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device; pass --device cpu, or a torch with CUDA")
-    if device == "mps" and not (torch.backends.mps.is_available() and world == 1):
+    if device == "mps" and not mps:
         raise InputError("--device mps: needs an Apple GPU and one process; pass --device cpu")
     backend = "gloo"
     if device == "cuda":
@@ -285,7 +278,7 @@ def default_workers():
 
 
 def resolve_precision(precision, device):
-    """"fp32", "bf16" or "fp16". bf16 is slower than fp32 on most CPUs, so auto is fp32 there."""
+    """"fp32", "bf16" or "fp16". auto is fp32 on a CPU, where bf16 is mostly slower."""
     if precision == "fp16" and device.type != "cuda":
         raise InputError(f"--precision fp16 needs CUDA, this is {device.type}; pass bf16 or fp32")
     if precision == "auto":
@@ -299,17 +292,16 @@ def autocast(precision, device):
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What the training flags mean
+# ---------------------------------------- What the training flags mean
 
 
 def number_of_steps(args, images):
-    """--steps, or enough for --epochs over so many images; the last batch is filled from the next epoch."""
+    """--steps, or enough for --epochs over `images` images; the last batch reaches into the next epoch."""
     return args.steps or math.ceil(args.epochs * images / args.batch_size)
 
 
 def cosine_rate(step, steps, peak, warmup_steps):
-    """Learning rate of `step` (from 0): linear warm-up to `peak`, half a cosine to 0 at `steps` (5.1)."""
+    """Rate of `step` (from 0): linear warm-up to `peak`, then half a cosine to 0 at `steps` (5.1)."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
@@ -325,8 +317,7 @@ def set_batch_norm(encoder, args, processes, fresh):
     """Set what a ResNet-50 normalises with while it trains, by --batch-norm.
 
     fresh: it trains from fresh weights, whose stored statistics, 0 and 1, would normalise nothing. Returns
-    the number of images over which batch statistics are taken, which a run must keep when it continues; None
-    without them.
+    how many images share batch statistics, which must not change when a run continues; None without them.
     """
     if not isinstance(encoder, ResNet50):
         if args.batch_norm is not None:

@@ -1,26 +1,23 @@
 """The networks: two encoders, Hybrid-ViT and ResNet-50, the decoder, and the UNet of both (Figure 2, 4.3).
 
-Needs torch, torchvision for ResNet50 alone, and nothing of this project: copy it where you like.
-
-    unet = UNet(HybridViT(), width=1, out_channels=3)    # R50+ViT-B/16, decoder [1024, 512, 256, 128, 64]
-    eps_hat = unet(x)                                    # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H, W
-    unet.decoder.replace_head(19)                        # segmentation: (B, 19, H, W) logits
+    unet = UNet(HybridViT(), width=1, out_channels=3)  # R50+ViT-B/16, decoder [1024, 512, 256, 128, 64]
+    eps_hat = unet(x)                                  # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H, W
+    unet.decoder.replace_head(19)                      # segmentation: (B, 19, H, W) logits
 
 AN ENCODER is any module with two tuples, `channels` and `strides` (powers of two up to 32), from fine to
 coarse. Its forward takes (B, 3, H, W) in [-1, 1], H and W multiples of strides[-1], and returns a map per
 stride: (B, channels[i], H / strides[i], W / strides[i]).
 
-SIZES: parameters (decoders with a head of 3), and multiply-adds for one 224x224 image by torch's own counter.
+SIZES: parameters, and multiply-adds for a 224x224 image by torch's counter; decoders with a head of 3.
 
-                encoder               decoder x1            decoder x2            decoder x3
-    hybrid      97,890,112  21.5 G    28,947,907  21.9 G    95,570,819  75.5 G    199,868,739  160.7 G
-    resnet50    23,508,032   4.1 G    50,181,571  24.0 G    138,038,147  79.7 G   263,569,731  167.0 G
+              encoder             decoder x1          decoder x2           decoder x3
+    hybrid    97,890,112  21.5 G  28,947,907  21.9 G  95,570,819   75.5 G  199,868,739  160.7 G
+    resnet50  23,508,032   4.1 G  50,181,571  24.0 G  138,038,147  79.7 G  263,569,731  167.0 G
 """
 import math
 import os
 import re
 import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -32,16 +29,13 @@ ENCODERS = ("hybrid", "hybrid-small", "resnet50")
 
 
 def build_encoder(name, image_size=None):
-    """The encoder called `name`, one of ENCODERS, with fresh weights.
-
-    image_size: of a Hybrid-ViT's position grid (see there); None: 224, hybrid-small 64.
-    """
-    if name == "hybrid":          # the paper's encoder. PAPER SILENT on its size: R50+ViT-B/16
+    """One of ENCODERS with fresh weights. image_size: see HybridViT; None: 224, hybrid-small 64."""
+    if name == "hybrid":  # PAPER SILENT on its size: R50+ViT-B/16
         return HybridViT(image_size=image_size or 224)
-    if name == "hybrid-small":    # the same class for the embedded data on a CPU
+    if name == "hybrid-small":  # for the embedded data on a CPU
         return HybridViT(stem=48, widths=(16, 24, 32), units=(1, 2, 2), dim=128, depth=2, heads=4,
                          mlp_dim=256, image_size=image_size or 64)
-    if name == "resnet50":        # Table 7
+    if name == "resnet50":  # Table 7
         return ResNet50()
     raise ValueError(f"no encoder called {name!r}; there are {', '.join(ENCODERS)}")
 
@@ -56,16 +50,12 @@ def build_classifier(encoder="hybrid", num_classes=1000):
     return Classifier(build_encoder(encoder), num_classes)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Encoder 1: Hybrid-ViT, R50+ViT-B/16 (Dosovitskiy et al., 2021), as the published JAX model computes it
+# ---------------------------------------- Encoder 1: Hybrid-ViT (Dosovitskiy et al., 2021)
 
 
 def same_padding(x, kernel, stride, value=0.0):
-    """JAX's SAME padding: ceil(size / stride) outputs, the odd row below, the odd column right.
-
-    At even sizes a 7x7/2 kernel pads (2, 3), a 3x3/2 kernel (0, 1). Symmetric padding shifts features by half
-    a pixel.
-    """
+    """JAX's SAME padding: ceil(size / stride) outputs, the odd row below, the odd column right. At even sizes
+    7x7/2 pads (2, 3), 3x3/2 (0, 1). Symmetric padding would shift features by half a pixel."""
     total = [max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
     top, left = total[0] // 2, total[1] // 2
     return F.pad(x, (left, total[1] - left, top, total[0] - top), value=value) if any(total) else x
@@ -79,15 +69,15 @@ class StdConv2d(nn.Conv2d):
 
     def forward(self, x):
         std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        weight = (self.weight - mean) / (std + 1e-5)    # epsilon OUTSIDE the root, population std
+        weight = (self.weight - mean) / (std + 1e-5)  # epsilon OUTSIDE the root, population std
         return F.conv2d(same_padding(x, self.kernel_size[0], self.stride[0]), weight, stride=self.stride)
 
 
 def group_norm(channels):
-    """GroupNorm, eps 1e-6, of 32 groups as published; in narrow (toy) layers of two channels or more each."""
+    """GroupNorm of 32 groups as published; in narrow (toy) layers of two channels or more each."""
     groups = math.gcd(32, channels)
-    if groups == channels:
-        groups = max(1, groups // 2)
+    if groups == channels > 1:
+        groups //= 2
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -104,7 +94,7 @@ class ResidualUnit(nn.Module):
         self.conv1, self.gn1 = StdConv2d(in_channels, width, 1), group_norm(width)
         self.conv2, self.gn2 = StdConv2d(width, width, 3, stride), group_norm(width)
         self.conv3, self.gn3 = StdConv2d(width, out_channels, 1), group_norm(out_channels)
-        nn.init.zeros_(self.gn3.weight)                 # a fresh unit starts as its shortcut
+        nn.init.zeros_(self.gn3.weight)  # a fresh unit starts as its shortcut
 
     def forward(self, x):
         shortcut = x if self.conv_proj is None else self.gn_proj(self.conv_proj(x))
@@ -123,24 +113,23 @@ class TransformerBlock(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.fc1, self.fc2 = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
-        for linear in (self.proj, self.fc1, self.fc2):
-            nn.init.xavier_uniform_(linear.weight)
+        query_key_value = self.qkv.weight.chunk(3)  # three matrices, each with its own fan
+        for weight in (self.proj.weight, self.fc1.weight, self.fc2.weight, *query_key_value):
+            nn.init.xavier_uniform_(weight)
+        for linear in (self.proj, self.fc1, self.fc2, self.qkv):
             nn.init.zeros_(linear.bias)
-        for part in self.qkv.weight.chunk(3):           # three matrices, each with its own fan
-            nn.init.xavier_uniform_(part)
-        nn.init.zeros_(self.qkv.bias)
 
     def forward(self, x):
         batch, tokens, dim = x.shape
-        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)            # three of (B, heads, N, dim / heads)
+        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, heads, N, dim / heads)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim)
         x = x + self.proj(y)
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
 
 class HybridViT(nn.Module):
-    """A ResNet to stride 16, whose positions are the tokens of a ViT. Without arguments: R50+ViT-B/16.
+    """A ResNet to stride 16, then a ViT on its positions. Without arguments: R50+ViT-B/16, as in JAX.
 
     stem: channels of the 7x7 root convolution. widths, units: bottleneck width (a quarter of the output
     channels) and number of units of the blocks at strides 4, 8, 16. dim, depth, heads, mlp_dim: of the
@@ -161,33 +150,33 @@ class HybridViT(nn.Module):
         self.embedding = nn.Conv2d(4 * widths[2], dim, 1)
         self.grid = image_size // 16
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embedding = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid ** 2, dim))    # class token first
+        self.pos_embedding = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid ** 2, dim))  # class token first
         self.transformer = nn.Sequential(*(TransformerBlock(dim, heads, mlp_dim) for _ in range(depth)))
         self.encoder_norm = nn.LayerNorm(dim, eps=1e-6)
 
     @staticmethod
     def _block(in_channels, width, units, stride):
-        layers = OrderedDict(unit1=ResidualUnit(in_channels, width, stride))
+        block = nn.Sequential()
+        block.add_module("unit1", ResidualUnit(in_channels, width, stride))  # the published names
         for i in range(2, units + 1):
-            layers[f"unit{i}"] = ResidualUnit(4 * width, width)         # the published names
-        return nn.Sequential(layers)
+            block.add_module(f"unit{i}", ResidualUnit(4 * width, width))
+        return block
 
-    def forward(self, x):                                               # (B, 3, H, W)
-        stride2 = F.relu(self.gn_root(self.conv_root(x)))               # (B, 64, H/2, W/2)
+    def forward(self, x):                                  # (B, 3, H, W)
+        stride2 = F.relu(self.gn_root(self.conv_root(x)))  # (B, 64, H/2, W/2)
         y = F.max_pool2d(same_padding(stride2, 3, 2, value=-math.inf), 3, 2)
-        stride4 = self.block1(y)                                        # (B, 256, H/4, W/4)
-        stride8 = self.block2(stride4)                                  # (B, 512, H/8, W/8)
-        y = self.embedding(self.block3(stride8))                        # (B, 768, H/16, W/16)
-        tokens = y.flatten(2).transpose(1, 2)                           # (B, N, 768)
+        stride4 = self.block1(y)                           # (B, 256, H/4, W/4)
+        stride8 = self.block2(stride4)                     # (B, 512, H/8, W/8)
+        y = self.embedding(self.block3(stride8))           # (B, 768, H/16, W/16)
+        tokens = y.flatten(2).transpose(1, 2)              # (B, N, 768)
         tokens = torch.cat([self.cls.expand(len(y), -1, -1), tokens], dim=1)
-        tokens = tokens + self.position(*y.shape[-2:])                  # (B, 1 + N, 768)
+        tokens = tokens + self.position(*y.shape[-2:])     # (B, 1 + N, 768)
         tokens = self.encoder_norm(self.transformer(tokens))
         stride16 = tokens[:, 1:].transpose(1, 2).reshape(y.shape)
         return stride2, stride4, stride8, stride16
 
     def position(self, height, width):
-        """The position embedding (1, 1 + height * width, dim): bilinear, corners on corners, as in the
-        original (ndimage.zoom, order 1). At its own grid it is untouched."""
+        """(1, 1 + height * width, dim): bilinear, corners on corners, as the original's ndimage.zoom."""
         if (height, width) == (self.grid, self.grid):
             return self.pos_embedding
         cls, grid = self.pos_embedding[:, :1], self.pos_embedding[:, 1:]
@@ -196,12 +185,11 @@ class HybridViT(nn.Module):
         return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Encoder 2: ResNet-50 (Table 7)
+# ---------------------------------------- Encoder 2: ResNet-50 (Table 7)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's BatchNorm2d with batch statistics over all processes, as SyncBatchNorm, which needs GPUs."""
+    """With batch statistics over all processes, as SyncBatchNorm, which needs GPUs."""
 
     def forward(self, x):
         if not self.training or not dist.is_initialized():
@@ -219,34 +207,32 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def _mean_over_processes(value):
-    from torch.distributed.nn.functional import all_reduce      # with a gradient, unlike dist.all_reduce
+    from torch.distributed.nn.functional import all_reduce  # with a gradient, unlike dist.all_reduce
     return all_reduce(value) / dist.get_world_size()
 
 
 class ResNet50(nn.Module):
     """torchvision's ResNet-50 (v1.5) without its classifier, under its names, so that its weights load.
 
-    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16, 32 with 64, 256,
-    512, 1024, 2048 channels. torchvision's weights expect ImageNet's mean and deviation: the encoder
-    converts.
+    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16, 32, of 64, 256,
+    512, 1024, 2048 channels.
 
-    batch_statistics: of what BatchNorm uses in training mode. PAPER SILENT. False: the stored statistics,
-    which then never change. True: those of the batch: for fresh weights, whose stored 0 and 1 would normalise
-    nothing.
+    batch_statistics: what BatchNorm uses in training mode. PAPER SILENT. False: the stored statistics, which
+    then never change. True: those of the batch, for fresh weights, whose stored 0 and 1 normalise nothing.
     """
 
     def __init__(self, batch_statistics=False):
         super().__init__()
-        from torchvision.models import resnet50                 # here: the rest of this file needs torch alone
+        from torchvision.models import resnet50  # here: the rest needs torch alone
         self.channels, self.strides = (64, 256, 512, 1024, 2048), (2, 4, 8, 16, 32)
         self.batch_statistics = batch_statistics
         net = resnet50(weights=None, zero_init_residual=True, norm_layer=BatchNorm2d)
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
-        # (x + 1) / 2 is in [0, 1]; minus mean, over std. Constants, so not in the state dict.
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        self.register_buffer("shift", (2 * mean - 1).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("scale", (2 * std).reshape(3, 1, 1), persistent=False)
+        # From [-1, 1] to what torchvision's weights expect: ((x + 1) / 2 - mean) / std
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 3, 1, 1)
+        self.register_buffer("shift", 2 * mean - 1, persistent=False)
+        self.register_buffer("scale", 2 * std, persistent=False)
         self.train()
 
     def train(self, mode=True):
@@ -256,7 +242,7 @@ class ResNet50(nn.Module):
                 part.train(mode and self.batch_statistics)
         return self
 
-    def forward(self, x):                                       # (B, 3, H, W)
+    def forward(self, x):
         stride2 = F.relu(self.bn1(self.conv1((x - self.shift) / self.scale)))
         stride4 = self.layer1(self.maxpool(stride2))
         stride8 = self.layer2(stride4)
@@ -264,15 +250,14 @@ class ResNet50(nn.Module):
         return stride2, stride4, stride8, stride16, self.layer4(stride16)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The decoder (Figure 2, section 4.3)
+# ---------------------------------------- The decoder (Figure 2, section 4.3)
 
 
 def upsample_conv(x, weight):
     """Nearest x2 upsampling, then a 3x3 convolution: (B, I, H, W), (O, I, 3, 3) -> (B, O, 2H, 2W).
 
-    Computed as ONE 4x4 stride-2 transposed convolution, whose kernel is the 3x3 kernel summed over 2x2
-    shifts: the same function with 2.25 times fewer multiply-adds.
+    As ONE 4x4 stride-2 transposed convolution, whose kernel is the 3x3 one summed over 2x2 shifts: 2.25 times
+    fewer multiply-adds.
     """
     flipped = weight.flip(2, 3)
     kernel = sum(F.pad(flipped, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1))
@@ -282,19 +267,19 @@ def upsample_conv(x, weight):
 class DecoderNorm(nn.Module):
     """GroupNorm; with conditioning (4.4) then a scale and shift per channel, linear in the embedded gamma.
 
-    PAPER SILENT on the norm. With GroupNorm an image does not depend on the rest of its batch, which may be
-    small.
+    PAPER SILENT on the norm. With GroupNorm an image does not depend on the rest of its (small) batch.
     """
 
     def __init__(self, channels, gamma_dim=None):
         super().__init__()
         self.norm = group_norm(channels)
-        self.gamma = None if gamma_dim is None else nn.Linear(gamma_dim, 2 * channels)
-        if self.gamma is not None:                              # starts as no conditioning at all
-            nn.init.zeros_(self.gamma.weight)
+        self.gamma = None
+        if gamma_dim is not None:
+            self.gamma = nn.Linear(gamma_dim, 2 * channels)
+            nn.init.zeros_(self.gamma.weight)  # starts as no conditioning at all
             nn.init.zeros_(self.gamma.bias)
 
-    def forward(self, x, gamma=None):                           # (B, C, H, W), (B, gamma_dim) or None
+    def forward(self, x, gamma=None):  # (B, C, H, W), (B, gamma_dim) or None
         x = self.norm(x)
         if self.gamma is None:
             return x
@@ -305,8 +290,8 @@ class DecoderNorm(nn.Module):
 class DecoderBlock(nn.Module):
     """[x2 upsampling] -> [concatenate the skip] -> (3x3 conv -> norm -> ReLU) twice.
 
-    PAPER SILENT on all of it; this is TransUNet's block, the paper's architecture (Chen et al., 2021). PAPER
-    SILENT on upsampling: nearest, because it and the convolution behind it are then one cheap operation.
+    PAPER SILENT on all of it: the block of TransUNet (Chen et al., 2021), the paper's architecture.
+    PAPER SILENT on upsampling: nearest, which makes one cheap operation with the convolution behind it.
     """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample, gamma_dim=None):
@@ -320,8 +305,8 @@ class DecoderBlock(nn.Module):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
 
     def forward(self, x, skip=None, gamma=None):
-        # conv1 over [upsampled x, skip], as the sum of its two parts: x is upsampled inside upsample_conv
-        weight_x, weight_skip = self.conv1.weight[:, :self.in_channels], self.conv1.weight[:, self.in_channels:]
+        # conv1 over [upsampled x, skip], as the sum of its two parts
+        weight_x, weight_skip = self.conv1.weight.tensor_split([self.in_channels], dim=1)
         y = upsample_conv(x, weight_x) if self.upsample else F.conv2d(x, weight_x, padding=1)
         if skip is not None:
             y = y + F.conv2d(skip, weight_skip, padding=1)
@@ -330,13 +315,11 @@ class DecoderBlock(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """Five blocks of [1024, 512, 256, 128, 64] * width channels, from the coarsest map to full size; 3x3
-    head.
+    """Blocks of [1024, 512, 256, 128, 64] * width channels, from the coarsest map to full size; 3x3 head.
 
     channels, strides: the encoder's. width: 1, 2 or 3 in the paper. The last log2(strides[-1]) blocks
-    upsample: five for ResNet-50 (stride 32), four for the hybrid (stride 16). PAPER SILENT on how five widths
-    meet stride 16, and on the skips: every map of the encoder but the coarsest is one; there is none at full
-    resolution.
+    upsample. PAPER SILENT on how five widths meet the hybrid's stride 16 (four upsample), and on the skips:
+    every map of the encoder but the coarsest is one.
 
     forward: maps, fine to coarse; size (H, W) -> (B, out_channels, H, W). gamma: see UNet.
     """
@@ -348,17 +331,14 @@ class UNetDecoder(nn.Module):
         widths = [round(width * c) for c in (1024, 512, 256, 128, 64)]
         if min(widths) < 1:
             raise ValueError(f"width {width} leaves a decoder block without channels; the least is 1/64")
-        self.condition_on_gamma = condition_on_gamma
         gamma_dim = 256 if condition_on_gamma else None
-        if condition_on_gamma:
-            self.gamma_mlp = nn.Sequential(nn.Linear(64, gamma_dim), nn.SiLU())
-        without_upsampling = 5 - int(math.log2(strides[-1]))
-        self.skip_levels, self.blocks = [], nn.ModuleList()      # level: which of the maps is the skip, or None
+        self.gamma_mlp = nn.Sequential(nn.Linear(64, 256), nn.SiLU()) if condition_on_gamma else None
+        self.skip_levels, self.blocks = [], nn.ModuleList()  # level: which of the maps is the skip, or None
         stride, in_channels = strides[-1], channels[-1]
         for i, out in enumerate(widths):
-            upsample = i >= without_upsampling
+            upsample = i >= 5 - math.log2(strides[-1])
             stride = stride // 2 if upsample else stride
-            level = strides.index(stride) if upsample and stride in strides else None
+            level = strides.index(stride) if stride in strides[:-1] else None
             skip = 0 if level is None else channels[level]
             self.blocks.append(DecoderBlock(in_channels, skip, out, upsample, gamma_dim))
             self.skip_levels.append(level)
@@ -366,30 +346,29 @@ class UNetDecoder(nn.Module):
         self.replace_head(out_channels)
 
     def replace_head(self, out_channels):
-        """A fresh 3x3 head with `out_channels` outputs (3: denoising, N: classes); the rest stays."""
+        """A fresh head (3 outputs: denoising, N: classes); the rest stays."""
         last = self.blocks[-1].conv2
         self.head = nn.Conv2d(last.out_channels, out_channels, 3, padding=1).to(last.weight)
 
     def forward(self, maps, size, gamma=None):
-        gamma = self.embed_gamma(gamma, maps[-1]) if self.condition_on_gamma else None
         y = maps[-1]
+        gamma = None if self.gamma_mlp is None else self.embed_gamma(gamma, y)
         for block, skip in zip(self.blocks, self.skip_levels):
             y = block(y, None if skip is None else maps[skip], gamma)
-        return self.head(y)[..., :size[0], :size[1]]            # cropped from the multiple of strides[-1]
+        return self.head(y)[..., :size[0], :size[1]]  # cropped from the multiple of strides[-1]
 
     def embed_gamma(self, gamma, like):
-        """gamma in [0, 1], a float or (B,); None: 1 (a clean image) -> (B, 256): sines and cosines."""
+        """gamma in [0, 1], a float or (B,), or None (1) -> (B, 256)."""
         gamma = torch.as_tensor(1.0 if gamma is None else gamma, device=like.device, dtype=torch.float32)
         frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, device=like.device))
-        phase = gamma.expand(len(like))[:, None] * frequencies                        # (B, 32)
+        phase = gamma.expand(len(like))[:, None] * frequencies  # (B, 32)
         return self.gamma_mlp(torch.cat([phase.sin(), phase.cos()], dim=1))
 
 
 class UNet(nn.Module):
-    """encoder + decoder: (B, 3, H, W) in [-1, 1] -> (B, out_channels, H, W), for any H and W.
+    """encoder + decoder: (B, 3, H, W) in [-1, 1] -> (B, out_channels, H, W), any H and W.
 
-    Images are padded below and right to a multiple of the coarsest stride, and the output is cropped. gamma:
-    the noise level, for condition_on_gamma (4.4): a float or (B,); None means a clean image.
+    gamma: the noise level, for condition_on_gamma (4.4): a float or (B,); None means a clean image.
     """
 
     def __init__(self, encoder, width=1, out_channels=3, condition_on_gamma=False):
@@ -398,10 +377,9 @@ class UNet(nn.Module):
         self.decoder = UNetDecoder(encoder.channels, encoder.strides, width, out_channels, condition_on_gamma)
 
     def encode(self, x):
-        """The encoder's maps of x, padded to a multiple of the coarsest stride."""
-        height, width = x.shape[-2:]
+        """The maps of x, padded below and right to a multiple of the coarsest stride."""
         stride = self.encoder.strides[-1]
-        padding = (0, -width % stride, 0, -height % stride)
+        padding = (0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride)
         return self.encoder(F.pad(x, padding, mode="replicate") if any(padding) else x)
 
     def forward(self, x, gamma=None):
@@ -411,7 +389,7 @@ class UNet(nn.Module):
 class Classifier(nn.Module):
     """Stage 1: encoder -> mean of the coarsest map -> linear: (B, 3, H, W) in [-1, 1] -> (B, num_classes).
 
-    PAPER SILENT on the head. The mean works for any encoder; Dosovitskiy et al. read the class token instead.
+    PAPER SILENT on the head. The mean works for any encoder; Dosovitskiy et al. read the class token.
     """
 
     def __init__(self, encoder, num_classes):
@@ -423,54 +401,46 @@ class Classifier(nn.Module):
 
 
 def freeze(module):
-    """Freeze `module` for good and return it: no gradients, and eval mode, so that buffers stay too, whatever
-    .train() is called later on it, on a part of it, or on a model around it."""
+    """Freeze `module` for good and return it: no gradients, eval mode, whatever .train() is called later
+    on it, a part of it, or a model around it."""
     module.requires_grad_(False).eval()
     for part in module.modules():
         part.train = lambda mode=True, part=part: part
     return module
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Weights
+# ---------------------------------------- Weights
 
-PUBLISHED = {      # name: (encoder, address, first digits of its SHA-256 where they are known)
+PUBLISHED = {  # name: (encoder, address, first digits of its SHA-256 or None)
     "imagenet21k": ("hybrid", "https://storage.googleapis.com/vit_models/imagenet21k/R50+ViT-B_16.npz", None),
-    # torchvision's IMAGENET1K_V1
     "imagenet1k": ("resnet50", "https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),
 }
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be fetched or read, or that do not fit; the message is one line."""
+    """Weights that cannot be fetched or read, or that do not fit, in one line."""
 
 
 def load_encoder_weights(encoder, source, label=None):
-    """Set every tensor of `encoder` from a file, which is recognised by its content: see `recognise`.
+    """Set every tensor of `encoder`, or none and raise a WeightsError. Returns what the file was taken for.
 
-    source: a path, or what read_weights found there, with a label for messages. Classification heads are left
-    out. Any other tensor that is missing, left over or of another shape is a WeightsError, and the encoder
-    stays as it was. Returns what the file was taken for, as text.
+    source: a path, or what read_weights found there, and a label for messages.
     """
     content = source if isinstance(source, Mapping) else read_weights(source)
     label = label or ("the given mapping" if content is source else source)
     kind, state = recognise(content, label)
-    if isinstance(encoder, ResNet50):       # older files lack these counters, which nothing reads
+    if isinstance(encoder, ResNet50):  # older files lack these counters, which nothing reads
         counters = {k: v for k, v in encoder.state_dict().items() if k.endswith("num_batches_tracked")}
         state = {**counters, **state}
     load_strictly(encoder, state, f"{label}: {kind}, does not fit {type(encoder).__name__}")
     return kind
 
 
-def recognise(content, label="the given mapping"):
-    """(what these weights are, as text; their encoder as a state dict of HybridViT or ResNet50).
-
-    Known are checkpoints of this project, of any stage; for HybridViT Google's R50+ViT-B_16.npz and timm's
-    vit_base_r50_s16 (224.orig_in21k, 384.orig_in21k_ft_in1k), at 224 or 384 pixels; torchvision's ResNet-50.
-    """
+def recognise(content, label):
+    """(what these weights are, as text; their encoder, without heads, as HybridViT's or ResNet50's)."""
     if isinstance(content.get("model"), Mapping):
-        state = {k.removeprefix("encoder."): v for k, v in content["model"].items() if k.startswith("encoder.")}
-        return "a checkpoint of this project", state
+        return "a checkpoint of this project", {name.removeprefix("encoder."): value for name, value
+                                                in content["model"].items() if name.startswith("encoder.")}
     if "conv_root/kernel" in content:
         return "Google's R50+ViT-B_16", from_google(content)
     if "patch_embed.backbone.stem.conv.weight" in content:
@@ -483,7 +453,7 @@ def recognise(content, label="the given mapping"):
 
 
 def image_size_of(content):
-    """The image size that the position grid of these weights is made for: 224, 384 ...; or None."""
+    """The image size of the position grid in these weights: 224, 384 ...; or None."""
     tensors = content["model"] if isinstance(content.get("model"), Mapping) else content
     for name in ("encoder.pos_embedding", "Transformer/posembed_input/pos_embedding", "pos_embed"):
         if name in tensors:
@@ -492,12 +462,12 @@ def image_size_of(content):
 
 
 def load_strictly(module, state, complaint):
-    """load_state_dict that sets all tensors or none: else a WeightsError: `complaint` and keys."""
+    """load_state_dict that sets all tensors, or none and raises a WeightsError, with the keys."""
     ours = module.state_dict()
-    shapes = [f"{k} {tuple(state[k].shape)}, expected {tuple(ours[k].shape)}" for k in ours
-              if k in state and state[k].shape != ours[k].shape]
-    faults = {"missing": [k for k in ours if k not in state], "unexpected": [k for k in state if k not in ours],
-              "of another shape": shapes}
+    faults = {"missing": [k for k in ours if k not in state],
+              "unexpected": [k for k in state if k not in ours],
+              "of another shape": [f"{k} {tuple(state[k].shape)}, expected {tuple(ours[k].shape)}"
+                                   for k in ours if k in state and state[k].shape != ours[k].shape]}
     found = [f"{len(keys)} tensors {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
              for fault, keys in faults.items() if keys]
     if found:
@@ -506,110 +476,102 @@ def load_strictly(module, state, complaint):
 
 
 def read_weights(path):
-    """The content of a weights file (torch.save's, .npz, .safetensors) as a mapping of names.
-
-    Raises WeightsError where there is none, or where the checksum of one of its parts does not hold.
-    """
+    """A weights file (torch.save's, .npz, .safetensors) as a mapping of names to tensors or arrays. Raises
+    WeightsError, also where a checksum does not hold."""
     if not os.path.isfile(path):
         raise WeightsError(f"{path}: no such file; expected weights")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
-        if start[8:] == b"{":                                      # safetensors: 8 bytes of length, then JSON
-            from safetensors.torch import load_file                # where it happens to be installed
+        if start[8:] == b"{":  # safetensors: 8 bytes of length, then JSON
+            from safetensors.torch import load_file
             return load_file(path)
-        if zipfile.is_zipfile(path):                               # .npz, and what torch.save writes
+        if zipfile.is_zipfile(path):  # .npz, and what torch.save writes
             with zipfile.ZipFile(path) as parts:
                 names, damaged = parts.namelist(), parts.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(f"damaged: {damaged} does not match its checksum")
             if any(name.endswith(".npy") for name in names):
-                import numpy                                       # for .npz alone
+                import numpy
                 return dict(numpy.load(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
-        raise WeightsError(f"{path}: needs the package {error.name}; install it, or pass a .pth file") from None
-    except Exception as error:                                     # torch.load fails in many ways
+        raise WeightsError(f"{path}: needs the package {error.name}; install it, or pass a .pth "
+                           "file") from None
+    except Exception as error:  # torch.load fails in many ways
         reason = error if isinstance(error, zipfile.BadZipFile) else type(error).__name__
         raise WeightsError(f"{path}: cannot be read as weights ({reason}); expected tensors in .pth, .bin, "
                            ".npz or .safetensors") from None
     if isinstance(content, Mapping):
         content = content.get("state_dict", content)
     if not isinstance(content, Mapping):
-        raise WeightsError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors")
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to "
+                           "tensors")
     return content
 
 
 def published_weights(name):
-    """The path of the published file called `name`, one of PUBLISHED; fetched once into torch.hub's cache.
-
-    It gets its name there when it is whole and holds what it should. Raises WeightsError, with the address.
-    """
+    """The path of one of PUBLISHED, fetched once into torch.hub's cache, whole or not at all."""
     _, address, sha256 = PUBLISHED[name]
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        part = f"{path}.{os.getpid()}.part"
-        try:
-            torch.hub.download_url_to_file(address, part, sha256, progress=True)
-            recognise(read_weights(part), address)
-            os.replace(part, path)
-        except (OSError, RuntimeError) as error:                   # no network, or another hash
-            raise WeightsError(f"{name}: cannot fetch {address} ({error}); pass the path of a copy") from None
-        finally:
-            if os.path.exists(part):
-                os.remove(part)
+    if os.path.exists(path):
+        return path
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        torch.hub.download_url_to_file(address, part, sha256)
+        recognise(read_weights(part), address)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # no network, or another hash
+        raise WeightsError(f"{name}: cannot fetch {address} ({error}); pass the path of a copy") from None
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
     return path
 
 
 def from_google(arrays):
     """The arrays of R50+ViT-B_16.npz (name -> array) as a state dict of HybridViT.
 
-    Kernels change from (h, w, in, out) to (out, in, h, w), and from (in, out) to (out, in); query, key and
-    value, (768, 12 heads, 64) each, become one matrix.
+    Kernels: (h, w, in, out), (in, out), query (in, heads, 64), out (heads, 64, dim). GroupNorm: (1, 1, 1, C).
     """
-    renamed = {"Transformer/posembed_input/": "", "Transformer/encoder_norm": "encoder_norm",
-               "Transformer/encoderblock_": "transformer/", "LayerNorm_0": "norm1", "LayerNorm_2": "norm2",
-               "MlpBlock_3/Dense_0": "fc1", "MlpBlock_3/Dense_1": "fc2", "kernel": "weight", "scale": "weight",
-               "/": "."}
+    renamed = {"Transformer/": "", "posembed_input/": "", "encoderblock_": "transformer/",
+               "MultiHeadDotProductAttention_1/": "", "/out/": "/proj/", "LayerNorm_0": "norm1",
+               "LayerNorm_2": "norm2", "MlpBlock_3/Dense_0": "fc1", "MlpBlock_3/Dense_1": "fc2",
+               "kernel": "weight", "scale": "weight", "/": "."}
     state = {}
     for name, array in arrays.items():
-        if name.split("/")[0] in ("head", "pre_logits") or "MultiHeadDotProductAttention" in name:
+        if name.split("/")[0] in ("head", "pre_logits"):
             continue
         value = torch.as_tensor(array)
-        if name.endswith("kernel"):
-            value = value.permute(3, 2, 0, 1) if value.dim() == 4 else value.T
-        elif value.dim() == 4:                                     # GroupNorm's (1, 1, 1, C)
+        if name.endswith(("bias", "scale")):
             value = value.flatten()
+        elif name.endswith("out/kernel"):
+            value = value.flatten(0, 1).T
+        elif name.endswith("kernel"):
+            value = value.permute(3, 2, 0, 1) if value.dim() == 4 else value.flatten(1).T
         for theirs, ours in renamed.items():
             name = name.replace(theirs, ours)
-        state[name] = value.contiguous()
-    for layer in range(sum(name.endswith("LayerNorm_0/scale") for name in arrays)):
-        prefix = f"Transformer/encoderblock_{layer}/MultiHeadDotProductAttention_1/"
-        a = {k.removeprefix(prefix): torch.as_tensor(v) for k, v in arrays.items() if k.startswith(prefix)}
-        if len(a) == 8:                                            # kernel and bias of query, key, value, out
-            qkv, name = ("query", "key", "value"), f"transformer.{layer}"
-            state[f"{name}.qkv.weight"] = torch.cat([a[f"{part}/kernel"].flatten(1).T for part in qkv])
-            state[f"{name}.qkv.bias"] = torch.cat([a[f"{part}/bias"].flatten() for part in qkv])
-            state[f"{name}.proj.weight"] = a["out/kernel"].flatten(0, 1).T.contiguous()
-            state[f"{name}.proj.bias"] = a["out/bias"]
+        state[name] = value
+    for query in [name for name in state if ".query." in name]:
+        parts = [query.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in state for part in parts):
+            state[query.replace("query", "qkv")] = torch.cat([state.pop(part) for part in parts])
     return state
 
 
 def from_timm(tensors):
     """timm's names as HybridViT's; the tensors are the same."""
-    renamed = {"patch_embed.backbone.": "", "stem.conv": "conv_root", "stem.norm": "gn_root",
-               "downsample.conv": "conv_proj", "downsample.norm": "gn_proj", "patch_embed.proj": "embedding",
-               "cls_token": "cls", "pos_embed": "pos_embedding", "attn.": "", "mlp.": ""}
+    renamed = {r"(backbone\..*)norm": r"\1gn", r"^patch_embed\.backbone\.": "",
+               r"^stem\.(conv|gn)": r"\1_root", r"downsample\.(conv|gn)": r"\1_proj",
+               r"^stages\.(\d+)\.blocks\.(\d+)": lambda m: f"block{int(m[1]) + 1}.unit{int(m[2]) + 1}",
+               r"^patch_embed\.proj": "embedding", "^cls_token": "cls", "^pos_embed": "pos_embedding",
+               r"^norm\.": "encoder_norm.", r"^blocks\.": "transformer.", r"\.(attn|mlp)\.": "."}
     state = {}
     for name, value in tensors.items():
         if name.split(".")[0] in ("head", "pre_logits", "fc_norm"):
             continue
         for theirs, ours in renamed.items():
-            name = name.replace(theirs, ours)
-        name = re.sub(r"^norm\.", "encoder_norm.", name)
-        name = re.sub(r"^blocks\.", "transformer.", name)
-        name = re.sub(r"^stages\.(\d+)\.blocks\.(\d+)",
-                      lambda m: f"block{int(m[1]) + 1}.unit{int(m[2]) + 1}", name)
-        state[re.sub(r"(unit\d+)\.norm", r"\1.gn", name)] = value
+            name = re.sub(theirs, ours, name)
+        state[name] = value
     return state

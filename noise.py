@@ -1,11 +1,11 @@
-"""Noise, targets and the loss of denoising pretraining: equations 1 to 6 of the paper (Brempong et al.,
-2022).
-
-This file needs torch and nothing else: copy it where you like.
+"""Noise, targets and the loss of denoising pretraining: equations 1 to 6 of Brempong et al. (2022).
 
     eps = sample_noise(x.shape, seeds, x.device)           # e ~ N(0, I), one seed per image
     x_noisy = scaled_additive_noise(x, eps, gamma=0.95)    # Eq. 5
     loss = denoising_loss(model(x_noisy), eps)             # Eq. 6
+
+x and e are (B, C, H, W) of one float dtype, which results keep. gamma in [0, 1] and sigma >= 0 are floats or
+(B,), one per image; out of range they raise ValueError.
 
 THE PIXEL RANGE. gamma and sigma mean nothing without it. PAPER SILENT: here pixels x lie in [-1, 1], which is
 what the published encoder takes: x = (value - 127.5) / 127.5 for 8-bit values. sigma = 0.23 is then 29 grey
@@ -14,10 +14,10 @@ variance of x is 1; photographs in [-1, 1] have about 0.25.
 
 Two ways to write one noise: x~ = sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma e) / sqrt(1 + sigma^2), with
 
-    gamma     sigma = sqrt(1/gamma - 1)    sqrt(1 - gamma)    where the paper uses it
-    0.95      0.2294                       0.2236             main setting (4.1, Table 4)
-    0.90      0.3333                       0.3162             lower end of U(0.9, 0.95) in Table 4
-    0.6098    0.8000                       0.6247             DeP in Table 2: sigma = 0.8
+    gamma   sigma = sqrt(1/gamma - 1)  sqrt(1 - gamma)  where the paper uses it
+    0.95    0.2294                     0.2236           main setting (4.1, Table 4)
+    0.90    0.3333                     0.3162           lower end of U(0.9, 0.95) in Table 4
+    0.6098  0.8000                     0.6247           DeP in Table 2: sigma = 0.8
 
 The paper's "optimal noise magnitude", 0.22, is sqrt(1 - gamma) at gamma = 0.95. (Table 4's caption says sigma
 where its values are gamma.)
@@ -29,33 +29,25 @@ import torch.nn.functional as F
 
 
 def gamma_to_sigma(gamma):
-    """sigma = sqrt(1/gamma - 1), for gamma in (0, 1]. Takes and returns a float or a tensor."""
+    """sigma = sqrt(1/gamma - 1), for gamma in (0, 1]."""
     _check_gamma(gamma, zero_allowed=False)
     return (1 / gamma - 1) ** 0.5
 
 
 def sigma_to_gamma(sigma):
-    """gamma = 1 / (1 + sigma^2), for sigma >= 0. Takes and returns a float or a tensor."""
+    """gamma = 1 / (1 + sigma^2)."""
     _check_sigma(sigma)
     return 1 / (1 + sigma ** 2)
 
 
 def simple_additive_noise(x, eps, sigma):
-    """Eq. 1: x~ = x + sigma e.
-
-    x, eps: (B, C, H, W) of one float dtype, x in [-1, 1]; sigma >= 0: a float, or (B,), one per image.
-    Returns x~ in the shape and dtype of x. Raises ValueError for a sigma that is negative or not finite.
-    """
+    """Eq. 1: x~ = x + sigma e."""
     _check_sigma(sigma)
     return (x + _per_image(sigma, x) * eps).to(x.dtype)
 
 
 def scaled_additive_noise(x, eps, gamma):
-    """Eq. 5: x~ = sqrt(gamma) x + sqrt(1 - gamma) e.
-
-    x, eps: (B, C, H, W) of one float dtype, x in [-1, 1]; gamma in [0, 1]: a float, or (B,), one per image.
-    Returns x~ in the shape and dtype of x. Raises ValueError for a gamma outside [0, 1].
-    """
+    """Eq. 5: x~ = sqrt(gamma) x + sqrt(1 - gamma) e."""
     _check_gamma(gamma)
     gamma = _per_image(gamma, x)
     return (gamma.sqrt() * x + (1 - gamma).sqrt() * eps).to(x.dtype)
@@ -65,9 +57,8 @@ def denoising_loss(prediction, target):
     """Eq. 2 (target = x: predict the image) and Eqs. 3, 4, 6 (target = e: predict the noise).
 
     prediction, target: (B, C, H, W). Returns a float32 scalar: the MEAN over all elements. The paper writes
-    the squared norm, a sum over the C H W elements of an image. The mean is that sum divided by a constant,
-    to which Adam is indifferent: it does not grow with the image, and a model that answers 0 to unit noise
-    has loss 1.
+    the squared norm, a sum over C H W elements. The mean is that sum divided by a constant, to which Adam is
+    indifferent: it does not grow with the image, and a model that answers 0 to unit noise has loss 1.
     """
     return F.mse_loss(prediction.float(), target.float())
 
@@ -82,8 +73,8 @@ def remove_noise(x_noisy, eps, gamma):
 def sample_noise(shape, seeds, device="cpu"):
     """e ~ N(0, I) of shape (B, C, H, W), float32: image b from a generator of its own, seeded with seeds[b].
 
-    So an image's noise does not depend on the rest of its batch, on the process that holds it, or on what was
-    drawn before. It does depend on the kind of device, whose generators differ.
+    So an image's noise does not depend on its batch, its process, or what was drawn before. It does depend on
+    the kind of device, whose generators differ.
     """
     noise = [torch.randn(shape[1:], generator=_generator(seed, device), device=device) for seed in seeds]
     return torch.stack(noise)
@@ -92,7 +83,7 @@ def sample_noise(shape, seeds, device="cpu"):
 def sample_gamma(low, high, seeds):
     """gamma ~ U(low, high), one per image (4.4, Table 4): (B,) float32 on the CPU.
 
-    Image b's gamma is a function of seeds[b] + 1: the seed of its noise would tie the two together. Raises
+    Image b's gamma comes from seeds[b] + 1: the seed of its noise would tie the two together. Raises
     ValueError unless 0 <= low <= high <= 1.
     """
     _check_gamma(low)
@@ -126,7 +117,7 @@ def _check_sigma(sigma):
 
 
 def _extremes(value):
-    """(min, max) of a float or a tensor; nan wherever there is a nan, which fails every comparison."""
+    """(min, max) of a float or a tensor; with a nan in it nan, which fails every comparison."""
     if isinstance(value, torch.Tensor):
         return value.min().item(), value.max().item()
     return value, value

@@ -1,44 +1,40 @@
-"""The pictures that the scripts draw: tables of pictures, coloured masks, curves. Pillow and NumPy only."""
+"""The pictures that the scripts draw: tables of pictures, coloured masks, curves."""
+from colorsys import hsv_to_rgb
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-IGNORED = (255, 255, 255)
 INK, PAPER, LINE = (30, 30, 30), (255, 255, 255), (215, 215, 215)
 SERIES = ((120, 120, 120), (44, 110, 203), (222, 143, 5), (190, 50, 60), (60, 150, 80), (130, 80, 170))
 
 
 def from_pixels(x):
-    """A tensor (3, H, W) in [-1, 1], clipped, as uint8 (H, W, 3)."""
+    """A tensor (3, H, W), clipped to [-1, 1], as uint8 (H, W, 3)."""
     return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
 def palette(count):
     """`count` colours (count, 3) uint8: black for class 0, then hues a golden section apart."""
-    colours = [(0, 0, 0)]
-    for i in range(1, count):
-        hue = (i * 0.618034 % 1) * 6
-        ramp = [min(max(abs((hue + shift) % 6 - 3) - 1, 0), 1) for shift in (0, 4, 2)]
-        value = (235, 175)[i // 7 % 2]
-        colours.append(tuple(int(value * (0.2 + 0.8 * r)) for r in ramp))
-    return np.array(colours[:count], np.uint8)
+    hues = [hsv_to_rgb(i * 0.618034 % 1, 0.8, (235, 175)[i // 7 % 2]) for i in range(1, count)]
+    return np.array([(0, 0, 0), *hues][:count]).round(6).astype(np.uint8)  # 46.9999... is 47
 
 
 def colour_mask(mask, colours):
     """Class indices (H, W) in these colours (N, 3), as uint8 (H, W, 3); ignored pixels are white."""
-    table = np.full((256, 3), IGNORED, np.uint8)
+    table = np.full((256, 3), 255, np.uint8)
     table[:len(colours)] = colours
     return table[np.asarray(mask)]
 
 
 def overlay(image, mask, colours):
-    """The colours of `mask` half over `image`, uint8 (H, W, 3)."""
+    """The colours of `mask` half over `image` (H, W, 3), uint8."""
     return ((image.astype(np.uint16) + colour_mask(mask, colours)) // 2).astype(np.uint8)
 
 
 def sheet(rows, titles, height=128):
-    """A PIL image with a table of pictures: rows of uint8 (H, W, 3), scaled to `height`; column titles."""
+    """A PIL image: a table of pictures, rows of uint8 (H, W, 3), scaled to `height`; column titles."""
     font = ImageFont.load_default(13)
-    cells = [[_scaled(picture, height) for picture in row] for row in rows]
+    cells = [[_scaled(Image.fromarray(picture), height) for picture in row] for row in rows]
     widths = [max(*(row[i].width for row in cells), round(font.getlength(title))) + 6
               for i, title in enumerate(titles)]
     lefts, top = np.cumsum([6, *widths]).tolist(), 24
@@ -53,10 +49,9 @@ def sheet(rows, titles, height=128):
 
 
 def _scaled(picture, height):
-    cell = Image.fromarray(np.ascontiguousarray(picture))
-    width = max(1, round(cell.width * height / cell.height))
-    smooth = cell.height >= height  # enlarged pixels stay visible
-    return cell.resize((width, height), Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST)
+    smooth = picture.height >= height  # enlarged pixels stay visible
+    return picture.resize((max(1, round(picture.width * height / picture.height)), height),
+                          Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST)
 
 
 def curves(series, x_label, y_label, size=(720, 480)):
@@ -65,15 +60,15 @@ def curves(series, x_label, y_label, size=(720, 480)):
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
     left, top, right, bottom = 70, 20, size[0] - 20, size[1] - 60
-    points = [point for line in series.values() for point in line]
-    xs = sorted({x for x, _, _ in points})
-    low = 5 * np.floor(min(mean - deviation for _, mean, deviation in points) / 5)
-    high = 5 * np.ceil(max(mean + deviation for _, mean, deviation in points) / 5)
+    xs, means, deviations = np.array([point for line in series.values() for point in line], float).T
+    xs = np.unique(xs)
+    low = 5 * np.floor((means - deviations).min() / 5)
+    high = 5 * np.ceil((means + deviations).max() / 5)
     span = np.log(xs[-1] / xs[0]) or 1.0
 
-    def place(x, y):
+    def place(x, y, shift=0):
         across = left + 40 + (right - left - 80) * np.log(x / xs[0]) / span
-        return across, bottom - (bottom - top) * (y - low) / (high - low)
+        return across + shift, bottom - (bottom - top) * (y - low) / (high - low)
 
     for y in np.arange(low, high + 1, 5 if high - low <= 50 else 10):
         level = place(xs[0], y)[1]
@@ -86,11 +81,10 @@ def curves(series, x_label, y_label, size=(720, 480)):
     draw.text((left + 8, top), y_label, INK, font)
     for i, (name, line) in enumerate(series.items()):
         colour, shift = SERIES[i % len(SERIES)], 5 * (i - (len(series) - 1) / 2)  # bars side by side
-        line = [(place(x, mean)[0] + shift, *(place(x, mean + d)[1] for d in (0, -deviation, deviation)))
-                for x, mean, deviation in line]
-        draw.line([(across, middle) for across, middle, _, _ in line], colour, 2)
-        for across, middle, lower, upper in line:
-            draw.line([(across, lower), (across, upper)], colour)
+        draw.line([place(x, mean, shift) for x, mean, _ in line], colour, 2)
+        for x, mean, deviation in line:
+            draw.line([place(x, mean - deviation, shift), place(x, mean + deviation, shift)], colour)
+            across, middle = place(x, mean, shift)
             draw.ellipse([across - 4, middle - 4, across + 4, middle + 4], colour)
         y = bottom - 20 * (len(series) - i)
         draw.line([(right - 190, y + 8), (right - 165, y + 8)], colour, 3)

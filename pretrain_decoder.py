@@ -3,15 +3,14 @@
     python pretrain_decoder.py                                                        # toy data, on a CPU
     python pretrain_decoder.py --data folder --root photos --encoder-weights imagenet21k           # one GPU
     torchrun --nproc_per_node=8 pretrain_decoder.py --data imagenet21k --root imagenet21k \\
-        --encoder-weights imagenet21k                                                              # eight GPUs
+        --encoder-weights imagenet21k                                                                  # eight
 
-In: any images, without labels, and the weights of the encoder. Out, in --out: last.pt, which finetune.py
-takes as --init; log.jsonl, args.json, metrics.json, panel_start.png, panel_end.png. The same command again
-continues.
+In: images without labels, and the weights of the encoder. Out, in --out (run_folder.py): last.pt, which
+finetune.py takes as --init; panel_start.png, panel_end.png.
 
 DDeP (Eq. 6):  O4(phi | theta, gamma) = E_x E_e || g_phi(f_theta(sqrt(gamma) x + sqrt(1 - gamma) e)) - e ||^2
 
-The encoder f_theta is frozen, the decoder g_phi is trained. DeP (section 3): theta is trained too, from fresh
+The encoder f_theta is frozen, the decoder g_phi is trained. DeP (section 3) trains both, theta from fresh
 weights unless --encoder-weights names others.
 """
 import math
@@ -44,22 +43,20 @@ def parse_arguments(argv=None):
     launch.add_training_flags(parser, UNLABELLED)
     parser.set_defaults(weight_decay=0.0)  # PAPER SILENT
     add = parser.add_argument
-    add("--cache", metavar="DIR", help="folder for the index of a large listing (default: beside the data)")
+    add("--cache", metavar="DIR", help="folder for the index of the images (default: beside the data)")
     add("--coarse", action="store_true", help="cityscapes: with the images of train_extra (Table 3)")
-    add("--method", choices=("ddep", "dep"), default="ddep", help="what trains: the decoder, or the encoder too")
-    add("--gamma", type=launch.unit_float,
-        help="noise level of Eq. 5, 0 to 1; 0.95 unless another flag sets it")
+    add("--method", choices=("ddep", "dep"), default="ddep", help="what trains: decoder, or encoder too")
+    add("--gamma", type=launch.unit_float, help="noise level of Eq. 5, 0 to 1 (default: 0.95)")
     add("--gamma-range", type=launch.unit_float, nargs=2, metavar=("LOW", "HIGH"),
         help="gamma drawn from U(LOW, HIGH) for each image (Table 4: 0.9 0.95; 4.4: 0 1)")
-    add("--sigma", type=launch.non_negative_float,
-        help="the noise level as sigma = sqrt(1/gamma - 1)")
+    add("--sigma", type=launch.non_negative_float, help="the noise level as sigma = sqrt(1/gamma - 1)")
     add("--noise", choices=("scaled", "simple"), default="scaled", help="Eq. 5 or Eq. 1")
     add("--target", choices=("noise", "image"), default="noise", help="what to predict (3.2, Table 1)")
     add("--condition", action="store_true", help="condition the decoder's norms on gamma (4.4)")
     add("--encoder", choices=ENCODERS, help="the encoder network")
     add("--encoder-weights", metavar="PATH",
-        help="a checkpoint of pretrain_encoder.py or published weights; imagenet21k (hybrid) or imagenet1k "
-             "(resnet50) are downloaded; random: fresh (the default of dep)")
+        help="of pretrain_encoder.py or published; imagenet21k (hybrid), imagenet1k (resnet50): downloaded; "
+             "random: fresh (the default of dep)")
     add("--width", type=launch.positive_float, help="decoder of [1024, 512, 256, 128, 64] * W channels (4.3)")
     add("--image-size", type=launch.positive_int, help="side of the square crops (5.1: 224)")
     add("--min-area", type=launch.unit_float, help="smallest crop, as a fraction of the image's area")
@@ -73,32 +70,27 @@ def parse_arguments(argv=None):
         raise InputError("--noise simple (Eq. 1) has no gamma; pass --sigma (gamma 0.95 is sigma 0.2294)")
     if args.batch_norm == "batch" and args.method == "ddep":
         raise InputError("--batch-norm batch: DDeP freezes the encoder, statistics included; drop the flag")
-    levels = [level for level in (args.gamma, args.gamma_range, args.sigma) if level is not None]
-    if len(levels) > 1:
+    levels = sum(level is not None for level in (args.gamma, args.gamma_range, args.sigma))
+    if levels > 1:
         raise InputError("--gamma, --gamma-range and --sigma all set the noise level; pass one of them")
+    if levels == 0:
+        args.gamma = 0.95  # 4.1, Table 4; for Eq. 1, PAPER SILENT
+    if args.sigma is not None:
+        args.gamma = noise.sigma_to_gamma(args.sigma)
     if args.gamma_range is not None and args.gamma_range[0] > args.gamma_range[1]:
         raise InputError(f"--gamma-range {args.gamma_range[0]} {args.gamma_range[1]}: expected LOW <= HIGH")
-    if not levels:
-        args.gamma = 0.95  # 4.1, Table 4; for Eq. 1, PAPER SILENT
-    elif args.sigma is not None:
-        args.gamma = noise.sigma_to_gamma(args.sigma)
     return args
 
 
 def find_or_train_encoder(args, processes):
-    """The path of the encoder's weights, or None for fresh ones."""
+    """The path of the encoder's weights, or None for fresh ones. On the toy data stage 1 makes them, once."""
     if args.encoder_weights == "random" or (args.encoder_weights is None and args.method == "dep"):
         return None
     if args.encoder_weights is not None:
         return weights_path(args.encoder_weights, args.encoder, processes)
-    if args.data == "shapes" and args.encoder == "hybrid-small":
-        return train_missing_encoder(args, processes)
-    raise InputError("DDeP pretrains the decoder of a trained encoder: pass --encoder-weights PATH, or "
-                     "imagenet21k for the paper's; --encoder-weights random freezes an untrained one")
-
-
-def train_missing_encoder(args, processes):
-    """Run stage 1 on the toy data, once, in the main process alone; returns the path of its weights."""
+    if args.data != "shapes" or args.encoder != "hybrid-small":
+        raise InputError("DDeP pretrains the decoder of a trained encoder: pass --encoder-weights PATH, or "
+                         "imagenet21k for the paper's; --encoder-weights random freezes an untrained one")
     if processes.is_main and not is_finished(SHAPES_ENCODER):
         say(f"no encoder in {SHAPES_ENCODER}: training one first (stage 1, once)")
         alone = launch.Processes(rank=0, world=1, device=processes.device)
@@ -108,17 +100,15 @@ def train_missing_encoder(args, processes):
 
 
 def add_noise(args, x, seeds):
-    """(x~, e, gamma) for images x (B, 3, H, W) in [-1, 1]: each gets the noise and gamma of its own seed."""
+    """(x~, e, gamma (B,)) for images x (B, 3, H, W) in [-1, 1]: each has the noise and gamma of its seed."""
     eps = noise.sample_noise(x.shape, seeds, x.device)
     if args.gamma_range is None:
         gamma = torch.full((len(x),), args.gamma)
     else:
         gamma = noise.sample_gamma(*args.gamma_range, seeds)
     if args.noise == "simple":
-        x_noisy = noise.simple_additive_noise(x, eps, noise.gamma_to_sigma(gamma))  # Eq. 1
-    else:
-        x_noisy = noise.scaled_additive_noise(x, eps, gamma)  # Eq. 5
-    return x_noisy, eps, gamma
+        return noise.simple_additive_noise(x, eps, noise.gamma_to_sigma(gamma)), eps, gamma  # Eq. 1
+    return noise.scaled_additive_noise(x, eps, gamma), eps, gamma  # Eq. 5
 
 
 def main():
@@ -129,14 +119,15 @@ def main():
     share = processes.share(args.batch_size)
 
     # Data
-    with processes.one_first():  # one process per machine builds the index, the others read it
+    with processes.one_first():  # one process of a machine builds the index
         images = pretraining_images(args.data, args.root, args.cache, args.coarse)
     steps = launch.number_of_steps(args, len(images))
 
     # Model
     weights_file = find_or_train_encoder(args, processes)
     weights = None if weights_file is None else read_weights(weights_file)
-    model_args = dict(encoder=args.encoder, width=args.width, out_channels=3, condition_on_gamma=args.condition,
+    model_args = dict(encoder=args.encoder, width=args.width, out_channels=3,
+                      condition_on_gamma=args.condition,
                       image_size=None if weights is None else image_size_of(weights))
     torch.manual_seed(args.seed)
     model = build_unet(**model_args)
@@ -154,7 +145,7 @@ def main():
         freeze(model.encoder)  # before DDP and the optimiser see its parameters
         trained = model.decoder
 
-    # Optimiser: Adam (5.1). PAPER SILENT on its betas (torch's defaults), and on coupled weight decay or not
+    # Adam (5.1). PAPER SILENT on its betas (here torch's defaults) and on coupled weight decay or not
     adam = torch.optim.AdamW if args.decoupled_weight_decay else torch.optim.Adam
     optimizer = adam(trained.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                      fused=device.type in ("cpu", "cuda"))
@@ -162,9 +153,9 @@ def main():
 
     # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
     settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images}
-    run = RunFolder(settings, images.fingerprint(), steps, len(images), processes)
+    run = RunFolder(settings, [images], steps, processes)
     start, loss, _ = run.restore(model, optimizer, scaler)
-    if run.is_finished():
+    if is_finished(args.out):
         return say(f"{args.out}: finished at step {steps}, see metrics.json there")
 
     if args.compile:  # in place: no "_orig_mod." in the names of parameters
@@ -205,17 +196,17 @@ def main():
                     prediction = wrapped(maps, x_noisy.shape[-2:], gamma.to(device))
                 else:
                     prediction = wrapped(x_noisy, gamma.to(device))
-            # Each part's mean counts by its size, so that the sum is the mean over this process's share.
+            # Weighted by their sizes, the means of the parts add up to the mean over this process's share.
             target = eps if args.target == "noise" else x
             part_loss = noise.denoising_loss(prediction, target) * (len(x) / share)
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
 
-        # One all-reduce: the loss of the global batch, and whether any process received a signal.
+        # One all-reduce: the loss of the global batch, and whether a process received a signal.
         loss, stopping = processes.sum_numbers(loss / processes.world, run.signal is not None)
         scaler.unscale_(optimizer)  # clipping needs the true gradient
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), args.clip_norm or math.inf).item()
-        run.require_finite(step + 1, loss, norm, scaler, images, batch)
+        run.require_finite(step + 1, loss, norm, scaler, batch)
         scaler.step(optimizer)
         scaler.update()
 
@@ -234,7 +225,7 @@ def main():
 
 @torch.no_grad()
 def draw_panel(args, model, samples, device, rows=4):
-    """Image, noisy image, predicted noise, denoised image, for the first images of the set."""
+    """Four pictures for each of the first images of the set."""
     model.eval()
     pictures = []
     for index in range(min(rows, len(samples.source))):
@@ -253,7 +244,8 @@ def draw_panel(args, model, samples, device, rows=4):
         else:
             eps_hat = prediction
             x_hat = noise.remove_noise(scaled, eps_hat, gamma)
-        pictures.append([from_pixels(picture[0]) for picture in (x, x_noisy, eps_hat / 3, x_hat)])  # 3 sigma: 1
+        shown = (x, x_noisy, eps_hat / 3, x_hat)  # [-1, 1] shows noise up to 3 standard deviations
+        pictures.append([from_pixels(picture[0]) for picture in shown])
     return sheet(pictures, ["image", "noisy image", "predicted noise", "denoised image"], height=160)
 
 

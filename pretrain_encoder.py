@@ -5,10 +5,9 @@ classification").
     python pretrain_encoder.py --data folder --root imagenet                  # class folders, one GPU
     torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k          # eight
 
-In: class folders (root/train/<class>/, root/val/<class>/, or root/<class>/). Out, in --out: last.pt and
-best.pt (by top-1), whose encoder stage 2 takes as --encoder-weights; log.jsonl, args.json, metrics.json. The
-same command again continues. The paper's encoder is published, trained on ImageNet-21k: with its weights skip
-this stage.
+In: class folders (root/train/<class>/, root/val/<class>/, or root/<class>/). Out, in --out (run_folder.py):
+last.pt and best.pt (by top-1), which stage 2 takes as --encoder-weights. The paper's encoder is published
+(imagenet21k): with it, skip this stage.
 """
 import math
 import os
@@ -22,7 +21,7 @@ from data import Batches, Each, Samples, centre_crop, in_rounds, load, pretraini
 from datasets import CLASSIFIED, classification_images
 from launch import say
 from model import ENCODERS, build_classifier
-from run_folder import RunFolder
+from run_folder import RunFolder, is_finished
 
 # PAPER SILENT on all of stage 1. "paper" holds the usual figures of ViT training on ImageNet with Adam.
 RECIPE = {
@@ -39,7 +38,7 @@ def parse_arguments(argv=None):
     parser = launch.Parser(__doc__)
     launch.add_training_flags(parser, CLASSIFIED)
     add = parser.add_argument
-    add("--cache", metavar="DIR", help="folder for the index of a large listing (default: beside the data)")
+    add("--cache", metavar="DIR", help="folder for the index of the images (default: beside the data)")
     add("--encoder", choices=ENCODERS, help="the network")
     add("--image-size", type=launch.positive_int, help="side of the square crops, in pixels")
     add("--min-area", type=launch.unit_float, help="smallest crop, as a fraction of the image's area")
@@ -51,7 +50,7 @@ def parse_arguments(argv=None):
 
 @torch.no_grad()
 def top1(model, loader, precision, processes, between=lambda: None):
-    """Share of right answers over the validation set, every image once. between: called before each batch."""
+    """Share of right answers over the validation set. between() is called before each batch."""
     model.eval()
     right = seen = 0
     for batch in in_rounds(loader, between):
@@ -65,7 +64,7 @@ def top1(model, loader, precision, processes, between=lambda: None):
 
 
 def main(argv=None, processes=None):
-    """processes: of the script that calls this one (stage 2, where an encoder is missing)."""
+    """processes: given by stage 2, where it trains a missing encoder."""
     args = parse_arguments(argv)
     processes = processes or launch.start_processes(args.device)
     device = processes.device
@@ -73,28 +72,27 @@ def main(argv=None, processes=None):
     share = processes.share(args.batch_size)
 
     # Data
-    with processes.one_first():  # one process per machine builds the index, the others read it
+    with processes.one_first():  # one process of a machine builds the index
         train, val, names = classification_images(args.data, args.root, args.cache)
     steps = launch.number_of_steps(args, len(train))
 
-    # Model: everything trains, from fresh weights
+    # Model: everything trains
     torch.manual_seed(args.seed)
     model_args = dict(encoder=args.encoder, num_classes=len(names))
     model = build_classifier(**model_args).to(device, memory_format=torch.channels_last)
     batch_norm_images = launch.set_batch_norm(model.encoder, args, processes, fresh=True)
 
-    # Optimiser: Adam
+    # Adam (5.1). PAPER SILENT on its betas (here torch's defaults) and on coupled weight decay or not
     adam = torch.optim.AdamW if args.decoupled_weight_decay else torch.optim.Adam
     optimizer = adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                      fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
-    data = f"{train.fingerprint()}; {val.fingerprint()}"
     settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images}
-    run = RunFolder(settings, data, steps, len(train), processes)
+    run = RunFolder(settings, [train, val], steps, processes)
     start, loss, best = run.restore(model, optimizer, scaler)
-    if run.is_finished():
+    if is_finished(args.out):
         return say(f"{args.out}: finished at step {steps}, see metrics.json there")
 
     if args.compile:  # in place: no "_orig_mod." in the names of parameters
@@ -104,12 +102,11 @@ def main(argv=None, processes=None):
                       skip_unreadable=True)
     batches = Batches(len(train), args.batch_size, steps, args.seed, start, processes.rank, processes.world)
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
-    val_samples = Samples(val, centre_crop(args.image_size))
     val_batches = Each(len(val), processes.rank, processes.world, args.micro_batch)
-    val_loader = load(val_samples, val_batches, args.workers)
+    val_loader = load(Samples(val, centre_crop(args.image_size)), val_batches, args.workers)
 
     def validate(done):
-        """Measure top-1, and keep the weights in best.pt if they are the best so far: (top-1, best)."""
+        """Measure top-1; the best weights so far go to best.pt. Returns top-1 and the best one."""
         score = top1(model, val_loader, precision, processes, run.stop_if_told)
         run.record(step=done, top1=score)
         say(f"step {done}: top-1 {score:.4f} on {len(val)} validation images")
@@ -145,11 +142,11 @@ def main(argv=None, processes=None):
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
 
-        # One all-reduce: the loss of the global batch, and whether any process received a signal.
+        # One all-reduce: the loss of the global batch, and whether a process received a signal.
         loss, stopping = processes.sum_numbers(loss / processes.world, run.signal is not None)
         scaler.unscale_(optimizer)  # clipping needs the true gradient
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf).item()
-        run.require_finite(step + 1, loss, norm, scaler, train, batch)
+        run.require_finite(step + 1, loss, norm, scaler, batch)
         scaler.step(optimizer)
         scaler.update()
 

@@ -1,14 +1,10 @@
 """The paper's comparison on the embedded data: four initialisations x three label budgets x three seeds.
 
-    python reproduce.py        # everything, into results/; stop it and start it again at any time
-
 For each seed: stage 1 once, stage 2 twice (DDeP and DeP), then stage 3 from each initialisation with each
 number of labels, all with one recipe. A seed is a full repetition: fresh weights in every stage, another
-label subset. Each run is one of this project's scripts in a process of its own, in results/runs; a finished
-run is never repeated.
+label subset. Each run is a script of its own in results/runs; a finished run is never repeated.
 
-Out: results/table.md (mean, standard deviation, number of runs), results.json (every run),
-label_efficiency.png, predictions.png.
+Out: table.md (mean ± standard deviation (number of runs)), results.json (every run) and two figures.
 """
 import os
 import signal
@@ -16,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import product
 
 import torch
 from tqdm import tqdm
@@ -43,14 +40,12 @@ def parse_arguments(argv=None):
     add("--gamma", type=launch.unit_float, default=0.95, help="noise level of DeP and DDeP")
     add("--steps", type=launch.positive_int, nargs=3, metavar=("S1", "S2", "S3"),
         help="steps of the three stages (default: those of the scripts)")
-    add("--jobs", type=launch.positive_int, default=min(2, os.cpu_count() or 1),
-        help="runs at a time")
+    add("--jobs", type=launch.positive_int, default=min(2, os.cpu_count() or 1), help="runs at a time")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
     return parser.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The runs
+# ---------------------------------------- The runs
 
 
 def plan(args):
@@ -60,12 +55,12 @@ def plan(args):
     for seed in args.seeds:
         def add(name, script, *flags, needs=()):
             name = f"seed{seed}/{name}"
-            command = [sys.executable, os.path.join(HERE, script), "--out", folder(args, name),
+            command = [sys.executable, os.path.join(HERE, script), "--out", path(args, name),
                        "--seed", str(seed), "--device", args.device, *map(str, flags)]
             runs[name] = command, [f"seed{seed}/{need}" for need in needs]
 
-        encoder, ddep, dep = (os.path.join(folder(args, f"seed{seed}/{name}"), "last.pt")
-                              for name in ("encoder", "ddep", "dep"))
+        encoder, dep, ddep = (path(args, f"seed{seed}/{name}", "last.pt")
+                              for name in ("encoder", "dep", "ddep"))
         add("encoder", "pretrain_encoder.py", *steps[0])
         add("dep", "pretrain_decoder.py", "--method", "dep", "--gamma", args.gamma, *steps[1])
         add("ddep", "pretrain_decoder.py", "--method", "ddep", "--gamma", args.gamma,
@@ -78,23 +73,23 @@ def plan(args):
     return runs
 
 
-def folder(args, name):
-    return os.path.join(args.out, "runs", *name.split("/"))
-
-
 def run_name(method, labels):
     return f"{method.lower().replace(' ', '_')}_{labels}_labels"
 
 
+def path(args, run, *file):
+    return os.path.join(args.out, "runs", *run.split("/"), *file)
+
+
 def run_all(runs, args):
-    """Run what is not finished, --jobs at a time, each with its share of the cores, printing to output.txt."""
+    """Run what is not finished, --jobs at a time, each with its share of the cores."""
     def finished(name):
-        return is_finished(folder(args, name))
+        return is_finished(path(args, name))
 
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     waiting = {name: run for name, run in runs.items() if not finished(name)}
-    running, done, total, started = {}, 0, len(waiting), time.perf_counter()
+    running, total, started = {}, len(waiting), time.perf_counter()
     bar = tqdm(total=len(runs), initial=len(runs) - total, unit="run", dynamic_ncols=True,
                disable=not sys.stderr.isatty())
     try:
@@ -102,43 +97,40 @@ def run_all(runs, args):
             ready = [name for name, (_, needs) in waiting.items() if all(map(finished, needs))]
             for name in ready[:args.jobs - len(running)]:
                 command, _ = waiting.pop(name)
-                os.makedirs(folder(args, name), exist_ok=True)
-                with open(os.path.join(folder(args, name), "output.txt"), "a") as output:
+                os.makedirs(path(args, name), exist_ok=True)
+                with open(path(args, name, "output.txt"), "a") as output:
                     running[name] = subprocess.Popen(command, env=environment, stdout=output,
                                                      stderr=subprocess.STDOUT)
             time.sleep(0.2)  # until one of the processes ends
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 status = running.pop(name).returncode
                 if status or not finished(name):
-                    output = os.path.join(folder(args, name), "output.txt")
+                    output = path(args, name, "output.txt")
                     with open(output) as file:
-                        last = (file.read().strip().splitlines() or ["no output"])[-1]
+                        last = (file.read().strip() or "no output").splitlines()[-1]
                     raise InputError(f"the run {name} ended with status {status}: {last} (see {output})")
-                done += 1
-                left = (time.perf_counter() - started) / done * (total - done) / 60
                 bar.update()
                 if bar.disable:
-                    say(f"{len(runs) - total + done}/{len(runs)} finished: {name}; about {left:.0f} min left")
+                    left = len(waiting) + len(running)
+                    minutes = (time.perf_counter() - started) / (total - left) * left / 60
+                    say(f"{len(runs) - left}/{len(runs)} finished: {name}; about {minutes:.0f} min left")
     finally:
         bar.close()
-        for process in running.values():  # stopped: each continues from its checkpoint next time
+        for process in running.values():  # each continues from its checkpoint next time
             process.terminate()
         for process in running.values():
             process.wait()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The results
+# ---------------------------------------- The results
 
 
 def collect(args):
-    """Every fine-tuning run: [{"method", "labels", "seed", and the scores of its metrics.json}, ...]."""
+    """[{"method", "labels", "seed", and the content of metrics.json} of each fine-tuning run]."""
     results = []
-    for seed in args.seeds:
-        for method in METHODS:
-            for labels in args.labels:
-                metrics = os.path.join(folder(args, f"seed{seed}/{run_name(method, labels)}"), "metrics.json")
-                results.append({"method": method, "labels": labels, "seed": seed, **read_json(metrics)})
+    for seed, method, labels in product(args.seeds, METHODS, args.labels):
+        metrics = path(args, f"seed{seed}/{run_name(method, labels)}", "metrics.json")
+        results.append({"method": method, "labels": labels, "seed": seed, **read_json(metrics)})
     return results
 
 
@@ -153,31 +145,26 @@ def spread(values):
 
 
 def table(results, args):
-    """The table as Markdown: methods x budgets, then differences, paired by seed."""
+    """Markdown: methods x budgets, then differences, paired by seed."""
+    rows = {method: [scores(results, method, labels) for labels in args.labels] for method in METHODS}
+    for a, b in (("Supervised", "No pretraining"), ("DDeP", "Supervised"), ("DDeP", "DeP")):
+        rows[f"*{a} − {b}*"] = [[x - y for x, y in zip(*columns)] for columns in zip(rows[a], rows[b])]
     lines = ["| mIoU % (runs) | " + " | ".join(f"{labels} labels" for labels in args.labels) + " |",
              "|---|" + "---|" * len(args.labels)]
-
-    def add_row(title, columns):
+    for title, columns in rows.items():
         cells = ["{:.1f} ± {:.1f} ({})".format(*spread(values), len(values)) for values in columns]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-
-    for method in METHODS:
-        add_row(method, [scores(results, method, labels) for labels in args.labels])
-    for a, b in (("Supervised", "No pretraining"), ("DDeP", "Supervised"), ("DDeP", "DeP")):
-        pairs = [zip(scores(results, a, labels), scores(results, b, labels)) for labels in args.labels]
-        add_row(f"*{a} − {b}*", [[x - y for x, y in column] for column in pairs])
     return "\n".join(lines)
 
 
 @torch.no_grad()
 def prediction_grid(args, rows=6):
-    """Image, truth and the predictions of the four networks of the first seed, at the middle budget."""
+    """Image, truth and the four predictions, of the first seed, at the middle budget."""
     budget = sorted(args.labels)[len(args.labels) // 2]
     val, names = segmentation_pairs("shapes", None, "val")
     colours, networks = class_colours("shapes", len(names)), []
     for method in METHODS:
-        run = folder(args, f"seed{args.seeds[0]}/{run_name(method, budget)}")
-        checkpoint = load_checkpoint(os.path.join(run, "last.pt"))
+        checkpoint = load_checkpoint(path(args, f"seed{args.seeds[0]}/{run_name(method, budget)}", "last.pt"))
         network = build_unet(**checkpoint["model_args"])
         network.load_state_dict(checkpoint["model"])
         networks.append(network.eval())
@@ -197,8 +184,8 @@ def main():
     lock = lock_folder(args.out)  # noqa: F841  held until this process ends
     args_file = os.path.join(args.out, "args.json")
     if os.path.exists(args_file):
-        free = {"out", "jobs", "device", "seeds", "labels"}
-        refuse_other_flags(args.out, read_json(args_file), vars(args), free)
+        refuse_other_flags(args.out, read_json(args_file), vars(args),
+                           free={"out", "jobs", "device", "seeds", "labels"})
     write_json(args_file, vars(args))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are stopped, and save
     say(f"{len(runs)} runs into {args.out}/runs, {args.jobs} at a time; stop and start again at any time")
@@ -206,14 +193,14 @@ def main():
 
     results = collect(args)
     write_json(os.path.join(args.out, "results.json"), results)
+    text = table(results, args)
     with replacing(os.path.join(args.out, "table.md")) as file:
-        file.write(f"{table(results, args)}\n".encode())
+        file.write(f"{text}\n".encode())
     series = {method: [(labels, *spread(scores(results, method, labels))) for labels in sorted(args.labels)]
               for method in METHODS}
     curves(series, "labelled images", "mIoU %").save(os.path.join(args.out, "label_efficiency.png"))
     prediction_grid(args).save(os.path.join(args.out, "predictions.png"))
-    say(table(results, args))
-    say(f"\nwritten to {args.out}: table.md, results.json, label_efficiency.png, predictions.png")
+    say(f"{text}\n\nwritten to {args.out}: table.md, results.json, label_efficiency.png, predictions.png")
 
 
 if __name__ == "__main__":

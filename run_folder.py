@@ -1,13 +1,13 @@
 """One training run in one folder. Kill it at any moment: the same command continues, to the same bits.
 
-What a sample looks like is a function of (seed, epoch, index), see data.py. So a checkpoint holds weights,
-optimiser, scaler, step and best score, and no state of generators or loaders.
+A sample is a function of (seed, epoch, index), see data.py. So a checkpoint holds no state of generators or
+loaders.
 
     last.pt         the newest checkpoint
     previous.pt     the one before it, in case last.pt is damaged
     best.pt         the weights with the best score so far, in stages that validate
-    log.jsonl       a line for every --log-every steps (step, loss, rate, images/s, share of time spent waiting
-                    for data), and one for every validation
+    log.jsonl       a line every --log-every steps ("waiting": share of the time spent waiting for data), and
+                    one for every validation
     args.json       the flags
     metrics.json    written last: the run is finished
     lock            held by the process that writes in the folder
@@ -33,40 +33,42 @@ try:
 except ImportError:  # Windows has no lock
     fcntl = None
 
-# Flags that may change between a run and its continuation: they do not change what is computed. Of the data,
-# the content is compared, not the path.
+# Flags that may change when a run continues: they do not change what is computed. Of the data, the content
+# is compared, not the path.
 FREE_TO_CHANGE = {"out", "root", "cache", "workers", "save_every", "log_every", "device", "compile",
                   "micro_batch"}
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class RunFolder:
-    """The run in settings["out"]; checkpoint: the one to continue from, None for a new run.
+    """The run in settings["out"], new or continued.
 
-    settings: the flags of the run, and what they were resolved to. data: a text that tells the data from any
-    other. steps: of the whole run; count: the images it trains on. Raises InputError where another process
-    runs there, or where one ran with other settings or data.
+    settings: the flags, and what they were resolved to. sources: the data, first what trains. steps: of the
+    whole run. Raises InputError where another process runs there, or one ran with other settings or data.
     """
 
-    def __init__(self, settings, data, steps, count, processes):
-        self.out, self.settings, self.data, self.steps = settings["out"], settings, data, steps
-        self.count, self.processes = count, processes
-        self.signal, self.saved_step, self.saved_at, self.notes = None, 0, time.monotonic(), []
+    def __init__(self, settings, sources, steps, processes):
+        self.out, self.settings, self.steps, self.processes = settings["out"], settings, steps, processes
+        self.source, self.data = sources[0], "; ".join(source.fingerprint() for source in sources)
+        self.signal, self.saved_step, self.saved_at = None, 0, time.monotonic()
+        self.unreadable, self.new_unreadable = set(), []
         if processes.is_main:
             make_folder(self.out)
             self.lock = lock_folder(self.out)
         self.checkpoint, damaged = self._newest_checkpoint()
         if self.checkpoint is not None:
             then = {**self.checkpoint["args"], "data-content": self.checkpoint["data"]}
-            refuse_other_flags(self.out, then, {**settings, "data-content": data})
+            refuse_other_flags(self.out, then, {**settings, "data-content": self.data})
+            self.unreadable.update(self.checkpoint.get("unreadable", []))
             self.saved_step, before = self.checkpoint["step"], self.checkpoint["processes"]
             if before != processes.world:
-                self.notes.append(f"begun on {before} processes, continued on {processes.world}: the same "
-                                  "samples, results equal but for rounding")
+                say(f"begun on {before} processes, continued on {processes.world}: the same samples, results "
+                    "equal but for rounding")
         elif os.path.exists(self.path("args.json")):
-            self.notes.append(f"{self.out}: a run began here and saved nothing; starting over")
-        if len(set(processes.gather(self.saved_step))) > 1:  # this also waits: all have read before one writes
-            raise InputError(f"{self.out} holds another run on another machine; --out must be on a shared disk")
+            say(f"{self.out}: a run began here and saved nothing; starting over")
+        if len(set(processes.gather(self.saved_step))) > 1:  # also waits: all have read before one writes
+            raise InputError(f"{self.out} holds another run on another machine; --out must be on a shared "
+                             "disk")
         if processes.is_main:
             if damaged:
                 os.replace(self.path("last.pt"), self.path("last.pt.damaged"))
@@ -77,53 +79,47 @@ class RunFolder:
 
     def _newest_checkpoint(self):
         """(the newest whole checkpoint or None, whether last.pt is damaged)."""
-        damage = None
-        for name in ("last.pt", "previous.pt"):
-            if os.path.exists(self.path(name)):
-                try:
-                    checkpoint = load_checkpoint(self.path(name))
-                except (InputError, WeightsError) as error:
-                    damage = damage or str(error)
-                    continue
-                if damage:
-                    self.notes.append(f"{damage}; it is kept as last.pt.damaged, continuing from "
-                                      f"previous.pt, step {checkpoint['step']}")
-                return checkpoint, damage is not None
+        damage = []
+        for path in filter(os.path.exists, [self.path("last.pt"), self.path("previous.pt")]):
+            try:
+                checkpoint = load_checkpoint(path)
+            except (InputError, WeightsError) as error:
+                damage.append(error)
+                continue
+            if damage:
+                say(f"{damage[0]}; it is kept as last.pt.damaged, continuing from previous.pt, step "
+                    f"{checkpoint['step']}")
+            return checkpoint, bool(damage)
         if damage:
-            raise InputError(f"{damage}; and there is no whole one before it. Remove {self.out} to start anew")
+            raise InputError(f"{damage[0]}; and there is no whole one before it. Remove {self.out} to start "
+                             "anew")
         return None, False
 
     def restore(self, model, optimizer, scaler):
-        """Load the newest checkpoint into these: (its step, loss, best score); without one (0, None, -1)."""
-        if self.checkpoint is None:
+        """Load the checkpoint into these: (its step, loss, best score); without one (0, None, -1)."""
+        checkpoint, self.checkpoint = self.checkpoint, None  # its memory is needed
+        if checkpoint is None:
             return 0, None, -1.0
-        model.load_state_dict(self.checkpoint["model"])
-        optimizer.load_state_dict(self.checkpoint["optimizer"])
-        scaler.load_state_dict(self.checkpoint["scaler"])
-        return self.checkpoint["step"], self.checkpoint["loss"], self.checkpoint.get("best")
-
-    def is_finished(self):
-        return is_finished(self.out)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        return checkpoint["step"], checkpoint["loss"], checkpoint.get("best")
 
     def begin(self, start):
-        """Open the log, show the progress, print the notes. From now on a signal stops the run after its step.
+        """After `start` steps: open the log, show the progress.
 
-        A second Ctrl-C ends it at once. start: the number of steps that are done.
+        From now on a signal stops the run after its step; a second Ctrl-C ends it at once.
         """
-        self.unreadable = set(self.checkpoint.get("unreadable", [])) if self.checkpoint else set()
-        self.new_unreadable, self.waiting = [], 0.0
+        self.waiting = 0.0
         self.started = self.last_log = self.last_print = time.perf_counter()
         self.start = self.last_log_step = start
-        self.on_terminal = self.processes.is_main and sys.stderr.isatty()
+        on_terminal = self.processes.is_main and sys.stderr.isatty()
         self.bar = tqdm(total=self.steps, initial=start, unit="step", dynamic_ncols=True,
-                        disable=not self.on_terminal)
+                        disable=not on_terminal)
         if self.processes.is_main:
             with replacing(self.path("log.jsonl")) as file:
                 file.writelines(lines_before(self.path("log.jsonl"), start))
             self.log = open(self.path("log.jsonl"), "a", buffering=1)
-        for note in self.notes:
-            say(note)
-        self.checkpoint = None  # its memory is needed
         self.handlers = {number: signal.signal(number, self._note_signal) for number in SIGNALS}
 
     def _note_signal(self, number, frame):
@@ -132,7 +128,7 @@ class RunFolder:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def batches(self, loader):
-        """The loader's batches; the time spent waiting for them is counted."""
+        """The loader's batches, with the waiting for them timed."""
         loader = iter(loader)
         while True:
             asked = time.perf_counter()
@@ -143,21 +139,22 @@ class RunFolder:
             yield batch
 
     def log_step(self, step, loss, rate, batch):
-        """After step number `step` (from 1), on all processes: every log_every steps a line in the log.
+        """After step number `step` (from 1), on all processes: every --log-every steps a line in the log.
 
-        Files of the batches that did not decode are then named, each once; more than 1 % of all end the run.
+        Images that did not decode are then named, each once; more than 1 % of all end the run.
         """
         self.bar.update()
         self.new_unreadable += batch["unreadable"]
         if step % self.settings["log_every"] and step != self.steps:
             return
+        count = len(self.source)
         for index, message in sorted(set(sum(self.processes.gather(self.new_unreadable), []))):
             if index not in self.unreadable:
                 self.unreadable.add(index)
-                say(f"skipped {message} ({len(self.unreadable)} of {self.count} so far)")
+                say(f"skipped {message} ({len(self.unreadable)} of {count} so far)")
         self.new_unreadable = []
-        if len(self.unreadable) > self.count / 100:
-            raise InputError(f"{len(self.unreadable)} of {self.count} images are unreadable, more than 1 %; "
+        if len(self.unreadable) > count / 100:
+            raise InputError(f"{len(self.unreadable)} of {count} images are unreadable, more than 1 %; "
                              "remove or repair them")
         now = time.perf_counter()
         elapsed = now - self.last_log
@@ -167,32 +164,31 @@ class RunFolder:
                     waiting=round(waiting, 4))
         self.last_log, self.last_log_step, self.waiting = now, step, 0.0
         self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s, waiting {waiting:.0%}")
-        if not self.on_terminal and (now - self.last_print > 60 or step == self.steps):
+        if self.bar.disable and (now - self.last_print > 60 or step == self.steps):
             left = (now - self.started) / (step - self.start) * (self.steps - step)
             say(f"step {step}/{self.steps}  loss {loss:.4f}  {speed:.1f} images/s  waiting for data "
                 f"{waiting:.0%}  left {timedelta(seconds=round(left))}")
             self.last_print = now
 
     def record(self, **values):
-        """A line of log.jsonl; "step" must be among the values."""
+        """Add a line to log.jsonl; `step` must be among the values."""
         if self.processes.is_main:
             try:
                 self.log.write(json.dumps(values) + "\n")
             except OSError as error:  # a full disk: name the file
-                error.filename = self.path("log.jsonl")
+                error.filename = self.log.name
                 raise
 
-    def require_finite(self, step, loss, norm, scaler, source, batch):
-        """End a run whose loss or gradient's norm is infinite or NaN, before step number `step` is made.
+    def require_finite(self, step, loss, norm, scaler, batch):
+        """Raise InputError before step number `step` (from 1) where its loss or gradient norm is not finite.
 
-        source: what the batch's indices refer to. With fp16 the scaler skips such a step and lowers its scale,
-        until no lower scale will help.
+        With fp16 the scaler skips such a step and lowers its scale, until no lower scale will help.
         """
         scaler_helps = scaler.is_enabled() and scaler.get_scale() > 1e-6
         if math.isfinite(loss) and math.isfinite(norm) or scaler_helps:
             return
         listing = self.path(f"not_finite_step_{step}.txt")
-        names = sum(self.processes.gather([source.name(int(i)) for i in batch["index"]]), [])
+        names = sum(self.processes.gather([self.source.name(int(i)) for i in batch["index"]]), [])
         if self.processes.is_main:
             write_lines(listing, names)
         raise InputError(f"the loss is {loss:g} and its gradient's norm is {norm:g} at step {step}: stopped "
@@ -201,14 +197,14 @@ class RunFolder:
                          "--precision fp32")
 
     def save_is_due(self, step):
-        """After step number `step` (from 1), by --save-every."""
+        """Whether --save-every asks for a checkpoint after `step` steps."""
         every = self.settings["save_every"]
         if every.endswith("min"):
             return time.monotonic() - self.saved_at >= 60 * float(every.removesuffix("min"))
         return step % int(every) == 0
 
     def save(self, step, model, optimizer, scaler, **content):
-        """Write the checkpoint of `step`; what was last.pt becomes previous.pt."""
+        """Write last.pt, after `step` steps; the one before becomes previous.pt."""
         self.saved_step, self.saved_at = step, time.monotonic()
         if self.processes.is_main:
             content.update(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
@@ -230,7 +226,7 @@ class RunFolder:
                       f"{self.saved_step} in {self.out}; the same command continues")
 
     def finish(self, metrics):
-        """The last thing that a run does: metrics.json. Gives signals, log and lock back."""
+        """Write metrics.json; give signals, log and lock back."""
         self.bar.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -241,9 +237,9 @@ class RunFolder:
 
 
 def lines_before(path, start):
-    """The lines of a log that a run which continues after `start` steps will not write again.
+    """The lines of a log, as bytes, that a run which continues after `start` steps will not write again.
 
-    The score of step `start` is measured again, and a torn line is dropped.
+    It measures the score of step `start` again. A torn line is dropped.
     """
     if start == 0 or not os.path.exists(path):
         return
@@ -269,7 +265,7 @@ def make_folder(path, flag="--out"):
 
 
 def lock_folder(out):
-    """The open file `lock` in `out`, locked for this process until it ends, however it ends."""
+    """The open file out/lock, locked for this process until it ends, however it ends."""
     try:
         file = open(os.path.join(out, "lock"), "a+")
     except OSError as error:
@@ -288,7 +284,7 @@ def lock_folder(out):
 
 
 def refuse_other_flags(out, then, now, free=FREE_TO_CHANGE):
-    """Raise InputError, with a table, where a flag has another value than it had in the run in `out`."""
+    """Raise InputError, with a table, where a flag differs from that of the run in `out`."""
     changed = [key for key in sorted((set(then) | set(now)) - free) if then.get(key) != now.get(key)]
     if not changed:
         return
@@ -301,16 +297,14 @@ def refuse_other_flags(out, then, now, free=FREE_TO_CHANGE):
     raise InputError(f"{out} holds a run with other flags or data; pass a new --out, or these:\n{table}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files that are there whole or not at all
+# ---------------------------------------- Files that are there whole or not at all
 
 
 @contextmanager
 def replacing(path, beside=None, keep=None):
-    """A file to write in, which takes the place of `path` when it is whole: written beside, flushed, renamed.
+    """A binary file to write in: made beside `path`, flushed to disk, renamed to `path`.
 
-    keep: where the file goes that was there before. Raises OSError, with the path, where it cannot be
-    written.
+    keep: the new name of the file that was there before. Raises OSError, with the path.
     """
     beside = beside or f"{path}.tmp"
     try:
@@ -335,7 +329,7 @@ def write_json(path, content):
 
 
 def write_lines(path, lines):
-    """A text file of file names, which need not be valid UTF-8."""
+    """A text file of file names, which may not be valid UTF-8."""
     with replacing(path) as file:
         file.writelines(os.fsencode(line) + b"\n" for line in lines)
 
@@ -355,7 +349,7 @@ def save(path, checkpoint, keep=None):
 
 
 def load_checkpoint(path):
-    """A checkpoint of ours, a dict with "model" and "model_args". Raises WeightsError where it is damaged."""
+    """A checkpoint of ours. Raises WeightsError where it is damaged, InputError where it is another file."""
     checkpoint = read_weights(path)
     if not {"model", "model_args"} <= set(checkpoint):
         raise InputError(f"{path}: not a checkpoint of these scripts, which hold model and model_args")

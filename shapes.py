@@ -1,17 +1,16 @@
-"""The embedded data set: pictures of textured shapes, drawn by code, so that every script runs with no
-download.
+"""The embedded data set: pictures of textured shapes, drawn by code.
 
-A scene holds two to four objects of six classes. An object's class shows in three cues, none of them certain:
+A scene holds two to four objects of six classes. An object's class shows in three uncertain cues:
 
-    texture    stripes, checks, dots ...    the class's own with probability 0.90, else any
-    outline    disc, square, cross ...      the class's own with probability 0.80, else any
-    hue        the class's hue plus noise   standard deviation 0.10; the classes are 0.17 of the circle apart
+    texture  stripes, checks, dots ...   the class's own with probability 0.90, else any
+    outline  disc, square, cross ...     the class's own with probability 0.80, else any
+    hue      the class's hue plus noise  standard deviation 0.10; the classes are 0.17 of the circle apart
 
 The background holds plain distractors of the same outlines and hues, so that no single cue decides a class.
 
-Picture i of a part is a function of (part, i) alone, the same on every machine: the draws are uniform ones of
+Picture i of a part is a function of (part, i) alone, the same on every machine: draws are uniform ones of
 NumPy's RandomState, which is frozen, and all arithmetic is + - * / on float64, which IEEE 754 fixes to the
-bit (no sine, no matrix product). No two parts share a picture: each has its own random streams.
+bit (no sine, no matrix product). No two parts share a picture.
 """
 import numpy as np
 
@@ -22,85 +21,83 @@ PARTS = ("encoder_train", "encoder_val", "unlabelled", "train", "val")
 
 
 def draw(part, index):
-    """Picture `index` >= 0 of `part`, one of PARTS: (image (64, 64, 3) uint8, mask (64, 64) uint8, label
-    int).
+    """Picture `index` >= 0 of a part: (image (64, 64, 3) uint8, mask (64, 64) uint8, label).
 
-    The mask holds indices into CLASSES. encoder_train and encoder_val, for stage 1, show ONE large object;
-    the label is its class minus one, 0 to 5. The other parts show scenes, with label -1.
+    The mask holds indices into CLASSES. encoder_train and encoder_val show ONE large object; the label is its
+    class minus one, 0 to 5. The other parts show scenes, with label -1.
     """
     rng = np.random.RandomState([2022, PARTS.index(part), index])
     image = _background(rng)
     mask = np.zeros((SIZE, SIZE), np.uint8)
     for _ in range(rng.randint(1, 4)):
-        inside, _ = _outline(rng, kind=rng.randint(6), radius=rng.uniform(5, 11))
+        inside, _, _ = _outline(rng, kind=rng.randint(6), radius=rng.uniform(5, 11))
         image[inside] = _colour(rng, hue=rng.uniform())
-    label = -1
     if part.startswith("encoder"):
         label = rng.randint(6)
         _object(rng, image, mask, label, radius=rng.uniform(14, 22))
     else:
+        label = -1
         for _ in range(rng.randint(2, 5)):
             _object(rng, image, mask, rng.randint(6), radius=rng.uniform(11, 19))
-    image += rng.uniform(-0.04, 0.04, image.shape)            # sensor noise
+    image += rng.uniform(-0.04, 0.04, image.shape)  # sensor noise
     return np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), mask, label
 
 
 def _object(rng, image, mask, k, radius):
-    """Draw an object of class k (0 to 5) over what is there."""
-    inside, (y, x) = _outline(rng, kind=k if rng.uniform() < 0.80 else rng.randint(6), radius=radius)
-    texture = _texture(rng, kind=k if rng.uniform() < 0.90 else rng.randint(6), y=y, x=x)
-    hue = k / 6 + 0.20 * (rng.uniform() + rng.uniform() + rng.uniform() - 1.5)    # sd 0.2 sqrt(3 / 12) = 0.1
+    """Draw an object of class k, 0 to 5."""
+    inside, y, x = _outline(rng, k if rng.uniform() < 0.80 else rng.randint(6), radius)
+    texture = _texture(rng, k if rng.uniform() < 0.90 else rng.randint(6), y, x)
+    hue = k / 6 + 0.20 * (rng.uniform() + rng.uniform() + rng.uniform() - 1.5)  # sd 0.2 sqrt(3 / 12) = 0.1
     surface = _colour(rng, hue) + texture[..., None] * rng.uniform(0.18, 0.32)
     image[inside] = surface[inside]
     mask[inside] = k + 1
 
 
 def _background(rng):
-    """Smooth noise of three octaves and a lighting gradient: (64, 64, 3) float64, around 0.45."""
+    """Smooth noise of three octaves and a lighting gradient (64, 64, 3), around 0.45."""
     image = np.full((SIZE, SIZE, 3), 0.45)
     for cells, amplitude in ((2, 0.15), (6, 0.10), (16, 0.06)):
         grid = rng.uniform(-amplitude, amplitude, (cells + 1, cells + 1, 3))
         at = np.arange(SIZE) * cells / SIZE
         low = at.astype(int)
-        t = (at - low)[:, None, None]
-        rows = grid[low] * (1 - t) + grid[low + 1] * t                # (64, cells + 1, 3): bilinear, down ...
-        t = t.reshape(1, SIZE, 1)
-        image += rows[:, low] * (1 - t) + rows[:, low + 1] * t        # ... then across
+        t = (at - low)[:, None]
+        rows = grid[low] * (1 - t[:, None]) + grid[low + 1] * t[:, None]  # bilinear: down ...
+        image += rows[:, low] * (1 - t) + rows[:, low + 1] * t  # ... then across
     light = rng.uniform(-0.2, 0.2) * (Y / SIZE - 0.5) + rng.uniform(-0.2, 0.2) * (X / SIZE - 0.5)
     return image + light[..., None]
 
 
 def _outline(rng, kind, radius):
-    """A shape at a random place and angle: (inside (64, 64) bool, (y, x) from its centre)."""
+    """A shape at a random place and angle: (inside (64, 64) bool, y and x from its centre)."""
     centre = rng.uniform(0.6 * radius, SIZE - 0.6 * radius, 2)
     y, x = Y - centre[0], X - centre[1]
-    t = rng.uniform(-0.4, 0.4)                  # tan of half the angle: a rotation without a sine
+    t = rng.uniform(-0.4, 0.4)  # tan of half the angle: a rotation without a sine
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     u, v = (cos * x + sin * y) / radius, (cos * y - sin * x) / radius
     a, b = np.abs(u), np.abs(v)
-    inside = (lambda: u * u + v * v < 0.9,                                      # disc
-              lambda: np.maximum(a, b) < 0.85,                                  # square
-              lambda: (np.minimum(a, b) < 0.38) & (np.maximum(a, b) < 1),       # cross
-              lambda: (v < 0.75) & (v > 1.9 * a - 1.05),                        # triangle
-              lambda: np.abs(u * u + v * v - 0.6) < 0.4,                        # ring
-              lambda: a + 0.55 * b < 0.75)[kind]()                              # diamond, tall
-    return inside, (y, x)
+    inside = (lambda: u * u + v * v < 0.9,  # disc
+              lambda: np.maximum(a, b) < 0.85,  # square
+              lambda: (np.minimum(a, b) < 0.38) & (np.maximum(a, b) < 1),  # cross
+              lambda: (v < 0.75) & (v > 1.9 * a - 1.05),  # triangle
+              lambda: np.abs(u * u + v * v - 0.6) < 0.4,  # ring
+              lambda: a + 0.55 * b < 0.75)[kind]()  # diamond, tall
+    return inside, y, x
 
 
 def _texture(rng, kind, y, x):
-    """A pattern of +1 and -1, (64, 64), of a period of 4 to 6 pixels and random phase."""
+    """A pattern (64, 64) of +1 and -1, with a period of 4 to 6 pixels and a random phase."""
     period, (phase_y, phase_x) = rng.uniform(4, 6), rng.uniform(0, 1, 2)
     y, x = y / period + phase_y, x / period + phase_x
     d = (x + y) * 0.75
-    y, x, d = y - np.floor(y), x - np.floor(x), d - np.floor(d)       # in [0, 1): the place in the period
+    y, x, d = y - np.floor(y), x - np.floor(x), d - np.floor(d)  # in [0, 1): the place in the period
     on = (lambda: x < 0.5, lambda: y < 0.5, lambda: (x < 0.5) != (y < 0.5), lambda: d < 0.5,
           lambda: (x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.11, lambda: (x < 0.3) | (y < 0.3))[kind]()
     return np.where(on, 1.0, -1.0)
 
 
 def _colour(rng, hue):
-    """A colour (3,) in [0, 1] of this hue (1 is the full circle), random in saturation and brightness."""
+    """A colour (3,) in [0, 1] of this hue (full circle: 1), with random saturation and brightness."""
     saturation, value = rng.uniform(0.3, 0.8), rng.uniform(0.35, 0.75)
-    h = (hue - np.floor(hue)) * 6 + np.array([0, 4, 2])       # red, green, blue: HSV as three shifted ramps
+    h = (hue - np.floor(hue)) * 6 + np.array([0, 4, 2])  # red, green, blue: HSV as three shifted ramps
     ramp = np.clip(np.abs(h - 6 * np.floor(h / 6) - 3) - 1, 0, 1)
     return value * (1 - saturation + saturation * ramp)
