@@ -8,8 +8,8 @@
 Order, crop, flip and noise of a sample are functions of (seed, epoch, index) alone. So they are the same for
 any number of loader workers and processes and after a restart, and there is no state to save.
 
-Images travel as uint8 (3, H, W) and become float32 in [-1, 1] on the device (`to_pixels`). Masks are uint8
-(H, W) class indices; 255 is ignored.
+Images travel in [0, 255], as uint8 (bands, H, W), or as float32 where their file has more than 8 bits. They
+become float32 in [-1, 1] on the device (`to_pixels`). Masks are uint8 (H, W) class indices; 255 is ignored.
 """
 import hashlib
 import io
@@ -22,12 +22,14 @@ import tarfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
+from torchvision.io import decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -35,10 +37,12 @@ from launch import InputError, SampleError, say
 from run_folder import SIGNALS, replacing
 
 IGNORE = 255
+RANGES = {"uint8": (0, 255), "uint16": (0, 65535)}  # what becomes -1 and 1 without --pixel-range
+PAGE = re.compile(r"(.*\.tiff?)#(\d+)", re.IGNORECASE | re.DOTALL)
 
 
 def to_pixels(images):
-    """uint8 (B, 3, H, W) -> float32 in [-1, 1]: the one pixel range of this project (see noise.py)."""
+    """uint8 or float32 (B, bands, H, W) in [0, 255] -> float32 in [-1, 1]: this project's one pixel range."""
     return (images.float() - 127.5) / 127.5
 
 
@@ -49,70 +53,191 @@ class UnreadableImage(SampleError):
     """A file that does not decode: an error where it has a mask, skipped and counted in pretraining."""
 
 
-def read_image(source, name=None):
-    """A JPEG, PNG, WebP or BMP as RGB uint8 (3, H, W), turned upright by its EXIF tag.
+def split_page(name):
+    """("stack.tif", 3) of "stack.tif#3", the fourth page of a TIFF; (name, 0) of any other name."""
+    match = PAGE.fullmatch(name)
+    return (match[1], int(match[2])) if match else (name, 0)
 
-    source: a path, or an open file and its name. Alpha is dropped, 16-bit greys are scaled to 8 bits, the
-    first picture of an animation is taken. Raises UnreadableImage.
+
+@dataclass(frozen=True)
+class Pixels:
+    """How pictures are read: with how many bands, and which values become -1 and 1 (None: see `scale`).
+
+    huge: beyond Pillow's limit of 179 megapixels, which guards against broken files that claim a large size.
     """
+    bands: int = 3
+    range: tuple | None = None
+    huge: bool = False
+
+
+def read_image(source, name=None, pixels=Pixels()):
+    """A picture as it is in its file: a tensor (bands, H, W) of the file's own type, upright by its EXIF tag.
+
+    source: a path, with #PAGE for a page of a TIFF stack, or an open file and its name. A JPEG, PNG, WebP,
+    BMP or TIFF; or an array (H, W) or (H, W, bands) in a .npy, which is mapped: only what is used of it is
+    read. Grey is repeated for 3 bands, palettes and CMYK become RGB, alpha is dropped unless it is in a TIFF.
+    Raises UnreadableImage, and SampleError for another number of bands and for what Pillow would drop.
+    """
+    name, bands = str(name or source), pixels.bands
+    if pixels.huge:
+        Image.MAX_IMAGE_PIXELS = None  # of this process
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd EXIF tags
-            with Image.open(source) as image:
-                image.load()
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":  # 16 bits; Pillow's conversion clips at 255
-                values = np.asarray(image, np.float64).clip(0, 65535) / 257
-                image = Image.fromarray(values.round().astype(np.uint8))
-            if "transparency" in image.info and image.mode == "P":
-                image = image.convert("RGBA")
-            return v2.functional.pil_to_tensor(image.convert("RGB"))
+            values = _read_array(source) if name.endswith(".npy") else _read_picture(source, name, bands)
+            if values.ndim not in (2, 3) or values.size == 0:
+                raise SampleError(f"{name}: an array of shape {values.shape}, expected (H, W) or "
+                                  "(H, W, bands)")
+            image = torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1)
+    except SampleError:
+        raise
     except Exception as error:  # broken bytes raise errors of all kinds in Pillow
-        raise UnreadableImage(f"{name or source}: not a readable image ({_reason(error)})") from None
+        is_tiff = split_page(name)[0].lower().endswith((".tif", ".tiff"))
+        more = "; if another program reads it, save its array (H, W, bands) as a .npy" if is_tiff else ""
+        raise UnreadableImage(f"{name}: not a readable image ({_reason(error)}){more}") from None
+    if len(image) == 1 and bands == 3:
+        return image.expand(3, -1, -1)
+    if len(image) != bands:
+        raise SampleError(f"{name}: {len(image)} bands, expected {bands}; pass --bands {len(image)}, or "
+                          f"pictures of {bands}")
+    return image
+
+
+def _read_array(source):
+    """An array of real numbers from a .npy file."""
+    values = np.load(source, mmap_mode="r" if isinstance(source, (str, os.PathLike)) else None)
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"{values.dtype} values")
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+
+
+def _read_picture(source, name, bands):
+    """What Pillow reads, as an array. PNGs of 16-bit colours are read by torchvision: Pillow keeps 8 bits."""
+    path, page = split_page(name) if isinstance(source, (str, os.PathLike)) else (source, 0)
+    with Image.open(path) as image:
+        image.seek(page)
+        depths = image.tag_v2.get(258, (1,)) if image.format == "TIFF" else ()
+        if depths and (len(depths) != len(image.getbands()) or len(depths) > 1 and max(depths) > 8):
+            raise SampleError(f"{name}: a TIFF of {len(depths)} bands of {max(depths)} bits, of which Pillow "
+                              "would drop a part; save its array (H, W, bands) as a .npy instead")
+        if image.format == "PNG" and image.mode in ("RGB", "RGBA") and "16" in str(image.tile[0][3]):
+            image.fp.seek(0)
+            content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+            values = decode_image(content, apply_exif_orientation=True).numpy()
+            colours = len(values) - (len(values) in (2, 4) and bands != len(values))  # without alpha
+            return values[:colours].transpose(1, 2, 0)
+        image.load()
+        kind, mode = image.format, image.mode
+        ImageOps.exif_transpose(image, in_place=True)
+    if mode.startswith("I;16") or (mode == "I" and kind == "PNG"):
+        return np.array(image).astype(np.uint16)
+    if mode in ("I", "F"):
+        return np.array(image)
+    if "transparency" in image.info and mode == "P":
+        image = image.convert("RGBA")
+    target = "L" if mode in ("1", "L", "LA", "La") else "RGB"
+    if mode in ("LA", "RGBA", "CMYK") and (kind == "TIFF" or len(mode) == bands):
+        target = mode  # the last band counts
+    return np.array(image if image.mode == target else image.convert(target))
+
+
+def scale(image, pixel_range=None):
+    """What `read_image` returns, in [0, 255]: 8 bits as they are, else float32. Clipped to the range.
+
+    pixel_range: (low, high), which become 0 and 255; None: 0 to 65535 for 16 bits. Raises ValueError for
+    pixels that are not finite, or have no range.
+    """
+    if pixel_range is None and image.dtype == torch.uint8:
+        return image
+    kind = str(image.dtype).removeprefix("torch.")
+    if pixel_range is None and kind not in RANGES:
+        raise ValueError(f"{kind} pixels; which values are black and white? pass --pixel-range LOW HIGH")
+    low, high = pixel_range or RANGES[kind]
+    values = image.float()
+    if not values.isfinite().all():
+        raise ValueError("NaN or infinite pixels; replace them")
+    return ((values - low) * (255 / (high - low))).clamp(0, 255)
 
 
 def _reason(error):
     """What Pillow says, without the name of the file or of a buffer in memory."""
     if isinstance(error, UnidentifiedImageError):
         return "cannot identify image file"
+    if isinstance(error, Image.DecompressionBombError):
+        return "over 179 megapixels, which a broken file may claim to have; if it has them, pass --huge"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def label_map(classes):
-    """{mask value: class index, or IGNORE} as an array (256,); -1: may not occur. 255 is always IGNORE."""
+def label_map(classes, ignore_255=True):
+    """{mask value: class index, or IGNORE} as an array (256,); -1: may not occur."""
     table = np.full(256, -1, np.int16)
+    if ignore_255:
+        table[255] = IGNORE
     table[list(classes)] = list(classes.values())
-    table[IGNORE] = IGNORE
     return table
 
 
-def read_mask(path, labels):
-    """An index PNG (palette or grey) as class indices uint8 (H, W), by a label_map. Colours are never read.
-
-    Raises SampleError for colour masks and values that may not occur.
-    """
-    expected = f"0 to {np.flatnonzero(labels[:IGNORE] >= 0).max()}, or {IGNORE} to ignore"
+def mask_values(path, colours=False):
+    """The values of a mask (H, W), as they are in its file; or its colours, R * 65536 + G * 256 + B."""
+    file, page = split_page(str(path))
     try:
-        with Image.open(path) as image:
+        if file.endswith(".npy"):
+            return _read_array(file)
+        with Image.open(file) as image:
+            image.seek(page)
             image.load()
     except Exception as error:  # as in read_image
         raise SampleError(f"{path}: not a readable mask ({_reason(error)})") from None
-    if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
-        raise SampleError(f"{path}: mask is {image.mode}, expected an index image (palette or grey) whose "
-                          f"pixel values are class indices {expected}; convert its colours to indices first")
     if image.format == "JPEG":
         raise SampleError(f"{path}: mask is a JPEG, which changes values; expected a PNG of class indices")
-    values = np.asarray(image).astype(np.int64)
-    mask = np.where((values >= 0) & (values <= 255), labels[values.clip(0, 255)], -1)
+    if colours:
+        return np.asarray(image.convert("RGB")).astype(np.int64) @ [65536, 256, 1]
+    if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
+        raise SampleError(f"{path}: mask is {image.mode}, expected an index image (palette or grey) whose "
+                          "values are classes; or write the colours to classes.txt, as `R G B name`")
+    return np.asarray(image)
+
+
+def read_mask(path, labels):
+    """A mask as class indices uint8 (H, W), 255 where ignored.
+
+    labels: a label_map of an index image (palette or grey; its colours are not read); or {(R, G, B): class
+    index, or IGNORE}. Raises SampleError for values that may not occur.
+    """
+    colours = isinstance(labels, dict)
+    values = mask_values(path, colours)
+    if colours:
+        known = np.array(sorted(labels)) @ [65536, 256, 1]
+        at = np.searchsorted(known, values).clip(max=len(known) - 1)
+        mask = np.where(known[at] == values, np.array([labels[key] for key in sorted(labels)])[at], -1)
+    elif values.dtype == np.uint8:
+        mask = labels[values]
+    else:
+        values = values.astype(np.int64)
+        mask = np.where((values >= 0) & (values <= 255), labels[values.clip(0, 255)], -1)
     if (mask < 0).any():
-        raise SampleError(f"{path}: mask value {values[mask < 0][0]}, expected {expected}; correct the mask "
-                          "or, for your own data, the number of classes")
+        known = known if colours else np.flatnonzero(labels >= 0)
+        wrong, right = values_text(values[mask < 0][:1], colours), values_text(known, colours)
+        found = values_text(np.unique(values), colours)
+        raise SampleError(f"{path}: mask {'colour' if colours else 'value'} {wrong}, expected {right}; the "
+                          f"file holds {found}; correct the mask or, for your own data, classes.txt")
     return torch.from_numpy(mask.astype(np.uint8))
+
+
+def values_text(values, colours=False):
+    """Sorted mask values as text, "0 to 5, or 255"; colours as "(0, 0, 0), or (255, 0, 0)"."""
+    if colours:
+        runs = [f"({value >> 16}, {value >> 8 & 255}, {value & 255})" for value in values]
+    else:
+        groups = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+        runs = [f"{group[0]} to {group[-1]}" if len(group) > 1 else str(group[0]) for group in groups]
+    runs = [*runs[:10], "..."] if len(runs) > 10 else runs
+    return ", or ".join(filter(None, [", ".join(runs[:-1]), runs[-1]]))
 
 
 # ---------------------------------------- Finding files, in folders or inside .tar files that stay unopened
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 INDEX_FOLDER = ".ddep_index"  # beside the data
 WORTH_KEEPING = 100_000  # images; fewer are listed at every start
 SYNSET = re.compile(r"n\d{8}(\.tar)?")
@@ -296,7 +421,24 @@ def _is_image(name):
 def _list_folder(root, name):
     with os.scandir(os.path.join(root, name)) as entries:
         names = sorted(entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir())
-    return _as_records([(name, -1, 0) for name in names])
+    return _as_records([(page, -1, 0) for file in names for page in _pages(os.path.join(root, name), file)])
+
+
+def _pages(folder, name):
+    """[name], or the pages of a TIFF stack, [name#0, name#1 ...], which must have one size."""
+    if not name.lower().endswith((".tif", ".tiff")):
+        return [name]
+    path = os.path.join(folder, name)
+    try:
+        with Image.open(path) as image:
+            sizes = [(image.seek(page), image.size)[1] for page in range(getattr(image, "n_frames", 1))]
+    except Exception:  # as in read_image; it is named when it is read
+        return [name]
+    if len(set(sizes)) > 1:
+        page = next(page for page, size in enumerate(sizes) if size != sizes[0])
+        raise InputError(f"{path}: a stack whose pages differ in size, {sizes[0][0]}x{sizes[0][1]} and, at "
+                         f"page {page}, {sizes[page][0]}x{sizes[page][1]}; save them as files of their own")
+    return [name] if len(sizes) == 1 else [f"{name}#{page}" for page in range(len(sizes))]
 
 
 def _list_tar(root, name):
@@ -318,27 +460,61 @@ def _list_tar(root, name):
 # ---------------------------------------- Crops and flips: torchvision's transforms, of image and mask as one
 
 
-def pretraining_transform(size, min_area=0.08):
+class Scale(v2.Transform):
+    """`scale` as a transform."""
+
+    def __init__(self, pixel_range=None):
+        super().__init__()
+        self.pixel_range = pixel_range
+
+    def transform(self, inpt, params):
+        return tv_tensors.Image(scale(inpt, self.pixel_range)) if isinstance(inpt, tv_tensors.Image) else inpt
+
+
+class RandomCrop(v2.RandomCrop):
+    """v2.RandomCrop that scales pixels when they are cut out: of a mapped .npy the rest is never read."""
+
+    def __init__(self, size, pixel_range):
+        super().__init__(size, pad_if_needed=True, fill={tv_tensors.Image: 127, tv_tensors.Mask: IGNORE})
+        self.scale = Scale(pixel_range)
+
+    def transform(self, inpt, params):
+        if params["needs_pad"]:  # smaller than the crop
+            return super().transform(self.scale(inpt), params)
+        return self.scale(super().transform(inpt, params))
+
+
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """v2.RandomResizedCrop that scales pixels between cutting out and resizing."""
+
+    def __init__(self, size, min_area, pixel_range):
+        super().__init__(size, scale=(min_area, 1.0), antialias=True)
+        self.to_scale = Scale(pixel_range)
+
+    def transform(self, inpt, params):
+        cut = self.to_scale(v2.functional.crop(inpt, **params))
+        return super().transform(cut, {**params, "top": 0, "left": 0})
+
+
+def pretraining_transform(size, min_area=0.08, pixel_range=None):
     """Inception-style crop (6) of min_area to all of the picture, aspect ratio 3/4 to 4/3, and flip."""
-    crop = v2.RandomResizedCrop(size, scale=(min_area, 1.0), antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    return v2.Compose([RandomResizedCrop(size, min_area, pixel_range), v2.RandomHorizontalFlip()])
 
 
-def segmentation_transform(size, crop="random", min_area=0.08):
+def segmentation_transform(size, crop="random", min_area=0.08, pixel_range=None):
     """Training crop of image and mask to size x size, and flip. Masks are scaled without mixing values.
 
     PAPER SILENT on which crop: "random" (5.1: "random cropping ... to a fixed size"; smaller pictures are
     padded, with ignore in the mask) or "inception" (6).
     """
     if crop == "inception":
-        return pretraining_transform(size, min_area)
-    fill = {tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}
-    return v2.Compose([v2.RandomCrop(size, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip()])
+        return pretraining_transform(size, min_area, pixel_range)
+    return v2.Compose([RandomCrop(size, pixel_range), v2.RandomHorizontalFlip()])
 
 
-def centre_crop(size):
+def centre_crop(size, pixel_range=None):
     """The middle of the picture, for measuring a classifier."""
-    return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    return v2.Compose([Scale(pixel_range), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 
 # ---------------------------------------- Samples, their order, their batches
@@ -365,7 +541,7 @@ class Samples(Dataset):
     "unreadable": [(index, message), ...].
     """
 
-    def __init__(self, source, transform=None, seed=0, skip_unreadable=False):
+    def __init__(self, source, transform=Scale(), seed=0, skip_unreadable=False):
         self.source, self.transform = source, transform
         self.seed, self.skip_unreadable = seed, skip_unreadable
 
@@ -375,9 +551,11 @@ class Samples(Dataset):
             sample, unreadable = self._read(index)
         except InputError as error:  # returned, for the Loader to raise: a worker's exception loses its type
             return error
-        if self.transform is not None:
+        try:
             with seeded(sample_seed(self.seed, epoch, index, purpose=1)):
                 sample = self.transform(sample)
+        except ValueError as error:  # of `scale`
+            return SampleError(f"{self.source.name(index)}: {error}")
         for key, value in sample.items():
             if isinstance(value, torch.Tensor):
                 sample[key] = value.as_subclass(torch.Tensor)
@@ -477,4 +655,6 @@ def _collate(items):
         if isinstance(item, InputError):
             return item
     unreadable = [report for item in items for report in item.pop("unreadable")]
+    if len({item["image"].dtype for item in items}) > 1:  # pictures of 8 and of 16 bits
+        items = [{**item, "image": item["image"].float()} for item in items]
     return {**default_collate(items), "unreadable": unreadable}

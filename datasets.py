@@ -3,18 +3,20 @@
     python datasets.py --data cityscapes --root cityscapes                                  # lists the pairs
     python datasets.py --data cityscapes --root cityscapes --fraction 1/8 > labelled.txt    # a label subset
 
-A source is what a stage reads: len(source), source.name(i), source.read(i) -> {"image": ..., "mask" or
-"label": ...}. source.note says in a line what is unusual about it, or is empty; source.fingerprint() tells it
-from others.
+A source is what a stage reads: len(source), source.name(i), source.image(i) as it is in its file,
+source.read(i) -> {"image": ..., "mask" or "label": ...}. source.note says in lines what is unusual about it,
+or is empty; source.fingerprint() tells it from others.
 
 To add a labelled set: write a class like those below (its files, label map, names, colours, official counts,
 and what is special in fine-tuning and evaluation), and enter it in DATA_SETS.
 """
 import argparse
 import hashlib
+import math
 import os
 import re
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -27,7 +29,8 @@ from tqdm import tqdm
 
 import launch
 import shapes
-from data import IGNORE, SYNSET, ImageIndex, UnreadableImage, label_map, read_image, read_mask
+from data import (IGNORE, RANGES, SYNSET, ImageIndex, Pixels, UnreadableImage, label_map, mask_values,
+                  read_image, read_mask, split_page, values_text)
 from launch import InputError, SampleError
 from pictures import palette
 
@@ -43,8 +46,8 @@ class ImageFiles:
     chosen: the numbers of some of them. classes: the class of each of the index's containers.
     """
 
-    def __init__(self, index, chosen=None, classes=None, note=""):
-        self.index, self.chosen, self.classes, self.note = index, chosen, classes, note
+    def __init__(self, index, chosen=None, classes=None, note="", pixels=Pixels()):
+        self.index, self.chosen, self.classes, self.note, self.pixels = index, chosen, classes, note, pixels
 
     def __len__(self):
         return len(self.index if self.chosen is None else self.chosen)
@@ -58,27 +61,31 @@ class ImageFiles:
     def fingerprint(self):
         return f"{len(self)} images, {self.index.fingerprint()}"
 
-    def read(self, i):
+    def image(self, i):
         number = self._number(i)
         path = os.path.join(self.index.root, self.index.name(number))
         try:
             file = self.index.open(number)
         except OSError as error:
             raise UnreadableImage(f"{path}: cannot be read ({error.strerror})") from None
-        sample = {"image": tv_tensors.Image(read_image(file, path))}
+        return read_image(file, path, self.pixels)
+
+    def read(self, i):
+        sample = {"image": tv_tensors.Image(self.image(i))}
         if self.classes is not None:
-            sample["label"] = int(self.classes[self.index.container(number)])
+            sample["label"] = int(self.classes[self.index.container(self._number(i))])
         return sample
 
 
 class Pairs:
     """Pictures with masks: [(image path, mask path), ...] below root.
 
-    label_maps: {ending of a mask's name: what its values mean}, see data.py.
+    label_maps: {ending of a mask's name: what its values mean}, see read_mask.
     """
 
-    def __init__(self, root, pairs, label_maps, note=""):
+    def __init__(self, root, pairs, label_maps, note="", pixels=Pixels()):
         self.root, self.pairs, self.label_maps, self.note = str(root), pairs, label_maps, note
+        self.pixels = pixels
 
     def __len__(self):
         return len(self.pairs)
@@ -93,8 +100,11 @@ class Pairs:
     def fingerprint(self):
         return f"{len(self)} pairs, {_digest(self.line(i) for i in range(len(self)))}"
 
-    def subset(self, indices):
-        return Pairs(self.root, [self.pairs[i] for i in indices], self.label_maps)
+    def subset(self, indices, note=""):
+        return Pairs(self.root, [self.pairs[i] for i in indices], self.label_maps, note, self.pixels)
+
+    def image(self, i):
+        return read_image(os.path.join(self.root, self.pairs[i][0]), pixels=self.pixels)
 
     def read(self, i):
         image_path, mask_path = (os.path.join(self.root, path) for path in self.pairs[i])
@@ -102,7 +112,7 @@ class Pairs:
         if not labels:
             raise SampleError(f"{mask_path}: unknown kind of mask, expected a name that ends with "
                               f"{' or '.join(self.label_maps)}")
-        image, mask = read_image(image_path), read_mask(mask_path, labels[0])
+        image, mask = self.image(i), read_mask(mask_path, labels[0])
         if image.shape[1:] != mask.shape:
             raise SampleError(f"{mask_path}: mask is {mask.shape[1]}x{mask.shape[0]}, its image {image_path} "
                               f"is {image.shape[2]}x{image.shape[1]} (upright); expected the same size")
@@ -111,7 +121,7 @@ class Pairs:
 
 class Shapes:
     """`count` pictures of a part of the embedded data, drawn once and kept in memory (see shapes.py)."""
-    note = ""
+    note, pixels = "", Pixels()
 
     def __init__(self, part, count=None, indices=None):
         self.part, self.indices, self.cache = part, range(count) if indices is None else indices, {}
@@ -128,7 +138,7 @@ class Shapes:
     def fingerprint(self):
         return f"{len(self)} pictures, {_digest(self.name(i) for i in range(len(self)))}"
 
-    def subset(self, indices):
+    def subset(self, indices, note=""):
         return Shapes(self.part, indices=[self.indices[i] for i in indices])
 
     def read(self, i):
@@ -310,6 +320,7 @@ class PascalContext(PascalVOC):
 
 DATA_SETS = {"cityscapes": Cityscapes, "pascal_context": PascalContext, "ade20k": ADE20K, "voc": PascalVOC}
 
+SPLITS = ("train", "val", "test")  # test: of folder alone
 LABELLED = ("shapes", "folder", *DATA_SETS)  # for stage 3 and evaluation
 UNLABELLED = (*LABELLED, "imagenet21k")  # for stage 2
 CLASSIFIED = ("shapes", "folder", "imagenet21k")  # for stage 1
@@ -347,7 +358,7 @@ def _require_folder(root):
 # ---------------------------------------- Stage 1 and 2: images with a class or without any label
 
 
-def pretraining_images(data, root, cache=None, coarse=False):
+def pretraining_images(data, root, cache=None, coarse=False, pixels=Pixels()):
     """A source of images for stage 2; no labels are read.
 
     cache: folder for the index of a large listing. coarse: cityscapes with train_extra (Table 3).
@@ -358,16 +369,67 @@ def pretraining_images(data, root, cache=None, coarse=False):
         return Shapes("unlabelled", SHAPES_COUNTS["unlabelled"])
     _require_folder(root)
     if data == "folder":
-        return ImageFiles(ImageIndex.of_folder(root, cache=cache))
+        return look_at(ImageFiles(ImageIndex.of_folder(root, cache=cache), pixels=pixels))
     if data == "imagenet21k":
         index, note = _synsets(root, cache)
-        return ImageFiles(index, note=note)
+        return ImageFiles(index, note=note, pixels=pixels)
     folders, official = DATA_SETS[data].pretraining_folders(coarse)
     index = ImageIndex.of_folder(DATA_SETS[data].find(root, folders), folders, cache)
-    return ImageFiles(index, note=_count_note(f"{data} {' and '.join(folders)}", len(index), official))
+    note = _count_note(f"{data} {' and '.join(folders)}", len(index), official)
+    return ImageFiles(index, note=note, pixels=pixels)
 
 
-def classification_images(data, root, cache=None):
+def extremes(name, image):
+    """The lowest and the highest value of a picture; SampleError for NaN and infinities."""
+    values = image.numpy()  # torch has no minimum of 16 bits
+    low, high = values.min().item(), values.max().item()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise SampleError(f"{name}: NaN or infinite pixels; replace them")
+    return low, high
+
+
+def look_at(source, count=16):
+    """`source`, some of whose pictures were read: what is unusual about their pixels is added to its note.
+
+    Raises InputError for pixels without a range, and for what read_image refuses.
+    """
+    names, dtypes, lows, highs = [], [], [], []
+    for i in range(0, len(source), max(1, len(source) // count)):
+        try:
+            image = source.image(i)
+            low, high = extremes(source.name(i), image)
+        except UnreadableImage:  # dealt with where it is met
+            continue
+        except SampleError as error:  # all processes look at the same pictures
+            raise InputError(str(error)) from None
+        names.append(source.name(i))
+        dtypes.append(image.numpy().dtype.name)
+        lows.append(low)
+        highs.append(high)
+    if not names:
+        return source
+    lowest, highest = min(lows), max(highs)
+    low, high = source.pixels.range or RANGES.get(dtypes[0], (None, None))
+    if low is None:
+        raise InputError(f"{names[0]}: {dtypes[0]} pixels, from {lowest:g} to {highest:g} in the first "
+                         "pictures; which values are black and white? pass --pixel-range LOW HIGH")
+    notes = [source.note] if source.note else []
+    looked = f"of {len(names)} pictures looked at"
+    if highest - lowest < 0.1 * (high - low):
+        notes.append(f"the pixels {looked} lie between {lowest:g} and {highest:g}, within a tenth of the "
+                     f"range {low:g} to {high:g}; pass --pixel-range {lowest:g} {highest:g}, or wider")
+    if lowest < low or highest > high:
+        notes.append(f"the pixels {looked} lie between {lowest:g} and {highest:g}; what is outside "
+                     f"--pixel-range {low:g} {high:g} is clipped")
+    constant = [name for name, least, most in zip(names, lows, highs) if least == most]
+    if constant:
+        notes.append(f"{len(constant)} {looked} have one value throughout, such as {constant[0]}; they are "
+                     "kept")
+    source.note = "\n".join(notes)
+    return source
+
+
+def classification_images(data, root, cache=None, pixels=Pixels()):
     """(training source, validation source, class names) for stage 1.
 
     folder: root/train/<class>/ and root/val/<class>/; imagenet21k: the same, or synsets. Without val/, or
@@ -382,6 +444,7 @@ def classification_images(data, root, cache=None):
         train, note = _synsets(root, cache)
     else:
         train = ImageIndex.of_folder(train_root if os.path.isdir(train_root) else root, cache=cache)
+        note = look_at(ImageFiles(train, pixels=pixels)).note
     names = sorted({_class_of(container) for container in train.containers} - {"."})
     if len(names) < 2:
         raise InputError(f"{train.root}: {len(names)} class folders, expected two or more, each with the "
@@ -396,12 +459,13 @@ def classification_images(data, root, cache=None):
         unknown = {_class_of(container) for container in val.containers} - {*names, "."}
         if unknown:
             raise InputError(f"{os.path.join(val.root, min(unknown))}: a class that {train.root} lacks")
-        val = ImageFiles(val, None, _class_numbers(val, names))
-        return ImageFiles(train, None, classes, note), val, names
+        train, val_classes = ImageFiles(train, None, classes, note, pixels), _class_numbers(val, names)
+        return train, ImageFiles(val, None, val_classes, pixels=pixels), names
     every = max(100, -(-len(train) // 10_000))
     held_out = np.arange(0, len(train), every, dtype=np.int32)
     rest = np.delete(np.arange(len(train), dtype=np.int32), held_out)
-    return ImageFiles(train, rest, classes, note), ImageFiles(train, held_out, classes), names
+    return (ImageFiles(train, rest, classes, note, pixels),
+            ImageFiles(train, held_out, classes, pixels=pixels), names)
 
 
 def _class_of(container):
@@ -436,68 +500,112 @@ def _count_note(what, count, official):
 # ---------------------------------------- Stage 3: images with masks
 
 
-def segmentation_pairs(data, root, part, num_classes=None, list_file=None):
-    """(source of image and mask pairs, class names) of `part`, "train" or "val".
+def labelled_parts(args, pixels):
+    """(training source, validation source or None, class names), by the flags of finetune.py."""
+    data, root, classes = args.data, args.root, args.num_classes
+    train, names = segmentation_pairs(data, root, "train", classes, args.train_list, pixels)
+    val = None  # --train-list without --root or --val-list: nothing to validate on
+    if args.val_list is not None or args.train_list is None or root is not None:
+        val, _ = segmentation_pairs(data, root, "val", classes, args.val_list, pixels)
+    if args.val_fraction is None and args.folds is None:
+        return train, val, names
+    if val is not None:
+        raise InputError(f"{root}: has validation images; --val-fraction and --folds hold out training images "
+                         "where there are none; drop the flag")
+    ranked = _ranked([train.name(i) for i in range(len(train))], "validation")
+    if args.folds is not None:
+        held_out = ranked[args.fold::args.folds]
+    else:
+        held_out = ranked[:round(args.val_fraction * len(ranked))]
+    if not 0 < len(held_out) < len(ranked):
+        raise InputError(f"there are {len(ranked)} labelled images, of which {len(held_out)} would be held "
+                         "out; expected at least one to train on and one to validate on")
+    rest = set(ranked) - set(held_out)
+    return train.subset(sorted(rest), train.note), train.subset(sorted(held_out)), names
 
-    The source is None where a folder has no val. list_file: a text file with one `image mask` a line instead,
-    relative to the set's folder (folder: root, or else the file's own). num_classes: of a folder without
-    classes.txt; 60 takes Pascal Context's background as a class.
+
+def segmentation_pairs(data, root, part, num_classes=None, list_file=None, pixels=Pixels()):
+    """(source of image and mask pairs, class names) of `part`, "train" or "val"; folder: or "test".
+
+    The source is None where a folder has no such part. list_file: a text file with one `image mask` a line
+    instead, relative to the set's folder (folder: root, or else the file's own). num_classes: of a folder
+    without classes.txt; 60 takes Pascal Context's background as a class.
     """
     if data == "shapes":
         if num_classes not in (None, len(shapes.CLASSES)) or list_file is not None:
             raise InputError(f"--data shapes has {len(shapes.CLASSES)} classes and no list files")
         return Shapes(part, SHAPES_COUNTS[part]), list(shapes.CLASSES)
+    if data != "folder" and part == "test":
+        raise InputError(f"--split test: the labels of {data}'s test images are not public; pass --split val")
     if root is not None or data != "folder" or list_file is None:
         _require_folder(root)
+    note = ""
     if data == "folder":
-        base, names = root, class_names(root, num_classes)
-        label_maps, counts = {"": label_map({i: i for i in range(len(names))})}, {}
+        base = root
+        names, labels = own_classes(root, num_classes)
+        label_maps = {"": labels}
     else:
         data_set = DATA_SETS[data](root, num_classes)
-        base, names = data_set.base, data_set.names
-        label_maps, counts = data_set.label_maps, data_set.counts
+        base, names, label_maps = data_set.base, data_set.names, data_set.label_maps
         if num_classes not in (None, len(names)):
             known = "59, or 60" if data == "pascal_context" else len(names)
             raise InputError(f"--num-classes {num_classes}, but {data} has {known}")
     if list_file is not None:
         base = base or os.path.dirname(os.path.abspath(list_file))
         pairs, note = _listed_pairs(list_file, base)
-        return Pairs(base, pairs, label_maps, note), names
-    if data == "folder" and not os.path.isdir(os.path.join(root, "images", part)):
-        if part == "val":
-            return None, names
-        raise InputError(f"{root}: no folder images/train; expected images/train and masks/train (and "
-                         "images/val and masks/val), or --train-list FILE")
-    if data == "folder":
+    elif data == "folder":
+        if not os.path.isdir(os.path.join(root, "images", part)):
+            if part != "train":
+                return None, names
+            raise InputError(f"{root}: no folder images/train; expected images/train and masks/train (and "
+                             "images/val and masks/val), or --train-list FILE")
         pairs = _matched(root, os.path.join("images", part), os.path.join("masks", part))
     else:
         pairs = data_set.pairs(part)
-    return Pairs(base, pairs, label_maps, _count_note(f"{data} {part}", len(pairs), counts.get(part))), names
+        note = _count_note(f"{data} {part}", len(pairs), data_set.counts.get(part))
+    source = Pairs(base, pairs, label_maps, note, pixels)
+    return look_at(source) if data == "folder" else source, names
 
 
 def _matched(root, image_folder, mask_folder):
-    """[(image, mask), ...] of two folders, matched by path without extension."""
+    """[(image, mask), ...] of two folders, matched by path without extension; stacks page by page."""
     def by_stem(folder):
         _require_folder(os.path.join(root, folder))
         index, paths = ImageIndex.of_folder(os.path.join(root, folder)), {}
         for path in sorted(index.name(i) for i in range(len(index))):
-            stem = os.path.splitext(path)[0]
-            if stem in paths:
-                raise InputError(f"{os.path.join(root, folder)}: {os.path.relpath(paths[stem], folder)} and "
-                                 f"{path} differ in their extension alone; expected one file per image")
-            paths[stem] = os.path.join(folder, path)
+            if stem(path) in paths:
+                other = os.path.relpath(paths[stem(path)], folder)
+                raise InputError(f"{os.path.join(root, folder)}: {other} and {path} differ in their extension "
+                                 "alone; expected one file per image")
+            paths[stem(path)] = os.path.join(folder, path)
         return paths
 
+    def pages(paths):
+        """{path of a file, without extension: how many pages it has}."""
+        return Counter(os.path.splitext(os.path.relpath(path, start))[0] for path, start in paths)
+
     images, masks = by_stem(image_folder), by_stem(mask_folder)
-    for stem in images:
-        if stem not in masks:
-            raise InputError(f"{os.path.join(root, images[stem])}: no mask for this image; expected "
-                             f"{os.path.join(root, mask_folder, stem + '.png')}")
-    for stem in masks:
-        if stem not in images:
-            raise InputError(f"{os.path.join(root, masks[stem])}: no image for this mask in "
+    image_pages = pages((path, image_folder) for path in images.values())
+    mask_pages = pages((path, mask_folder) for path in masks.values())
+    for name, count in image_pages.items():
+        if mask_pages.get(name, count) != count:
+            raise InputError(f"{os.path.join(root, mask_folder, name)}: {mask_pages[name]} pages, its image "
+                             f"in {image_folder} has {count}; expected a page for a page")
+    for name in images:
+        if name not in masks:
+            raise InputError(f"{os.path.join(root, images[name])}: no mask for this image; expected "
+                             f"{os.path.join(root, mask_folder, name + '.png')}")
+    for name in masks:
+        if name not in images:
+            raise InputError(f"{os.path.join(root, masks[name])}: no image for this mask in "
                              f"{os.path.join(root, image_folder)}")
-    return [(images[stem], masks[stem]) for stem in images]
+    return [(images[name], masks[name]) for name in images]
+
+
+def stem(path):
+    """A path without extension, but with its page: "a/b.tif#3" -> "a/b#3"."""
+    file, page = split_page(path)
+    return os.path.splitext(file)[0] + (f"#{page}" if file != path else "")
 
 
 def _listed_pairs(list_file, base):
@@ -512,7 +620,7 @@ def _listed_pairs(list_file, base):
         raise InputError(f"{list_file}: cannot be read ({error})") from None
 
     def exists(path):
-        return os.path.isfile(os.path.join(base, path))
+        return os.path.isfile(os.path.join(base, split_page(path)[0]))
 
     pairs, note = [], ""
     for number, line in enumerate(lines, start=1):
@@ -539,25 +647,100 @@ def _listed_pairs(list_file, base):
     return pairs, note
 
 
-def class_names(root, num_classes=None):
-    """The lines of root/classes.txt; without it "class 0" to "class N-1". Given both, they must agree."""
-    path = None if root is None else os.path.join(root, "classes.txt")
-    if path is None or not os.path.isfile(path):
+def own_classes(root, num_classes=None):
+    """(names, what mask values mean: see read_mask) of root/classes.txt; without it "class 0", "class 1" ...
+
+    Its lines are all `name` (line n is value n, 255 is ignored), all `value name` or all `R G B name`. A
+    class called "ignore" is ignored. num_classes: what --num-classes asks for; it must agree.
+    """
+    path = os.path.join(root or "", "classes.txt")
+    if root is None or not os.path.isfile(path):
         if num_classes is None:
             raise InputError(f"{root or 'without --root'}: how many classes? pass --num-classes N, or write "
                              "their names, one a line, to classes.txt")
         if not 2 <= num_classes <= IGNORE:
             raise InputError(f"--num-classes {num_classes}: expected 2 to 255 (mask values are bytes, and "
                              "255 is ignored)")
-        return [f"class {i}" for i in range(num_classes)]
-    names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [f"class {i}" for i in range(num_classes)], label_map({i: i for i in range(num_classes)})
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    keys, named = [], []
+    for line in lines:
+        values, name = re.fullmatch(r"((?:\d+\s+){3}|\d+\s+)?(.+)", line).groups()
+        keys.append(tuple(map(int, (values or "").split())))
+        named.append(name)
+        if len(keys[-1]) != len(keys[0]):
+            raise InputError(f"{path}: {lines[0]!r} and {line!r} are of two forms; expected `name` in all "
+                             "lines, or `value name`, or `R G B name`")
+        if max(keys[-1], default=0) > 255:
+            raise InputError(f"{path}: {line!r} has a mask value of {max(keys[-1])}, expected 0 to 255")
+    names = [name for name in named if name != "ignore"]
+    for what, things in (("mask value", list(filter(None, keys))), ("class name", names)):
+        twice = [thing for thing, count in Counter(things).items() if count > 1]
+        if twice:
+            again = lines[(keys if what == "mask value" else named).index(twice[0])]
+            raise InputError(f"{path}: a {what} occurs twice, as in {again!r}; expected each once")
     if num_classes not in (None, len(names)):
         raise InputError(f"{path}: {len(names)} names, but --num-classes is {num_classes}")
-    if len(set(names)) < len(names):
-        raise InputError(f"{path}: a class name occurs twice")
     if not 2 <= len(names) <= IGNORE:
         raise InputError(f"{path}: {len(names)} names, expected 2 to 255")
-    return names
+    classes = [IGNORE if name == "ignore" else names.index(name) for name in named]
+    if len(keys[0]) == 3:
+        return names, dict(zip(keys, classes))
+    values = [key[0] for key in keys] if keys[0] else range(len(keys))
+    return names, label_map(dict(zip(values, classes)), ignore_255=not keys[0])
+
+
+# ---------------------------------------- What the masks hold
+
+
+def survey_masks(parts, names, processes=None, progress=False):
+    """Read every image and mask of `parts`, {"training": source, ...}: (text, {part: counts}).
+
+    counts: int64 (3, 256), first of the pixels and of the images in which a class (or 255) occurs. The text
+    is a table of their shares and lines on what is unusual. The processes share the work. Raises InputError
+    for a fault in a file, and for training masks that hold fewer than two classes.
+    """
+    def count(i):
+        """int64 (3, 256): pixels of each class, whether it occurs; [2, 0]: whether the image is constant."""
+        sample = source.read(i)
+        pixels = torch.bincount(sample["mask"].flatten(), minlength=256)
+        low, high = extremes(source.name(i), sample["image"])
+        return torch.stack([pixels, (pixels > 0).long(), torch.full((256,), int(low == high))])
+
+    rank, world = (processes.rank, processes.world) if processes else (0, 1)
+    width, lines, counted = max(map(len, [*names, "validation masks"])), [], {}
+    for part, source in parts.items():
+        numbers = range(rank, len(source), world)
+        with ThreadPoolExecutor(8) as pool:
+            counts = sum(tqdm(pool.map(count, numbers), total=len(numbers), unit="image", disable=not progress),
+                         torch.zeros(3, 256, dtype=torch.int64))
+        if processes:
+            counts = processes.sum(counts.to(processes.device)).cpu()
+        if part == "training" and (counts[0, :len(names)] > 0).sum() < 2:
+            raise InputError(_too_few_classes(source))
+        counted[part], total = counts, counts[0].sum()
+        lines.append(f"{f'{part} masks':{width}}  pixels %  images %")
+        for k, name in [*enumerate(names), (IGNORE, "ignored")]:
+            pixels, images = counts[0, k] / total, counts[1, k] / len(source)
+            lines.append(f"{name:{width}}  {100 * pixels:8.2f}  {100 * images:8.2f}")
+        absent = [name for k, name in enumerate(names) if not counts[0, k]]
+        if absent:
+            lines.append(f"in no {part} mask: {', '.join(absent)}")
+        if counts[0, IGNORE] > total / 2:
+            lines.append(f"most pixels of the {part} masks are ignored")
+        if counts[2, 0]:
+            lines.append(f"{counts[2, 0]} {part} images have one value throughout; they are kept")
+    return "\n".join(lines), counted
+
+
+def _too_few_classes(source):
+    """What to do about masks with fewer than two classes: their values, and lines for classes.txt."""
+    colours = isinstance(next(iter(source.label_maps.values())), dict)
+    values = np.unique(np.concatenate([
+        np.unique(mask_values(os.path.join(source.root, mask), colours)) for _, mask in source.pairs[:100]]))
+    return (f"{source.root}: the training masks hold fewer than two classes; their values are "
+            f"{values_text(values, colours)}; write to classes.txt what each one means, a line each, such as "
+            f"`{values[0]} background`, `{values[-1]} object` (or `{values[-1]} ignore`)")
 
 
 # ---------------------------------------- Label subsets
@@ -580,10 +763,15 @@ def label_subset(ids, amount, seed):
         asked = f"{amount} of them is {count}" if isinstance(amount, Fraction) else f"{amount} asked for"
         raise InputError(f"there are {len(ids)} labelled images, {asked}; expected 1 to {len(ids)}")
 
-    def rank(i):
+    return sorted(_ranked(ids, seed)[:count])
+
+
+def _ranked(ids, seed):
+    """The indices of `ids` in the order of a hash of seed and id."""
+    def key(i):
         return hashlib.sha256(f"{seed}/{Path(ids[i]).as_posix()}".encode()).digest()
 
-    return sorted(sorted(range(len(ids)), key=rank)[:count])
+    return sorted(range(len(ids)), key=key)
 
 
 def add_subset_flags(parser):
@@ -614,26 +802,20 @@ def choose_labels(source, args):
     return source.subset(label_subset(ids, args.labels or Fraction(args.fraction), args.subset_seed))
 
 
-def check(source, first=0, step=1, progress=False):
-    """Read every step-th sample: a wrong mask is named now, not after hours of training."""
-    with ThreadPoolExecutor(8) as pool:
-        numbers = range(first, len(source), step)
-        for _ in tqdm(pool.map(source.read, numbers), total=len(numbers), unit="image", disable=not progress):
-            pass
-
-
 # ---------------------------------------- The script: look at a data set before a GPU waits for it
 
 
 def main():
     parser = launch.Parser(__doc__)
     launch.add_data_flags(parser, LABELLED)
-    parser.add_argument("--split", choices=("train", "val"), default="train", help="part of the data set")
+    launch.add_bands_flag(parser)
+    parser.add_argument("--split", choices=SPLITS, default="train", help="which part of the data set")
     parser.add_argument("--num-classes", type=launch.positive_int, help="as in finetune.py")
     add_subset_flags(parser)
     parser.add_argument("--check", action="store_true", help="read every image and mask of the list")
     args = parser.parse_args()
-    source, names = segmentation_pairs(args.data, args.root, args.split, args.num_classes)
+    pixels = Pixels(args.bands or 3, args.pixel_range, args.huge)
+    source, names = segmentation_pairs(args.data, args.root, args.split, args.num_classes, pixels=pixels)
     if source is None:
         raise InputError(f"{args.root}: no folder images/{args.split}")
     subset = choose_labels(source, args)
@@ -641,8 +823,9 @@ def main():
         print(source.note, file=sys.stderr)
     print(f"{len(names)} classes, {len(subset)} of {len(source)} pairs of {args.split}", file=sys.stderr)
     if args.check:
-        check(subset, progress=sys.stderr.isatty())
-        print(f"{len(subset)} images and masks read, no fault found", file=sys.stderr)
+        part = "training" if args.split == "train" else args.split
+        text, _ = survey_masks({part: subset}, names, progress=sys.stderr.isatty())
+        print(f"{len(subset)} images and masks read, no fault found\n{text}", file=sys.stderr)
     for i in range(len(subset)):
         print(subset.line(i))
 

@@ -15,17 +15,19 @@ import argparse
 import os
 import sys
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import launch
-from data import IGNORE, Each, Samples, in_rounds, load, to_pixels
-from datasets import DATA_SETS, LABELLED, class_colours, pretraining_images, segmentation_pairs
+from data import IGNORE, Each, Pixels, Samples, Scale, in_rounds, load, to_pixels
+from datasets import (DATA_SETS, LABELLED, SPLITS, class_colours, labelled_parts, pretraining_images,
+                      segmentation_pairs, stem)
 from launch import InputError, say
 from model import build_unet, load_strictly
-from pictures import overlay
+from pictures import overlay, three_bands
 from run_folder import FREE_TO_CHANGE, load_checkpoint, make_folder, read_json, refuse_other_flags, write_json
 
 RECIPE = {  # 5.1
@@ -46,26 +48,39 @@ def confusion_matrix(prediction, truth, num_classes):
 
 
 def scores(confusion, names):
-    """mIoU, IoU by class name and pixel accuracy, 0 to 1; None for what does not occur."""
+    """Scores by class name, their means and pixel accuracy, 0 to 1; None for classes that do not occur.
+
+    A mean is over the classes that occur in the truth or in a prediction. Precision is 0 for one of them that
+    is never predicted, recall for one that is not in the truth.
+    """
     confusion = confusion.double()
-    hits, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
-    iou = [(hit / total).item() if total else None for hit, total in zip(hits, union)]
-    occurring = [value for value in iou if value is not None]
-    return {"miou": sum(occurring) / len(occurring) if occurring else None, "iou": dict(zip(names, iou)),
-            "pixel_accuracy": (hits.sum() / confusion.sum()).item() if occurring else None}
+    hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    ratios = {"iou": hits / (truth + predicted - hits), "dice": 2 * hits / (truth + predicted),
+              "precision": hits / predicted.clamp(min=1), "recall": hits / truth.clamp(min=1)}
+    occurs = (truth + predicted > 0).tolist()
+    found = {"pixel_accuracy": (hits.sum() / confusion.sum()).item() if any(occurs) else None}
+    for name, values in ratios.items():
+        values = [value if there else None for value, there in zip(values.tolist(), occurs)]
+        occurring = [value for value in values if value is not None]
+        mean = sum(occurring) / len(occurring) if occurring else None
+        found.update({"miou" if name == "iou" else f"mean_{name}": mean, name: dict(zip(names, values))})
+    return found
 
 
 def table(metrics):
     """The scores as text, in percent."""
-    totals = {"mIoU": metrics["miou"], "pixel accuracy": metrics["pixel_accuracy"]}
-    width = max(map(len, [*metrics["iou"], *totals]))
+    columns = ("iou", "dice", "precision", "recall")
+    means = [metrics["miou"], *(metrics[f"mean_{column}"] for column in columns[1:])]
+    rows = [(name, [metrics[column][name] for column in columns]) for name in metrics["iou"]]
+    width = max(map(len, [*metrics["iou"], "pixel accuracy"]))
 
-    def line(name, value):
-        return f"{name:{width}}  " + ("   -" if value is None else f"{100 * value:6.2f}")
+    def line(name, values):
+        return f"{name:{width}}" + "".join(f"{'-':>11}" if value is None else f"{100 * value:11.2f}"
+                                           for value in values)
 
-    return "\n".join([f"{'class':{width}}   IoU %", *(line(*row) for row in metrics["iou"].items()),
-                      "-" * (width + 8), *(line(*row) for row in totals.items()),
-                      f"{metrics['images']} images"])
+    return "\n".join([f"{'class':{width}}      IoU %     Dice %  precision     recall",
+                      *(line(*row) for row in rows), "-" * (width + 44), line("mean (mIoU)", means),
+                      line("pixel accuracy", [metrics["pixel_accuracy"]]), f"{metrics['images']} images"])
 
 
 # ---------------------------------------- Predictions
@@ -78,67 +93,114 @@ def window_starts(size, window, stride):
     return [*range(0, size - window, stride), size - window]
 
 
-def predict_windows(model, x, window, stride):
-    """Logits (B, C, H, W) of x (B, 3, H, W), window by window, averaged where windows overlap.
+def window_rows(model, x, window, stride, mirrored=False):
+    """Logits of x (1, bands, H, W), window by window: yields blocks (1, C, h, W) of rows, top to bottom.
 
-    Window 0: the whole image. Cityscapes' "two 1024x1024 patches" (5.1): 1024 for both, on 1024x2048.
+    Where windows overlap they are averaged; only rows that the next windows overlap are kept. Window 0: the
+    whole image. Cityscapes' "two 1024x1024 patches" (5.1): 1024 for both, on 1024x2048. mirrored: of the
+    mirror image, mirrored back.
     """
     height, width = x.shape[-2:]
     if not window or window >= max(height, width):
-        return model(x)
-    total, count = None, torch.zeros(height, width, device=x.device)
-    for top in window_starts(height, window, stride):
+        yield model(x.flip(3)).flip(3) if mirrored else model(x)
+        return
+    tops, total = window_starts(height, window, stride), None
+    for top, next_top in zip(tops, [*tops[1:], height]):
+        rows = x[..., top:top + window, :]
+        rows = rows.flip(3) if mirrored else rows
         for left in window_starts(width, window, stride):
-            rows, columns = slice(top, top + window), slice(left, left + window)
-            logits = model(x[..., rows, columns])
+            logits = model(rows[..., left:left + window])
             if total is None:
-                total = logits.new_zeros((*logits.shape[:2], height, width))
-            total[..., rows, columns] += logits
-            count[rows, columns] += 1
-    return total / count
+                total = logits.new_zeros(1, logits.shape[1], 0, width)
+                count = torch.zeros(0, width, device=x.device)
+            missing = (0, 0, 0, rows.shape[2] - len(count))
+            total, count = F.pad(total, missing), F.pad(count, missing)
+            total[..., left:left + window] += logits
+            count[:, left:left + window] += 1
+        done = next_top - top
+        block = total[:, :, :done] / count[:done]
+        total, count = total[:, :, done:].clone(), count[done:].clone()
+        block = block.flip(3) if mirrored else block
+        yield block
 
 
-def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None, average="logits"):
-    """Scores (1, C, H, W) of an image x (1, 3, H, W) in [-1, 1]: the average over scales and flips (5.1).
+def predict_rows(model, x, scales=(1.0,), flip=False, window=0, stride=None, average="logits"):
+    """Scores of an image x (1, bands, H, W): the average over scales and mirror images (5.1).
 
-    The logits of every scale are brought to the image's own size (bilinear). PAPER SILENT on logits or
-    probabilities ("average the results"): `average` takes either name. In memory at a time: one window in
-    the network and three maps of logits.
+    x: in [-1, 1], or uint8, which becomes that window by window. Yields blocks (1, C, h, W) of rows, from top
+    to bottom: at scale 1 a row of windows at a time, so that the logits of a large image are never there as a
+    whole. The logits of other scales are brought to the image's own size (bilinear), all in one block. PAPER
+    SILENT on logits or probabilities ("average the results"): `average` takes either name.
     """
-    total = 0.0
-    for scale in scales:
-        size = [max(1, round(scale * side)) for side in x.shape[-2:]]
-        scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", antialias=True)
-        for mirrored in [False, True] if flip else [False]:
-            picture = scaled.flip(3) if mirrored else scaled
-            logits = predict_windows(model, picture, window, stride or window).float()
-            logits = logits.flip(3) if mirrored else logits
-            logits = logits if scale == 1 else F.interpolate(logits, x.shape[-2:], mode="bilinear")
-            total = total + (logits.softmax(1) if average == "probabilities" else logits)
-    return total / (len(scales) * (1 + flip))
+    def network(part):
+        if part.dtype == torch.uint8:
+            part = to_pixels(part).contiguous(memory_format=torch.channels_last)
+        return model(part)
+
+    def scores_at(scale, mirrored):
+        scaled = x
+        if scale != 1:
+            size = [max(1, round(scale * side)) for side in x.shape[-2:]]
+            pixels = to_pixels(x) if x.dtype == torch.uint8 else x
+            scaled = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+        blocks = (block.float() for block in window_rows(network, scaled, window, stride or window, mirrored))
+        if set(scales) != {1}:
+            logits = torch.cat(list(blocks), dim=2)
+            blocks = [logits if scale == 1 else F.interpolate(logits, x.shape[-2:], mode="bilinear")]
+        for logits in blocks:
+            yield logits.softmax(1) if average == "probabilities" else logits
+
+    mirrors = [False, True] if flip else [False]
+    views = [scores_at(scale, mirrored) for scale in scales for mirrored in mirrors]
+    while True:
+        total = 0.0
+        for view in views:
+            block = next(view, None)
+            if block is None:
+                return
+            total = total + block
+        yield total / len(views)
+
+
+def predict(model, x, **how):
+    """The scores of predict_rows as a whole: (1, C, H, W)."""
+    return torch.cat(list(predict_rows(model, x, **how)), dim=2)
 
 
 @torch.inference_mode()
 def evaluate(model, source, names, processes, precision="fp32", workers=0, progress=False, on_prediction=None,
-             between=lambda: None, **how):
+             on_scores=None, between=lambda: None, **how):
     """The scores of `model` on `source`: every image counts once, on any number of processes.
 
-    how: for `predict`. on_prediction(index, prediction (H, W) uint8, image (3, H, W) uint8) gets every image
-    of this process; between(): see in_rounds. Without masks the scores are None.
+    how: for `predict_rows`, whose blocks on_scores(index, first row, image height, block) gets.
+    on_prediction(index, prediction (H, W) uint8, image (bands, H, W) in [0, 255]) gets every image of this
+    process; between(): see in_rounds. Without masks the scores are None.
     """
     was_training = model.training
     model.eval()
     device, n = processes.device, len(names)
     confusion = torch.zeros(n, n, dtype=torch.int64, device=device)
-    loader = load(Samples(source), Each(len(source), processes.rank, processes.world), workers)
+    samples = Samples(source, Scale(source.pixels.range))
+    loader = load(samples, Each(len(source), processes.rank, processes.world), workers)
     for batch in tqdm(in_rounds(loader, between), total=len(loader), unit="image", disable=not progress):
-        x = to_pixels(batch["image"].to(device)).contiguous(memory_format=torch.channels_last)
-        with launch.autocast(precision, device):
-            prediction = predict(model, x, **how).argmax(1)[0]
-        if "mask" in batch:
-            confusion += confusion_matrix(prediction, batch["mask"][0].to(device), n)
+        index, top = batch["index"].item(), 0
+        x = batch["image"].to(device)
+        if x.dtype != torch.uint8:
+            x = to_pixels(x).contiguous(memory_format=torch.channels_last)
+        prediction = torch.empty(x.shape[-2:], dtype=torch.uint8)
+        blocks = predict_rows(model, x, **how)
+        while top < len(prediction):
+            with launch.autocast(precision, device):
+                block = next(blocks)
+            classes, rows = block.argmax(1)[0], slice(top, top + block.shape[2])
+            prediction[rows] = classes.byte().cpu()
+            if "mask" in batch:
+                confusion += confusion_matrix(classes, batch["mask"][0, rows].to(device), n)
+            if on_scores is not None:
+                on_scores(index, top, len(prediction), block)
+            top = rows.stop
         if on_prediction is not None:
-            on_prediction(batch["index"].item(), prediction.byte().cpu(), batch["image"][0])
+            on_prediction(index, prediction, batch["image"][0])
     model.train(was_training)
     return {**scores(processes.sum(confusion).cpu(), names), "images": len(source)}
 
@@ -152,7 +214,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--checkpoint", metavar="PATH", required=True, help="best.pt or last.pt of finetune.py")
     launch.add_data_flags(parser, LABELLED)
-    add("--split", choices=("val", "train"), default="val", help="which part of the data set")
+    add("--split", choices=SPLITS, default="val", help="which part of the data set")
     add("--list", metavar="FILE", help="text file, an `image mask` a line, instead of a split")
     add("--out", metavar="DIR", help="folder of metrics.json (default: evaluate_NAME beside NAME.pt)")
     add("--scales", type=launch.positive_float, nargs="+", help="image scales to average over (5.1)")
@@ -164,6 +226,8 @@ def parse_arguments(argv=None):
     add("--average", choices=("logits", "probabilities"), default="logits", help="what is averaged")
     add("--save-predictions", metavar="DIR",
         help="write index PNGs and colour overlays there; works without masks too, on all images in ROOT")
+    add("--save-probabilities", action="store_true",
+        help="with --save-predictions: the averaged softmax too, as float16 .npy (classes, H, W)")
     add("--workers", type=launch.non_negative_int, help="loader processes per process")
     launch.add_device_flags(parser)
 
@@ -176,7 +240,8 @@ def parse_arguments(argv=None):
                          "segmentation")
     trained = checkpoint["args"]
     parser.set_defaults(window=trained.get("crop_size", 0))
-    made_for = {"data": trained.get("data", "shapes"), "root": trained.get("root")}
+    made_for = {"data": trained.get("data", "shapes"), "root": trained.get("root"),
+                "pixel_range": trained.get("pixel_range"), "huge": trained.get("huge", False)}
     if launch.peek(argv, "--root") is None and launch.peek(argv, "--split") is None:
         made_for["list"] = trained.get("val_list")
     args = launch.parse(parser, RECIPE, argv, made_for)
@@ -189,6 +254,8 @@ def parse_arguments(argv=None):
                          "what lies between; pass a shorter one")
     labelled = not (args.data == "folder" and args.list is None and os.path.isdir(args.root or "")
                     and not os.path.isdir(os.path.join(args.root, "masks")))
+    if args.save_probabilities and args.save_predictions is None:
+        raise InputError("--save-probabilities goes with --save-predictions DIR")
     if not labelled and args.save_predictions is None:
         raise InputError(f"{args.root}: no folder masks in it, so nothing to compare with; pass "
                          f"--save-predictions DIR to write predictions, or a root with images/{args.split} "
@@ -201,11 +268,17 @@ def parse_arguments(argv=None):
     return args, checkpoint, labelled
 
 
-def labelled_source(args, names):
-    """The pairs to evaluate on; their classes must be `names`, those of the checkpoint."""
+def labelled_source(args, trained, names, pixels):
+    """The pairs to evaluate on, with the classes `names` of the checkpoint. trained: its flags."""
     by_checkpoint = args.data == "folder" or (args.data == "pascal_context" and len(names) == 60)
     num_classes = len(names) if by_checkpoint else None
-    source, own_names = segmentation_pairs(args.data, args.root, args.split, num_classes, args.list)
+    held_out = trained.get("val_fraction") is not None or trained.get("folds") is not None
+    if held_out and args.split == "val" and args.list is None and args.data == trained["data"]:
+        flags = argparse.Namespace(**{**trained, "root": args.root})
+        _, source, own_names = labelled_parts(flags, pixels)
+    else:
+        source, own_names = segmentation_pairs(args.data, args.root, args.split, num_classes, args.list,
+                                               pixels)
     if source is None:
         raise InputError(f"{args.root}: no folder images/{args.split}; pass --split train, or --list FILE")
     if own_names != names and not own_names[0].startswith("class "):
@@ -221,7 +294,11 @@ def main():
     device = processes.device
     precision = launch.resolve_precision(args.precision, device)
     names = checkpoint["class_names"]
-    source = labelled_source(args, names) if labelled else pretraining_images(args.data, args.root)
+    pixels = Pixels(checkpoint["model_args"].get("bands", 3), args.pixel_range, args.huge)
+    if labelled:
+        source = labelled_source(args, checkpoint["args"], names, pixels)
+    else:
+        source = pretraining_images(args.data, args.root, pixels=pixels)
 
     model = build_unet(**checkpoint["model_args"])
     load_strictly(model, checkpoint["model"], f"{args.checkpoint}: does not fit its own model_args")
@@ -245,21 +322,38 @@ def main():
     say(source.note)
     colours = class_colours(checkpoint["args"]["data"], len(names))
 
+    def place(kind, index, ending):
+        """DIR/KIND/NAME.png of an image, wherever a list says that it lies: ../a.png and /a.png too."""
+        name = os.path.relpath(os.path.join("/", stem(source.name(index))), "/")
+        path = os.path.join(args.save_predictions, kind, name + ending)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return path
+
     def write(index, prediction, image):
         """index/NAME.png (palette PNG of class indices) and overlay/NAME.png (colours)."""
         indices = Image.fromarray(prediction.numpy())
         indices.putpalette(colours.tobytes())
-        coloured = Image.fromarray(overlay(image.permute(1, 2, 0).numpy(), prediction.numpy(), colours))
-        # Below the folder, wherever a list says that the image lies: ../a.png and /a.png too.
-        name = os.path.relpath(os.path.join("/", os.path.splitext(source.name(index))[0]), "/")
-        for kind, picture in (("index", indices), ("overlay", coloured)):
-            path = os.path.join(args.save_predictions, kind, f"{name}.png")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            picture.save(path)
+        indices.save(place("index", index, ".png"))
+        image = image if image.dtype == torch.uint8 else image.round().byte()
+        image = three_bands(image).permute(1, 2, 0).numpy()
+        Image.fromarray(overlay(image, prediction.numpy(), colours)).save(place("overlay", index, ".png"))
+
+    def write_probabilities(index, top, height, block):
+        """probabilities/NAME.npy, float16 (classes, H, W): its rows from `top` on."""
+        if top == 0:
+            path, shape = place("probabilities", index, ".npy"), (block.shape[1], height, block.shape[3])
+            files[index] = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+        block = block if args.average == "probabilities" else block.softmax(1)
+        files[index][:, top:top + block.shape[2]] = block[0].cpu().numpy()
+        if top + block.shape[2] == height:
+            del files[index]
+
+    files = {}
 
     metrics = evaluate(model, source, names, processes, precision, args.workers,
                        progress=processes.is_main and sys.stderr.isatty(),
-                       on_prediction=write if args.save_predictions else None, scales=args.scales,
+                       on_prediction=write if args.save_predictions else None,
+                       on_scores=write_probabilities if args.save_probabilities else None, scales=args.scales,
                        flip=args.flip, window=args.window, stride=args.stride, average=args.average)
     if labelled:
         if processes.is_main:

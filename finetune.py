@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import launch
-from data import IGNORE, Batches, Samples, load, segmentation_transform, to_pixels
-from datasets import (DATA_SETS, LABELLED, add_subset_flags, check, choose_labels, class_colours,
-                      segmentation_pairs)
+from data import IGNORE, Batches, Pixels, Samples, Scale, load, segmentation_transform, to_pixels
+from datasets import (DATA_SETS, LABELLED, add_subset_flags, choose_labels, class_colours, labelled_parts,
+                      survey_masks)
 from evaluate import evaluate, predict, table
 from launch import InputError, say
-from model import (ENCODERS, PUBLISHED, build_unet, image_size_of, load_encoder_weights, load_strictly,
-                   read_weights)
+from model import (ENCODERS, PUBLISHED, build_unet, freeze, image_size_of, load_encoder_weights,
+                   load_strictly, read_weights)
 from pictures import colour_mask, from_pixels, sheet
 from run_folder import RunFolder, is_finished, weights_path, write_lines
 
@@ -55,13 +55,26 @@ def parse_arguments(argv=None):
              "pascal_context: 59, or 60 with the background")
     add("--train-list", metavar="FILE", help="file with an `image mask` a line, instead of ROOT/images/train")
     add("--val-list", metavar="FILE", help="the same for validation")
+    add("--val-fraction", type=launch.unit_float, metavar="F",
+        help="hold out this share of the labelled images, where there are none for validation")
+    add("--folds", type=launch.positive_int, metavar="K", help="hold out one of K parts: cross-validation")
+    add("--fold", type=launch.non_negative_int, default=0, metavar="I", help="which part, 0 to K-1")
     add_subset_flags(parser)
     add("--crop-size", type=launch.positive_int, help="side of the square crops (5.1: 512, Cityscapes 1024)")
     add("--crop", choices=("random", "inception"), help="paper 5.1 says random crop, 6 says inception-style")
     add("--min-area", type=launch.unit_float, help="inception: smallest crop, as a fraction of the area")
     add("--eval-every", type=launch.positive_int, help="steps between validations")
+    add("--encoder-lr", type=launch.non_negative_float,
+        help="peak learning rate of the encoder; 0 freezes it (default: --lr)")
+    add("--class-weights", choices=("balanced",),
+        help="weight of a pixel of class c in the loss: min(10, pixels / (classes * pixels of c)), over the "
+             "classes that occur in the training masks")
     args = launch.parse(parser, RECIPE, argv)
     args.out = args.out or os.path.join("runs", args.data, "finetune")
+    if args.val_fraction is not None and args.folds is not None:
+        raise InputError("--val-fraction and --folds both hold out images; pass one of them")
+    if args.fold >= (args.folds or 1):
+        raise InputError(f"--fold {args.fold}: expected 0 to K-1, with --folds K")
     return args
 
 
@@ -69,13 +82,15 @@ def choose_network(args, init):
     """Arguments for build_unet: those of `init` (the content of --init), else of the flags, else defaults."""
     small = args.data == "shapes"
     network = dict(encoder="hybrid-small" if small else "hybrid", width=1 / 4 if small else 1.0,
-                   condition_on_gamma=False, image_size=None if init is None else image_size_of(init))
+                   condition_on_gamma=False, bands=3,
+                   image_size=None if init is None else image_size_of(init))
     from_init = {}
     if args.init in PUBLISHED:
         from_init = {"encoder": PUBLISHED[args.init][0]}
-    elif init is not None:
-        from_init = {key: value for key, value in init.get("model_args", {}).items() if key in network}
-    for key, asked in (("encoder", args.encoder), ("width", args.width)):
+    elif init is not None and "model_args" in init:
+        made_with = {"bands": 3, **init["model_args"]}
+        from_init = {key: value for key, value in made_with.items() if key in network}
+    for key, asked in (("encoder", args.encoder), ("width", args.width), ("bands", args.bands)):
         if key in from_init and asked not in (None, from_init[key]):
             raise InputError(f"--{key} {asked}, but {args.init} was made with {key} {from_init[key]}; drop "
                              "the flag, or pass another --init")
@@ -112,10 +127,8 @@ def main():
     network = choose_network(args, init)
 
     # Data: all labelled images, or a nested subset of them
-    all_labelled, names = segmentation_pairs(args.data, args.root, "train", args.num_classes, args.train_list)
-    val = None  # --train-list without --root or --val-list: nothing to validate on
-    if args.val_list is not None or args.train_list is None or args.root is not None:
-        val, _ = segmentation_pairs(args.data, args.root, "val", args.num_classes, args.val_list)
+    pixels = Pixels(network["bands"], args.pixel_range, args.huge)
+    all_labelled, val, names = labelled_parts(args, pixels)
     train = choose_labels(all_labelled, args)
     sources = [train] if val is None else [train, val]
     steps = launch.number_of_steps(args, len(train))
@@ -130,13 +143,19 @@ def main():
 
     # Adam (5.1). PAPER SILENT on its betas (here torch's defaults) and on coupled weight decay or not
     adam = torch.optim.AdamW if args.decoupled_weight_decay else torch.optim.Adam
-    optimizer = adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
-                     fused=device.type in ("cpu", "cuda"))
+    groups, peak_rates = [{"params": model.parameters()}], [args.lr]
+    if args.encoder_lr == 0:
+        freeze(model.encoder)  # before DDP and the optimiser see its parameters
+        groups = [{"params": model.decoder.parameters()}]
+    elif args.encoder_lr is not None:
+        groups = [{"params": part.parameters()} for part in (model.decoder, model.encoder)]
+        peak_rates = [args.lr, args.encoder_lr]
+    optimizer = adam(groups, lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
     settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images,
-                "encoder": network["encoder"], "width": network["width"]}
+                "encoder": network["encoder"], "width": network["width"], "bands": network["bands"]}
     run = RunFolder(settings, sources, steps, processes)
     start, loss, best = run.restore(model, optimizer, scaler)
     if is_finished(args.out):
@@ -145,7 +164,8 @@ def main():
     if args.compile:  # in place: no "_orig_mod." in the names of parameters
         model.compile()
     wrapped = DistributedDataParallel(model) if processes.world > 1 else model
-    samples = Samples(train, segmentation_transform(args.crop_size, args.crop, args.min_area), args.seed)
+    transform = segmentation_transform(args.crop_size, args.crop, args.min_area, pixels.range)
+    samples = Samples(train, transform, args.seed)
     batches = Batches(len(train), args.batch_size, steps, args.seed, start, processes.rank, processes.world)
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
 
@@ -166,10 +186,16 @@ def main():
     say(origin)
     for source in [all_labelled, *sources[1:]]:
         say(source.note)
-    if args.data == "folder":  # a bad mask is named before training
-        for source in sources:
-            say(f"checking {len(source)} images and masks")
-            check(source, processes.rank, processes.world)
+    class_weights = torch.ones(len(names), device=device)
+    if args.data == "folder" or args.class_weights:  # a bad mask is named before training
+        say(f"reading {sum(map(len, sources))} images and masks")
+        text, counts = survey_masks(dict(zip(("training", "validation"), sources)), names, processes)
+        say(text)
+        if args.class_weights == "balanced":
+            of_class = counts["training"][0, :len(names)].to(device, torch.float32)
+            class_weights = (of_class.sum() / (of_class > 0).sum() / of_class).clamp(max=10)
+        if processes.is_main:
+            write_lines(run.path("masks.txt"), text.splitlines())
     if processes.is_main:
         write_lines(run.path("labelled.txt"), [train.line(i) for i in range(len(train))])
     run.begin(start)
@@ -179,12 +205,13 @@ def main():
         if val is not None and step and step % args.eval_every == 0:
             _, best = validate(step)
         rate = launch.cosine_rate(step, steps, args.lr, args.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for group, peak in zip(optimizer.param_groups, peak_rates):
+            group["lr"] = launch.cosine_rate(step, steps, peak, args.warmup_steps)
 
-        # The mean is over the labelled pixels of the GLOBAL batch: a mean per process would depend on the
-        # number of processes, and give a pixel more weight where its process has few.
-        labelled = processes.sum((batch["mask"] != IGNORE).sum().to(device)).clamp(min=1)
+        # The mean is over the labelled pixels of the GLOBAL batch, by the weights of their classes: a mean per
+        # process would depend on the number of processes, and weigh a pixel more where its process has few.
+        of_class = torch.bincount(batch["mask"].flatten(), minlength=IGNORE + 1)[:len(names)].to(device)
+        weight = processes.sum((class_weights * of_class).sum()).clamp(min=1e-6)  # 0 where all is ignored
         # Gradients add up over micro-batches, which are as large as memory allows.
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
@@ -197,7 +224,8 @@ def main():
             wrapped.require_backward_grad_sync = i == len(parts) - 1
             with launch.autocast(precision, device):
                 logits = wrapped(x)
-            part_loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum") / labelled
+            part_loss = F.cross_entropy(logits.float(), mask, class_weights, ignore_index=IGNORE,
+                                        reduction="sum") / weight
             scaler.scale(part_loss * processes.world).backward()  # times world: DDP averages, we need the sum
             loss += part_loss.detach()
 
@@ -223,25 +251,27 @@ def main():
     metrics, best = validate(steps)
     if processes.is_main:
         colours = class_colours(args.data, len(names))
-        draw_predictions(model, val, colours, device, args.crop_size).save(run.path("predictions.png"))
+        whole = Samples(val, Scale(pixels.range))
+        page = draw_predictions(model, whole, names, colours, device, args.crop_size)
+        page.save(run.path("predictions.png"))
     say(table(metrics))
     run.finish(metrics)
     say(f"fine-tuned: {run.path('last.pt')}; best.pt has mIoU {best:.4f}")
 
 
 @torch.no_grad()
-def draw_predictions(model, source, colours, device, window, rows=6):
+def draw_predictions(model, samples, names, colours, device, window, rows=6):
     """Image, truth and prediction of `rows` images, spread over the set."""
     model.eval()
     pictures = []
-    rows = min(rows, len(source))
+    rows = min(rows, len(samples.source))
     for row in range(rows):
-        sample = source.read(row * len(source) // rows)
-        x = to_pixels(sample["image"].as_subclass(torch.Tensor)[None].to(device))
+        sample = samples[0, row * len(samples.source) // rows]
+        x = to_pixels(sample["image"][None].to(device))
         predicted = predict(model, x, window=window).argmax(1)[0].cpu()
         masks = [colour_mask(mask, colours) for mask in (sample["mask"], predicted)]
         pictures.append([from_pixels(x[0]), *masks])
-    return sheet(pictures, ["image", "truth", "prediction"], height=160)
+    return sheet(pictures, ["image", "truth", "prediction"], 160, names, colours)
 
 
 if __name__ == "__main__":

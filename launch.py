@@ -97,6 +97,7 @@ class Parser(argparse.ArgumentParser):
 def add_training_flags(parser, data_sets):
     """The flags of all three stages. Their defaults come from each stage's RECIPE."""
     add_data_flags(parser, data_sets)
+    add_bands_flag(parser)
     add = parser.add_argument
     add("--out", metavar="DIR", help="folder of the run; a run already there is continued "
                                      "(default: runs/DATA/NAME OF THE SCRIPT)")
@@ -120,10 +121,19 @@ def add_training_flags(parser, data_sets):
     add_device_flags(parser)
 
 
+def add_bands_flag(parser):
+    parser.add_argument("--bands", type=positive_int,
+                        help="bands of the pictures (default: those of the checkpoint that is loaded, else 3)")
+
+
 def add_data_flags(parser, data_sets):
     parser.add_argument("--data", choices=data_sets, default="shapes",
                         help="the data set; it decides the other defaults")
     parser.add_argument("--root", metavar="DIR", help="folder of the data (shapes has none)")
+    parser.add_argument("--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help="values that become -1 and 1, what is outside is clipped (default: 0 255 for "
+                             "files of 8 bits, 0 65535 for 16; other files need the flag)")
+    parser.add_argument("--huge", action="store_true", help="read pictures of more than 179 megapixels too")
 
 
 def add_device_flags(parser):
@@ -157,6 +167,11 @@ def parse(parser, recipe, argv=None, of_checkpoint=None):
         if peek(argv, given) is not None:  # replaces the recipe's other one
             parser.set_defaults(**{other: None})
     args = parser.parse_args(argv)
+    if args.pixel_range is not None and not args.pixel_range[0] < args.pixel_range[1] < math.inf:
+        low, high = args.pixel_range
+        raise InputError(f"--pixel-range {low:g} {high:g}: expected two numbers, LOW < HIGH")
+    if args.data == "shapes" and (args.pixel_range or getattr(args, "bands", None) not in (None, 3)):
+        raise InputError("--data shapes has 3 bands of 8 bits; --bands and --pixel-range are for files")
     if args.data == "shapes" and args.root is not None:
         raise InputError("--root given, but --data shapes is drawn by code; pass --data folder, or another "
                          "set")

@@ -6,7 +6,7 @@
 
 AN ENCODER is any module with two tuples, `channels` and `strides` (powers of two up to 32), from fine to
 coarse. Its forward takes (B, 3, H, W) in [-1, 1], H and W multiples of strides[-1], and returns a map per
-stride: (B, channels[i], H / strides[i], W / strides[i]).
+stride: (B, channels[i], H / strides[i], W / strides[i]). Pictures of other than 3 bands: `bands`.
 
 SIZES: parameters, and multiply-adds for a 224x224 image by torch's counter; decoders with a head of 3.
 
@@ -28,26 +28,26 @@ import torch.nn.functional as F
 ENCODERS = ("hybrid", "hybrid-small", "resnet50")
 
 
-def build_encoder(name, image_size=None):
+def build_encoder(name, image_size=None, bands=3):
     """One of ENCODERS with fresh weights. image_size: see HybridViT; None: 224, hybrid-small 64."""
     if name == "hybrid":  # PAPER SILENT on its size: R50+ViT-B/16
-        return HybridViT(image_size=image_size or 224)
+        return HybridViT(image_size=image_size or 224, bands=bands)
     if name == "hybrid-small":  # for the embedded data on a CPU
         return HybridViT(stem=48, widths=(16, 24, 32), units=(1, 2, 2), dim=128, depth=2, heads=4,
-                         mlp_dim=256, image_size=image_size or 64)
+                         mlp_dim=256, image_size=image_size or 64, bands=bands)
     if name == "resnet50":  # Table 7
-        return ResNet50()
+        return ResNet50(bands=bands)
     raise ValueError(f"no encoder called {name!r}; there are {', '.join(ENCODERS)}")
 
 
-def build_unet(encoder="hybrid", width=1, out_channels=3, condition_on_gamma=False, image_size=None):
+def build_unet(encoder="hybrid", width=1, out_channels=3, condition_on_gamma=False, image_size=None, bands=3):
     """A UNet from plain arguments, the "model_args" in the checkpoints of stages 2 and 3."""
-    return UNet(build_encoder(encoder, image_size), width, out_channels, condition_on_gamma)
+    return UNet(build_encoder(encoder, image_size, bands), width, out_channels, condition_on_gamma)
 
 
-def build_classifier(encoder="hybrid", num_classes=1000):
+def build_classifier(encoder="hybrid", num_classes=1000, bands=3):
     """A Classifier from plain arguments, the "model_args" in the checkpoints of stage 1."""
-    return Classifier(build_encoder(encoder), num_classes)
+    return Classifier(build_encoder(encoder, bands=bands), num_classes)
 
 
 # ---------------------------------------- Encoder 1: Hybrid-ViT (Dosovitskiy et al., 2021)
@@ -56,7 +56,7 @@ def build_classifier(encoder="hybrid", num_classes=1000):
 def same_padding(x, kernel, stride, value=0.0):
     """JAX's SAME padding: ceil(size / stride) outputs, the odd row below, the odd column right. At even sizes
     7x7/2 pads (2, 3), 3x3/2 (0, 1). Symmetric padding would shift features by half a pixel."""
-    total = [max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
+    total = [max(kernel - (size % stride or stride), 0) for size in x.shape[-2:]]
     top, left = total[0] // 2, total[1] // 2
     return F.pad(x, (left, total[1] - left, top, total[0] - top), value=value) if any(total) else x
 
@@ -135,15 +135,15 @@ class HybridViT(nn.Module):
     channels) and number of units of the blocks at strides 4, 8, 16. dim, depth, heads, mlp_dim: of the
     transformer. image_size: what the position grid is made for: 224 -> 14x14. Other H x W interpolate it.
 
-    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (before the max-pool), 4, 8 and 16 (after the last
-    LayerNorm). PAPER SILENT on the class token: it takes part in the attention and is then dropped.
+    forward: (B, bands, H, W) in [-1, 1] -> maps at strides 2 (before the max-pool), 4, 8 and 16 (after the
+    last LayerNorm). PAPER SILENT on the class token: it takes part in the attention and is then dropped.
     """
 
     def __init__(self, stem=64, widths=(64, 128, 256), units=(3, 4, 9), dim=768, depth=12, heads=12,
-                 mlp_dim=3072, image_size=224):
+                 mlp_dim=3072, image_size=224, bands=3):
         super().__init__()
         self.channels, self.strides = (stem, 4 * widths[0], 4 * widths[1], dim), (2, 4, 8, 16)
-        self.conv_root, self.gn_root = StdConv2d(3, stem, 7, stride=2), group_norm(stem)
+        self.conv_root, self.gn_root = StdConv2d(bands, stem, 7, stride=2), group_norm(stem)
         self.block1 = self._block(stem, widths[0], units[0], stride=1)
         self.block2 = self._block(4 * widths[0], widths[1], units[1], stride=2)
         self.block3 = self._block(4 * widths[1], widths[2], units[2], stride=2)
@@ -162,14 +162,14 @@ class HybridViT(nn.Module):
             block.add_module(f"unit{i}", ResidualUnit(4 * width, width))
         return block
 
-    def forward(self, x):                                  # (B, 3, H, W)
+    def forward(self, x):                                  # (B, bands, H, W)
         stride2 = F.relu(self.gn_root(self.conv_root(x)))  # (B, 64, H/2, W/2)
         y = F.max_pool2d(same_padding(stride2, 3, 2, value=-math.inf), 3, 2)
         stride4 = self.block1(y)                           # (B, 256, H/4, W/4)
         stride8 = self.block2(stride4)                     # (B, 512, H/8, W/8)
         y = self.embedding(self.block3(stride8))           # (B, 768, H/16, W/16)
         tokens = y.flatten(2).transpose(1, 2)              # (B, N, 768)
-        tokens = torch.cat([self.cls.expand(len(y), -1, -1), tokens], dim=1)
+        tokens = torch.cat([self.cls.expand(y.shape[0], -1, -1), tokens], dim=1)
         tokens = tokens + self.position(*y.shape[-2:])     # (B, 1 + N, 768)
         tokens = self.encoder_norm(self.transformer(tokens))
         stride16 = tokens[:, 1:].transpose(1, 2).reshape(y.shape)
@@ -177,7 +177,7 @@ class HybridViT(nn.Module):
 
     def position(self, height, width):
         """(1, 1 + height * width, dim): bilinear, corners on corners, as the original's ndimage.zoom."""
-        if (height, width) == (self.grid, self.grid):
+        if not torch.compiler.is_compiling() and (height, width) == (self.grid, self.grid):
             return self.pos_embedding
         cls, grid = self.pos_embedding[:, :1], self.pos_embedding[:, 1:]
         grid = grid.transpose(1, 2).reshape(1, -1, self.grid, self.grid)
@@ -214,23 +214,28 @@ def _mean_over_processes(value):
 class ResNet50(nn.Module):
     """torchvision's ResNet-50 (v1.5) without its classifier, under its names, so that its weights load.
 
-    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16, 32, of 64, 256,
-    512, 1024, 2048 channels.
+    forward: (B, bands, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16, 32, of 64,
+    256, 512, 1024, 2048 channels. With other than 3 bands each is normalised by the average of ImageNet's.
 
     batch_statistics: what BatchNorm uses in training mode. PAPER SILENT. False: the stored statistics, which
     then never change. True: those of the batch, for fresh weights, whose stored 0 and 1 normalise nothing.
     """
 
-    def __init__(self, batch_statistics=False):
+    def __init__(self, batch_statistics=False, bands=3):
         super().__init__()
         from torchvision.models import resnet50  # here: the rest needs torch alone
         self.channels, self.strides = (64, 256, 512, 1024, 2048), (2, 4, 8, 16, 32)
         self.batch_statistics = batch_statistics
         net = resnet50(weights=None, zero_init_residual=True, norm_layer=BatchNorm2d)
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
+        if bands != 3:
+            self.conv1 = nn.Conv2d(bands, 64, 7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
         # From [-1, 1] to what torchvision's weights expect: ((x + 1) / 2 - mean) / std
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 3, 1, 1)
+        if bands != 3:
+            mean, std = mean.mean(), std.mean()
         self.register_buffer("shift", 2 * mean - 1, persistent=False)
         self.register_buffer("scale", 2 * std, persistent=False)
         self.train()
@@ -355,18 +360,20 @@ class UNetDecoder(nn.Module):
         gamma = None if self.gamma_mlp is None else self.embed_gamma(gamma, y)
         for block, skip in zip(self.blocks, self.skip_levels):
             y = block(y, None if skip is None else maps[skip], gamma)
-        return self.head(y)[..., :size[0], :size[1]]  # cropped from the multiple of strides[-1]
+        y = self.head(y)
+        # Cropped from the multiple of strides[-1]: negative padding, which torch.export takes for any size
+        return F.pad(y, (0, size[1] - y.shape[3], 0, size[0] - y.shape[2]))
 
     def embed_gamma(self, gamma, like):
         """gamma in [0, 1], a float or (B,), or None (1) -> (B, 256)."""
         gamma = torch.as_tensor(1.0 if gamma is None else gamma, device=like.device, dtype=torch.float32)
         frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, device=like.device))
-        phase = gamma.expand(len(like))[:, None] * frequencies  # (B, 32)
+        phase = gamma.expand(like.shape[0])[:, None] * frequencies  # (B, 32)
         return self.gamma_mlp(torch.cat([phase.sin(), phase.cos()], dim=1))
 
 
 class UNet(nn.Module):
-    """encoder + decoder: (B, 3, H, W) in [-1, 1] -> (B, out_channels, H, W), any H and W.
+    """encoder + decoder: (B, bands, H, W) in [-1, 1] -> (B, out_channels, H, W), any H and W.
 
     gamma: the noise level, for condition_on_gamma (4.4): a float or (B,); None means a clean image.
     """
@@ -380,14 +387,16 @@ class UNet(nn.Module):
         """The maps of x, padded below and right to a multiple of the coarsest stride."""
         stride = self.encoder.strides[-1]
         padding = (0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride)
-        return self.encoder(F.pad(x, padding, mode="replicate") if any(padding) else x)
+        if torch.compiler.is_compiling() or any(padding):  # exported for any size: always
+            x = F.pad(x, padding, mode="replicate")
+        return self.encoder(x)
 
     def forward(self, x, gamma=None):
         return self.decoder(self.encode(x), x.shape[-2:], gamma)
 
 
 class Classifier(nn.Module):
-    """Stage 1: encoder -> mean of the coarsest map -> linear: (B, 3, H, W) in [-1, 1] -> (B, num_classes).
+    """Stage 1: encoder, mean of the coarsest map, linear: (B, bands, H, W) in [-1, 1] -> (B, num_classes).
 
     PAPER SILENT on the head. The mean works for any encoder; Dosovitskiy et al. read the class token.
     """
@@ -429,11 +438,26 @@ def load_encoder_weights(encoder, source, label=None):
     content = source if isinstance(source, Mapping) else read_weights(source)
     label = label or ("the given mapping" if content is source else source)
     kind, state = recognise(content, label)
+    ours = encoder.state_dict()
     if isinstance(encoder, ResNet50):  # older files lack these counters, which nothing reads
-        counters = {k: v for k, v in encoder.state_dict().items() if k.endswith("num_batches_tracked")}
-        state = {**counters, **state}
+        state = {**{k: v for k, v in ours.items() if k.endswith("num_batches_tracked")}, **state}
+    for name in {"conv_root.weight", "conv1.weight"} & set(state) & set(ours):
+        bands, there = ours[name].shape[1], state[name].shape[1]
+        if bands != there and isinstance(content.get("model"), Mapping):
+            raise WeightsError(f"{label}: made for {there} bands, this network has {bands}; pass --bands "
+                               f"{there}")
+        if bands != there:
+            state[name] = adapt_bands(state[name], bands)
+            kind += f", its RGB kernels {'summed for 1 band' if bands == 1 else f'repeated for {bands} bands'}"
     load_strictly(encoder, state, f"{label}: {kind}, does not fit {type(encoder).__name__}")
     return kind
+
+
+def adapt_bands(weight, bands):
+    """RGB kernels (out, 3, h, w) for `bands` bands, as timm: summed for one, else repeated, times 3 / bands."""
+    if bands == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, math.ceil(bands / 3), 1, 1)[:, :bands] * (3 / bands)
 
 
 def recognise(content, label):

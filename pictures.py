@@ -9,8 +9,14 @@ SERIES = ((120, 120, 120), (44, 110, 203), (222, 143, 5), (190, 50, 60), (60, 15
 
 
 def from_pixels(x):
-    """A tensor (3, H, W), clipped to [-1, 1], as uint8 (H, W, 3)."""
-    return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    """A tensor (bands, H, W) in [-1, 1], clipped, as uint8 (H, W, 3): see `three_bands`."""
+    values = (three_bands(x.detach().float().cpu()).clamp(-1, 1) + 1) * 127.5
+    return values.round().byte().permute(1, 2, 0).numpy()
+
+
+def three_bands(x):
+    """To look at (bands, H, W): the first three bands, or of fewer the first one three times."""
+    return x[:3] if len(x) >= 3 else x[:1].expand(3, -1, -1)
 
 
 def palette(count):
@@ -20,38 +26,87 @@ def palette(count):
 
 
 def colour_mask(mask, colours):
-    """Class indices (H, W) in these colours (N, 3), as uint8 (H, W, 3); ignored pixels are white."""
+    """Class indices (H, W) in these colours (N, 3), as uint8 (H, W, 3); what is ignored is hatched."""
+    mask = np.asarray(mask)
     table = np.full((256, 3), 255, np.uint8)
     table[:len(colours)] = colours
-    return table[np.asarray(mask)]
-
-
-def overlay(image, mask, colours):
-    """The colours of `mask` half over `image` (H, W, 3), uint8."""
-    return ((image.astype(np.uint16) + colour_mask(mask, colours)) // 2).astype(np.uint8)
-
-
-def sheet(rows, titles, height=128):
-    """A PIL image: a table of pictures, rows of uint8 (H, W, 3), scaled to `height`; column titles."""
-    font = ImageFont.load_default(13)
-    cells = [[_scaled(Image.fromarray(picture), height) for picture in row] for row in rows]
-    widths = [max(*(row[i].width for row in cells), round(font.getlength(title))) + 6
-              for i, title in enumerate(titles)]
-    lefts, top = np.cumsum([6, *widths]).tolist(), 24
-    page = Image.new("RGB", (lefts[-1], top + (height + 6) * len(rows)), PAPER)
-    draw = ImageDraw.Draw(page)
-    for left, title in zip(lefts, titles):
-        draw.text((left, 5), title, INK, font)
-    for i, row in enumerate(cells):
-        for left, cell in zip(lefts, row):
-            page.paste(cell, (left, top + i * (height + 6)))
+    page = table[mask]
+    y, x = np.nonzero(mask == 255)
+    hatched = (x + y) % 8 >= 6
+    page[y[hatched], x[hatched]] = 150
     return page
 
 
-def _scaled(picture, height):
-    smooth = picture.height >= height  # enlarged pixels stay visible
-    return picture.resize((max(1, round(picture.width * height / picture.height)), height),
+def overlay(image, mask, colours):
+    """The colours of `mask` half over `image`, uint8 (H, W, 3)."""
+    coloured = colour_mask(mask, colours)
+    return (image & coloured) + ((image ^ coloured) >> 1)  # their mean in 8 bits: pictures may be large
+
+
+def sheet(rows, titles, width=128, names=(), colours=()):
+    """A PIL image with a table of pictures: rows of uint8 (H, W, 3), drawn `width` wide, and a legend."""
+    font = ImageFont.load_default(13)
+    columns = max(width, *(round(font.getlength(title)) for title in titles)) + 6
+    rows = [[_scaled(Image.fromarray(picture), width) for picture in row] for row in rows]
+    tops = np.cumsum([24, *(max(cell.height for cell in row) + 6 for row in rows)]).tolist()
+    entries = [*enumerate(names), (255, "ignored")] if len(names) else []
+    places = _legend_places([name for _, name in entries], font, 6 + columns * len(titles))
+    page = Image.new("RGB", (6 + columns * len(titles), tops[-1] + 20 * len({y for _, y in places})), PAPER)
+    draw = ImageDraw.Draw(page)
+    for i, title in enumerate(titles):
+        draw.text((6 + columns * i, 5), title, INK, font)
+    for top, row in zip(tops, rows):
+        for i, cell in enumerate(row):
+            page.paste(cell, (6 + columns * i, top))
+    for (k, name), (x, y) in zip(entries, places):
+        y += tops[-1]
+        swatch = colour_mask(np.full((12, 12), k), colours)
+        page.paste(Image.fromarray(swatch), (x, y + 2))
+        draw.rectangle([x, y + 2, x + 11, y + 13], outline=INK)
+        draw.text((x + 17, y), name, INK, font)
+    return page
+
+
+def _legend_places(names, font, width):
+    """Where each entry of a legend begins, (x, y), in lines of at most `width`."""
+    places, x, y = [], 6, 0
+    for name in names:
+        needed = 17 + round(font.getlength(name)) + 12
+        if x > 6 and x + needed > width:
+            x, y = 6, y + 20
+        places.append((x, y))
+        x += needed
+    return places
+
+
+def _scaled(picture, width):
+    smooth = picture.width >= width  # enlarged pixels stay visible
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))),
                           Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST)
+
+
+def training_curve(panels, size=(720, 300)):
+    """A PIL image of lines over steps, one panel below the other: {"loss": [(step, value), ...], ...}."""
+    font = ImageFont.load_default(13)
+    page = Image.new("RGB", (size[0], size[1] * len(panels)), PAPER)
+    draw = ImageDraw.Draw(page)
+    last = max(step for points in panels.values() for step, _ in points)
+    for i, (name, points) in enumerate(panels.items()):
+        left, right, top, bottom = 70, size[0] - 20, size[1] * i + 30, size[1] * (i + 1) - 40
+        values = np.array(points, float)[:, 1]
+        low, high = values.min(), values.max() if values.max() > values.min() else values.min() + 1
+        across = [left + (right - left) * step / last for step, _ in points]
+        down = bottom - (bottom - top) * (values - low) / (high - low)
+        for level in np.linspace(0, 1, 5):
+            y = bottom - (bottom - top) * level
+            draw.line([(left, y), (right, y)], LINE)
+            draw.text((left - 8, y), f"{low + (high - low) * level:.3g}", INK, font, anchor="rm")
+            x = left + (right - left) * level
+            draw.text((x, bottom + 8), f"{last * level:g}", INK, font, anchor="mt")
+        draw.text((left, top - 18), name, INK, font)
+        draw.line(list(zip(across, down)), SERIES[1], 2)
+        draw.ellipse([across[-1] - 3, down[-1] - 3, across[-1] + 3, down[-1] + 3], SERIES[1])
+    return page
 
 
 def curves(series, x_label, y_label, size=(720, 480)):

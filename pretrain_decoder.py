@@ -22,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 import launch
 import noise
 import pretrain_encoder
-from data import Batches, Samples, load, pretraining_transform, to_pixels
+from data import Batches, Pixels, Samples, load, pretraining_transform, to_pixels
 from datasets import UNLABELLED, pretraining_images
 from launch import InputError, say
-from model import ENCODERS, build_unet, freeze, image_size_of, load_encoder_weights, read_weights
+from model import (ENCODERS, build_unet, freeze, image_size_of, load_encoder_weights, load_strictly,
+                   read_weights)
 from pictures import from_pixels, sheet
 from run_folder import RunFolder, is_finished, weights_path
 
@@ -53,6 +54,7 @@ def parse_arguments(argv=None):
     add("--noise", choices=("scaled", "simple"), default="scaled", help="Eq. 5 or Eq. 1")
     add("--target", choices=("noise", "image"), default="noise", help="what to predict (3.2, Table 1)")
     add("--condition", action="store_true", help="condition the decoder's norms on gamma (4.4)")
+    add("--init", metavar="PATH", help="a checkpoint of this stage with the same network flags, to go on from")
     add("--encoder", choices=ENCODERS, help="the encoder network")
     add("--encoder-weights", metavar="PATH",
         help="of pretrain_encoder.py or published; imagenet21k (hybrid), imagenet1k (resnet50): downloaded; "
@@ -63,6 +65,8 @@ def parse_arguments(argv=None):
     args = launch.parse(parser, RECIPE, argv)
 
     # Defaults that depend on other flags
+    if args.init is not None and args.encoder_weights is not None:
+        raise InputError("--init brings its encoder along; drop --encoder-weights")
     args.out = args.out or os.path.join("runs", args.data, f"pretrain_decoder_{args.method}")
     if args.lr is None:
         args.lr = 1e-4 if args.width == 2 else 6e-5  # 5.1: 6e-5 for 1x and 3x, 1e-4 for 2x
@@ -100,7 +104,7 @@ def find_or_train_encoder(args, processes):
 
 
 def add_noise(args, x, seeds):
-    """(x~, e, gamma (B,)) for images x (B, 3, H, W) in [-1, 1]: each has the noise and gamma of its seed."""
+    """(x~, e, gamma (B,)) of images x (B, bands, H, W) in [-1, 1]: each has the noise and gamma of its seed."""
     eps = noise.sample_noise(x.shape, seeds, x.device)
     if args.gamma_range is None:
         gamma = torch.full((len(x),), args.gamma)
@@ -118,15 +122,20 @@ def main():
     precision = launch.resolve_precision(args.precision, device)
     share = processes.share(args.batch_size)
 
+    # Initial weights: of the whole network, or of the encoder
+    weights_file = args.init or find_or_train_encoder(args, processes)
+    weights = None if weights_file is None else read_weights(weights_file)
+    made_with = {} if weights is None else weights.get("model_args", {})
+    bands = args.bands or made_with.get("bands", 3)
+
     # Data
+    pixels = Pixels(bands, args.pixel_range, args.huge)
     with processes.one_first():  # one process of a machine builds the index
-        images = pretraining_images(args.data, args.root, args.cache, args.coarse)
+        images = pretraining_images(args.data, args.root, args.cache, args.coarse, pixels)
     steps = launch.number_of_steps(args, len(images))
 
     # Model
-    weights_file = find_or_train_encoder(args, processes)
-    weights = None if weights_file is None else read_weights(weights_file)
-    model_args = dict(encoder=args.encoder, width=args.width, out_channels=3,
+    model_args = dict(encoder=args.encoder, width=args.width, out_channels=bands, bands=bands,
                       condition_on_gamma=args.condition,
                       image_size=None if weights is None else image_size_of(weights))
     torch.manual_seed(args.seed)
@@ -135,7 +144,11 @@ def main():
         raise InputError(f"--image-size {args.image_size}: expected a multiple of the encoder's stride "
                          f"{model.encoder.strides[-1]}")
     origin = "fresh weights"
-    if weights is not None:
+    if args.init is not None:
+        complaint = f"{args.init}: expected a checkpoint of this stage with the same flags, it has {made_with}"
+        load_strictly(model, weights.get("model", weights), complaint)
+        origin = f"encoder and decoder of {args.init}"
+    elif weights is not None:
         origin = f"{load_encoder_weights(model.encoder, weights, weights_file)}, {weights_file}"
     fresh = weights is None and args.method == "dep"
     batch_norm_images = launch.set_batch_norm(model.encoder, args, processes, fresh)
@@ -152,7 +165,8 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
-    settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images}
+    settings = {**vars(args), "bands": bands, "precision": precision,
+                "images-per-batch-norm": batch_norm_images}
     run = RunFolder(settings, [images], steps, processes)
     start, loss, _ = run.restore(model, optimizer, scaler)
     if is_finished(args.out):
@@ -162,7 +176,7 @@ def main():
         model.encoder.compile()
         model.decoder.compile()
     wrapped = DistributedDataParallel(trained) if processes.world > 1 else trained
-    samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed,
+    samples = Samples(images, pretraining_transform(args.image_size, args.min_area, pixels.range), args.seed,
                       skip_unreadable=True)
     batches = Batches(len(images), args.batch_size, steps, args.seed, start, processes.rank, processes.world)
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
@@ -246,7 +260,7 @@ def draw_panel(args, model, samples, device, rows=4):
             x_hat = noise.remove_noise(scaled, eps_hat, gamma)
         shown = (x, x_noisy, eps_hat / 3, x_hat)  # [-1, 1] shows noise up to 3 standard deviations
         pictures.append([from_pixels(picture[0]) for picture in shown])
-    return sheet(pictures, ["image", "noisy image", "predicted noise", "denoised image"], height=160)
+    return sheet(pictures, ["image", "noisy image", "predicted noise", "denoised image"], width=160)
 
 
 if __name__ == "__main__":

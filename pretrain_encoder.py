@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import launch
-from data import Batches, Each, Samples, centre_crop, in_rounds, load, pretraining_transform, to_pixels
+from data import (Batches, Each, Pixels, Samples, centre_crop, in_rounds, load, pretraining_transform,
+                  to_pixels)
 from datasets import CLASSIFIED, classification_images
 from launch import say
 from model import ENCODERS, build_classifier
@@ -72,13 +73,14 @@ def main(argv=None, processes=None):
     share = processes.share(args.batch_size)
 
     # Data
+    pixels = Pixels(args.bands or 3, args.pixel_range, args.huge)
     with processes.one_first():  # one process of a machine builds the index
-        train, val, names = classification_images(args.data, args.root, args.cache)
+        train, val, names = classification_images(args.data, args.root, args.cache, pixels)
     steps = launch.number_of_steps(args, len(train))
 
     # Model: everything trains
     torch.manual_seed(args.seed)
-    model_args = dict(encoder=args.encoder, num_classes=len(names))
+    model_args = dict(encoder=args.encoder, num_classes=len(names), bands=pixels.bands)
     model = build_classifier(**model_args).to(device, memory_format=torch.channels_last)
     batch_norm_images = launch.set_batch_norm(model.encoder, args, processes, fresh=True)
 
@@ -89,7 +91,8 @@ def main(argv=None, processes=None):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
-    settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images}
+    settings = {**vars(args), "bands": pixels.bands, "precision": precision,
+                "images-per-batch-norm": batch_norm_images}
     run = RunFolder(settings, [train, val], steps, processes)
     start, loss, best = run.restore(model, optimizer, scaler)
     if is_finished(args.out):
@@ -98,12 +101,12 @@ def main(argv=None, processes=None):
     if args.compile:  # in place: no "_orig_mod." in the names of parameters
         model.compile()
     wrapped = DistributedDataParallel(model) if processes.world > 1 else model
-    samples = Samples(train, pretraining_transform(args.image_size, args.min_area), args.seed,
+    samples = Samples(train, pretraining_transform(args.image_size, args.min_area, pixels.range), args.seed,
                       skip_unreadable=True)
     batches = Batches(len(train), args.batch_size, steps, args.seed, start, processes.rank, processes.world)
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
     val_batches = Each(len(val), processes.rank, processes.world, args.micro_batch)
-    val_loader = load(Samples(val, centre_crop(args.image_size)), val_batches, args.workers)
+    val_loader = load(Samples(val, centre_crop(args.image_size, pixels.range)), val_batches, args.workers)
 
     def validate(done):
         """Measure top-1; the best weights so far go to best.pt. Returns top-1 and the best one."""

@@ -174,7 +174,7 @@ def prediction_grid(args, rows=6):
         x = to_pixels(sample["image"].as_subclass(torch.Tensor)[None])
         masks = [sample["mask"]] + [predict(network, x).argmax(1)[0] for network in networks]
         pictures.append([from_pixels(x[0])] + [colour_mask(mask, colours) for mask in masks])
-    return sheet(pictures, ["image", "truth", *METHODS], height=112)
+    return sheet(pictures, ["image", "truth", *METHODS], 112, names, colours)
 
 
 def main():

@@ -6,6 +6,7 @@ loaders.
     last.pt         the newest checkpoint
     previous.pt     the one before it, in case last.pt is damaged
     best.pt         the weights with the best score so far, in stages that validate
+    curve.png       the loss and the score over the steps, drawn at every save
     log.jsonl       a line every --log-every steps ("waiting": share of the time spent waiting for data), and
                     one for every validation
     args.json       the flags
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from launch import InputError, Stopped, say
 from model import PUBLISHED, WeightsError, published_weights, read_weights
+from pictures import training_curve
 
 try:
     import fcntl
@@ -36,7 +38,7 @@ except ImportError:  # Windows has no lock
 # Flags that may change when a run continues: they do not change what is computed. Of the data, the content
 # is compared, not the path.
 FREE_TO_CHANGE = {"out", "root", "cache", "workers", "save_every", "log_every", "device", "compile",
-                  "micro_batch"}
+                  "micro_batch", "huge"}
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -57,7 +59,7 @@ class RunFolder:
             self.lock = lock_folder(self.out)
         self.checkpoint, damaged = self._newest_checkpoint()
         if self.checkpoint is not None:
-            then = {**self.checkpoint["args"], "data-content": self.checkpoint["data"]}
+            then = {"bands": 3, **self.checkpoint["args"], "data-content": self.checkpoint["data"]}
             refuse_other_flags(self.out, then, {**settings, "data-content": self.data})
             self.unreadable.update(self.checkpoint.get("unreadable", []))
             self.saved_step, before = self.checkpoint["step"], self.checkpoint["processes"]
@@ -207,10 +209,22 @@ class RunFolder:
         """Write last.pt, after `step` steps; the one before becomes previous.pt."""
         self.saved_step, self.saved_at = step, time.monotonic()
         if self.processes.is_main:
+            self._draw_curve()
             content.update(step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
                            scaler=scaler.state_dict(), args=self.settings, data=self.data,
                            processes=self.processes.world, unreadable=sorted(self.unreadable))
             save(self.path("last.pt"), content, keep=self.path("previous.pt"))
+
+    def _draw_curve(self):
+        """curve.png: what log.jsonl says of the loss and, in stages that validate, of the score."""
+        panels = {}
+        with open(self.path("log.jsonl")) as file:
+            for values in map(json.loads, file):
+                for name in {"loss", "top1", "miou"} & set(values):
+                    panels.setdefault(name, []).append((values["step"], values[name]))
+        if panels:
+            with replacing(self.path("curve.png")) as file:
+                training_curve(panels).save(file, "PNG")
 
     def save_best(self, model, **content):
         if self.processes.is_main:
@@ -232,6 +246,7 @@ class RunFolder:
             signal.signal(number, handler)
         if self.processes.is_main:
             self.log.close()
+            self._draw_curve()
             write_json(self.path("metrics.json"), metrics)
             self.lock.close()
 

@@ -8,10 +8,12 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +248,49 @@ def write_image(path, height=40, width=56, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3),
                                                         dtype=np.uint8)).save(path)
+
+
+def png16(path, values):
+    """A PNG of 16-bit values (H, W, 1 to 4), which Pillow cannot write."""
+    height, width, bands = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    path.write_bytes(content)
+
+
+def tiff(path, values):
+    """An uncompressed TIFF of values (H, W, bands) of any type, as scientific programs write it."""
+    height, width, bands = values.shape
+    content = b"\0" * 8 + values.astype(values.dtype.newbyteorder("<")).tobytes()
+    tags = []
+
+    def shorts(*numbers):  # in the tag itself, or in a place that it points to
+        nonlocal content
+        packed = struct.pack(f"<{len(numbers)}H", *numbers)
+        place, content = len(content), content + (packed if len(packed) > 4 else b"")
+        return len(numbers), packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", place)
+
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    fields = {256: shorts(width), 257: shorts(height), 258: shorts(*[8 * values.dtype.itemsize] * bands),
+              259: shorts(1), 262: shorts(2 if bands >= 3 else 1), 273: (1, struct.pack("<I", 8)), 277: shorts(bands),
+              278: shorts(height), 279: (1, struct.pack("<I", values.nbytes)), 339: shorts(*[kind] * bands)}
+    if bands > 3:
+        fields[338] = shorts(*[0] * (bands - 3))  # further bands, of no stated meaning
+    tags = [struct.pack("<HHI", tag, 4 if tag in (273, 279) else 3, count) + value
+            for tag, (count, value) in sorted(fields.items())]
+    header = b"II*\0" + struct.pack("<I", len(content))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + content[8:] + struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4))
+
+
+def write_stack(path, pages):
+    """A multi-page TIFF of uint8 pages (H, W) or (H, W, 3)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *rest = map(Image.fromarray, pages)
+    first.save(path, save_all=True, append_images=rest)
 
 
 def write_mask(path, mask):

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import imagenet21k, jpeg, write_image, write_mask, write_tar
+from conftest import imagenet21k, jpeg, png16, tiff, write_image, write_mask, write_stack, write_tar
 from PIL import Image
 from torchvision import tv_tensors
 
@@ -34,8 +34,8 @@ def test_every_mode_of_picture_becomes_rgb(tmp_path):
     grey.save(tmp_path / "grey.png")
     Image.fromarray(colours[..., 0].astype(np.uint16) * 257).save(tmp_path / "grey16.png")
     for name in ("grey.png", "grey16.png"):
-        assert all(np.array_equal(channel, colours[..., 0])
-                   for channel in data.read_image(tmp_path / name)), name
+        for channel in data.scale(data.read_image(tmp_path / name)):
+            assert np.allclose(channel, colours[..., 0], atol=1e-4), name
     palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8))
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     palette.save(tmp_path / "palette.png")
@@ -43,6 +43,125 @@ def test_every_mode_of_picture_becomes_rgb(tmp_path):
     Image.new("CMYK", (4, 4),
               (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")  # no cyan, all magenta and yellow: red
     assert data.read_image(tmp_path / "cmyk.jpg")[:, 2, 2].tolist() == pytest.approx([255, 0, 0], abs=3)
+
+
+@pytest.mark.parametrize("kind, pixel_range, wanted", [
+    (np.uint8, None, [0, 100, 200]),
+    (np.uint16, None, [0, 100 / 257, 200 / 257]),
+    (np.uint16, (0, 200), [0, 127.5, 255]),
+    (np.uint8, (100, 200), [0, 0, 255]),
+    (np.int16, (-100, 300), [63.75, 127.5, 191.25]),
+    (np.float32, (0, 400), [0, 63.75, 127.5]),
+    (np.float64, (0, 400), [0, 63.75, 127.5]),
+    (np.int32, (0, 400), [0, 63.75, 127.5])])
+def test_a_pixel_range_becomes_0_to_255_in_every_type(kind, pixel_range, wanted, tmp_path):
+    values = np.array([[[0], [100], [200]]]).astype(kind)
+    np.save(tmp_path / "array.npy", values[..., 0])
+    np.save(tmp_path / "foreign.npy", values.astype(values.dtype.newbyteorder(">")))
+    files = ["array.npy", "foreign.npy"]
+    if kind != np.float64:
+        tiff(tmp_path / "picture.tif", values)
+        files.append("picture.tif")
+    for name in files:
+        image = data.read_image(tmp_path / name, pixels=data.Pixels(bands=1))
+        assert image.shape == (1, 1, 3)
+        assert data.scale(image, pixel_range).flatten().tolist() == pytest.approx(wanted, abs=1e-4), name
+
+
+def test_colours_of_16_bits_keep_all_bits(tmp_path):
+    values = np.random.RandomState(0).randint(0, 65536, (5, 7, 4))
+    for bands in (1, 2, 3, 4):
+        png16(tmp_path / "a.png", values[..., :bands])
+        image = data.read_image(tmp_path / "a.png", pixels=data.Pixels(bands=bands))
+        assert np.array_equal(image.permute(1, 2, 0), values[..., :bands]), bands
+    png16(tmp_path / "a.png", values)  # alpha of an ordinary PNG is dropped
+    assert np.array_equal(data.read_image(tmp_path / "a.png").permute(1, 2, 0), values[..., :3])
+    tiff(tmp_path / "a.tif", values[..., :3].astype(np.uint16))  # Pillow would keep 8 of the 16 bits
+    with pytest.raises(InputError, match="a.tif: a TIFF of 3 bands of 16 bits, .* save its array"):
+        data.read_image(tmp_path / "a.tif")
+
+
+def test_any_number_of_bands_is_read_and_no_band_is_dropped(tmp_path):
+    values = np.random.RandomState(0).randint(0, 256, (5, 7, 6), dtype=np.uint8)
+    np.save(tmp_path / "six.npy", values)
+    image = data.read_image(tmp_path / "six.npy", pixels=data.Pixels(bands=6))
+    assert np.array_equal(image.permute(1, 2, 0), values)
+    Image.fromarray(values[..., :4], "RGBA").save(tmp_path / "four.tif")
+    Image.fromarray(values[..., :4], "RGBA").save(tmp_path / "four.png")
+    for name in ("four.tif", "four.png"):
+        image = data.read_image(tmp_path / name, pixels=data.Pixels(bands=4))
+        assert np.array_equal(image.permute(1, 2, 0), values[..., :4])
+    tiff(tmp_path / "five.tif", values[..., :5])
+    write_image(tmp_path / "colour.jpg")
+    for name, bands, message in (("six.npy", 3, "6 bands, expected 3; pass --bands 6"), ("four.tif", 3, "4 bands"),
+                                 ("colour.jpg", 1, "3 bands, expected 1"), ("colour.jpg", 4, "3 bands"),
+                                 ("five.tif", 3, "a TIFF of 5 bands of 8 bits, .* as a .npy")):
+        with pytest.raises(InputError, match=f"{name}: {message}"):
+            data.read_image(tmp_path / name, pixels=data.Pixels(bands=bands))
+
+
+def test_arrays_that_are_no_pictures_are_named(tmp_path):
+    for name, values in (("flat", np.zeros(5)), ("deep", np.zeros((2, 3, 4, 5))), ("void", np.zeros((0, 4)))):
+        np.save(tmp_path / f"{name}.npy", values)
+        with pytest.raises(InputError, match=f"{name}.npy: an array of shape"):
+            data.read_image(tmp_path / f"{name}.npy")
+    np.save(tmp_path / "objects.npy", np.array([[{}]], dtype=object))
+    np.save(tmp_path / "complex.npy", np.zeros((2, 2), complex))
+    for name in ("objects", "complex"):
+        with pytest.raises(data.UnreadableImage, match=f"{name}.npy: not a readable image"):
+            data.read_image(tmp_path / f"{name}.npy")
+
+
+@pytest.mark.parametrize("fault", [np.nan, np.inf])
+def test_pixels_that_are_not_finite_are_named(fault, tmp_path):
+    values = np.zeros((40, 40), np.float32)
+    values[20, 20] = fault
+    np.save(tmp_path / "a.npy", values)
+    source = datasets.ImageFiles(ImageIndex.of_folder(str(tmp_path)), pixels=data.Pixels(1, (0, 1)))
+    error = data.Samples(source, data.pretraining_transform(32, 1.0, (0, 1)), skip_unreadable=True)[0, 0]
+    assert isinstance(error, InputError) and str(error) == "a.npy: NaN or infinite pixels; replace them"
+    with pytest.raises(InputError, match="^a.npy: NaN or infinite pixels; replace them"):
+        datasets.pretraining_images("folder", str(tmp_path), pixels=data.Pixels(1, (0, 1)))
+
+
+def test_each_page_of_a_stack_is_a_picture(tmp_path):
+    pages = np.random.RandomState(0).randint(0, 256, (3, 20, 30), dtype=np.uint8)
+    write_stack(tmp_path / "stack.tif", pages)
+    write_stack(tmp_path / "single.TIFF", pages[:1])
+    source = pretraining_images("folder", str(tmp_path), pixels=data.Pixels(bands=1))
+    assert [source.name(i) for i in range(4)] == ["single.TIFF", "stack.tif#0", "stack.tif#1", "stack.tif#2"]
+    for i, page in ((0, 0), (1, 0), (2, 1), (3, 2)):
+        assert np.array_equal(source.read(i)["image"][0], pages[page])
+    write_stack(tmp_path / "mixed.tif", [pages[0], pages[1, :10]])
+    with pytest.raises(InputError, match="mixed.tif: a stack whose pages differ in size, 30x20 and, at page 1, 30x10"):
+        pretraining_images("folder", str(tmp_path), pixels=data.Pixels(bands=1))
+
+
+def test_pictures_beyond_pillows_limit_are_read_where_the_user_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    write_image(tmp_path / "a.png")
+    with pytest.raises(data.UnreadableImage, match="a.png: .* if it has them, pass --huge"):
+        data.read_image(tmp_path / "a.png")
+    assert data.read_image(tmp_path / "a.png", pixels=data.Pixels(huge=True)).shape == (3, 40, 56)
+
+
+@pytest.mark.parametrize("transform", [data.RandomCrop(64, (0, 9)), data.RandomResizedCrop(64, 1e-10, (0, 9))])
+def test_a_crop_of_an_array_larger_than_memory_reads_the_crop_alone(transform, tmp_path):
+    """100 GB of zeros, of which the disk holds none."""
+    if isinstance(transform, data.RandomResizedCrop):
+        transform.scale = (1e-6, 1e-6)
+    np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint16, (100_000, 500_000))
+    image = tv_tensors.Image(data.read_image(tmp_path / "a.npy"))
+    assert image.shape == (3, 100_000, 500_000) and transform(image).shape == (3, 64, 64)
+
+
+def test_pictures_of_8_and_16_bits_share_a_batch(tmp_path):
+    values = np.random.RandomState(0).randint(0, 256, (20, 30), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "8.png")
+    Image.fromarray(values.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    samples = data.Samples(pretraining_images("folder", str(tmp_path)))
+    batch, = data.load(samples, data.Each(2, batch_size=2))
+    torch.testing.assert_close(batch["image"][0], batch["image"][1])
 
 
 def test_pictures_are_turned_upright(tmp_path):
@@ -82,6 +201,38 @@ def test_a_wrong_mask_is_named_with_its_value(tmp_path):
     write_image(tmp_path / "colours.png")
     with pytest.raises(InputError, match=r"colours.png: mask is RGB, expected an index image"):
         data.read_mask(tmp_path / "colours.png", THREE)
+
+
+def test_colours_are_classes_where_they_are_said_to_be(tmp_path):
+    labels = {(0, 0, 0): 0, (255, 0, 0): 1, (10, 20, 30): data.IGNORE}
+    colours = np.array([[(0, 0, 0), (255, 0, 0)], [(10, 20, 30), (255, 0, 0)]], np.uint8)
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    Image.fromarray(colours).convert("RGBA").save(tmp_path / "rgba.png")
+    Image.fromarray(colours).quantize(3).save(tmp_path / "palette.png")
+    for name in ("a.png", "rgba.png", "palette.png"):
+        assert data.read_mask(tmp_path / name, labels).tolist() == [[0, 1], [255, 1]], name
+    colours[0, 0] = (1, 2, 3)
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a.png: mask colour \(1, 2, 3\), expected \(0, 0, 0\), \(10, 20, 30\), or "
+                                         r"\(255, 0, 0\); the file holds \(1, 2, 3\), \(10, 20, 30\), or "):
+        data.read_mask(tmp_path / "a.png", labels)
+
+
+def test_any_of_the_256_values_may_be_a_class(tmp_path):
+    write_mask(tmp_path / "a.png", [[0, 255], [11, 128]])
+    labels = data.label_map({0: 0, 255: 1, 128: 2, 11: data.IGNORE}, ignore_255=False)
+    assert data.read_mask(tmp_path / "a.png", labels).tolist() == [[0, 1], [255, 2]]
+    write_mask(tmp_path / "b.png", [[0, 7], [8, 200]])
+    with pytest.raises(InputError, match="b.png: mask value 7, expected 0, 11, 128, or 255; the file holds 0, 7 to 8, or 200"):
+        data.read_mask(tmp_path / "b.png", labels)
+
+
+def test_masks_may_be_pages_of_a_stack_and_arrays(tmp_path):
+    pages = np.random.RandomState(0).randint(0, 3, (2, 4, 5), dtype=np.uint8)
+    write_stack(tmp_path / "a.tif", pages)
+    np.save(tmp_path / "a.npy", pages[1].astype(np.int64))
+    assert np.array_equal(data.read_mask(f"{tmp_path}/a.tif#1", THREE), pages[1])
+    assert np.array_equal(data.read_mask(tmp_path / "a.npy", THREE), pages[1])
 
 
 # ------------------------------------------------------------------------------------------------ crops

@@ -1,17 +1,18 @@
 """datasets.py and data.py: every layout on disk as it is distributed, tiny but exact, checked pixel for pixel."""
 
+import argparse
 import os
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, imagenet21k, write_image, write_mask, write_tar, jpeg
+from conftest import TINY, imagenet21k, jpeg, tiff, write_image, write_mask, write_stack, write_tar
 from PIL import Image
 
 import datasets
 from datasets import classification_images, pretraining_images, segmentation_pairs
-from data import ImageIndex
+from data import ImageIndex, Pixels
 from launch import InputError
 
 PAPER_TINY = ["--encoder", "hybrid-small", "--workers", "0"]  # a named set on the smallest network
@@ -88,6 +89,143 @@ def test_an_image_and_a_mask_of_different_size_are_named(folder):
     with pytest.raises(InputError,
                        match=r"masks/train/c.png: mask is 20x10, its image .*images/train/c.jpg is 55x43"):
         source.read(2)
+
+
+# ------------------------------------------------------------------------------------------------ a user's own classes and masks
+
+
+@pytest.mark.parametrize("text, names, labels", [
+    ("sky\nsea\n", ["sky", "sea"], {0: 0, 1: 1, 255: 255}),
+    ("sky\nignore\nsea\n", ["sky", "sea"], {0: 0, 1: 255, 2: 1, 255: 255}),
+    ("0 background\n255 cell\n", ["background", "cell"], {0: 0, 255: 1}),
+    ("\n7 wall\n2 open window\n 11  ignore\n9 ignore\n", ["wall", "open window"], {7: 0, 2: 1, 11: 255, 9: 255}),
+    ("0 0 0 road\n255 0 10 red car\n1 2 3 ignore", ["road", "red car"],
+     {(0, 0, 0): 0, (255, 0, 10): 1, (1, 2, 3): 255})])
+def test_classes_txt_says_which_values_or_colours_the_masks_use(text, names, labels, tmp_path):
+    (tmp_path / "classes.txt").write_text(text)
+    found, meaning = datasets.own_classes(tmp_path)
+    if not isinstance(meaning, dict):
+        meaning = {value: k for value, k in enumerate(meaning.tolist()) if k >= 0}
+    assert (found, meaning) == (names, labels)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("sky\n1 sea\n", r"'sky' and '1 sea' are of two forms; expected `name` in all lines, or `value name`"),
+    ("0 0 0 sky\n1 sea\n", "'0 0 0 sky' and '1 sea' are of two forms"),
+    ("0 sky\n0 sea\n", "a mask value occurs twice, as in '0 sky'"),
+    ("0 0 0 sky\n0 0 0 sea\n", "a mask value occurs twice, as in '0 0 0 sky'"),
+    ("0 sky\n1 sky\n", "a class name occurs twice, as in '0 sky'"),
+    ("0 sky\n256 sea\n", "'256 sea' has a mask value of 256, expected 0 to 255"),
+    ("0 sky\n1 ignore\n", "1 names, expected 2 to 255"), ("", "0 names, expected 2 to 255")])
+def test_a_classes_txt_with_a_fault_is_refused(text, message, tmp_path):
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(InputError, match=f"classes.txt: {message}"):
+        datasets.own_classes(tmp_path)
+
+
+def microscopy(root, values=(0, 255), count=10):
+    """Grey pictures with masks of two values, as published sets have them: one pixel in four is a cell."""
+    for i in range(count):
+        grey = np.random.RandomState(i).randint(0, 256, (40, 56), dtype=np.uint8)
+        write_mask(root / "images" / "train" / f"{i}.png", grey)
+        mask = np.full((40, 56), values[0])
+        mask[:20, :28] = values[1]
+        write_mask(root / "masks" / "train" / f"{i}.png", mask)
+    return root
+
+
+def test_masks_of_0_and_255_are_refused_until_classes_txt_says_what_they_are(tmp_path):
+    microscopy(tmp_path)
+    source, names = segmentation_pairs("folder", str(tmp_path), "train", num_classes=2)
+    with pytest.raises(InputError, match=r"training masks hold fewer than two classes; their values are 0, or 255; "
+                                         r"write to classes.txt .*, such as `0 background`, `255 object`"):
+        datasets.survey_masks({"training": source}, names)
+    (tmp_path / "classes.txt").write_text("0 background\n255 cell\n")
+    source, names = segmentation_pairs("folder", str(tmp_path), "train", pixels=Pixels(bands=1))
+    text, counts = datasets.survey_masks({"training": source}, names)
+    assert counts["training"][0, :2].tolist() == [10 * 3 * 560, 10 * 560] and counts["training"][0].sum() == 22_400
+    assert [line.split() for line in text.splitlines()] == [
+        ["training", "masks", "pixels", "%", "images", "%"], ["background", "75.00", "100.00"],
+        ["cell", "25.00", "100.00"], ["ignored", "0.00", "0.00"]]
+
+
+def test_what_is_unusual_about_masks_and_pictures_is_said(tmp_path):
+    microscopy(tmp_path, values=(11, 255), count=4)
+    write_mask(tmp_path / "masks" / "train" / "0.png", np.full((40, 56), 3))
+    write_mask(tmp_path / "images" / "train" / "0.png", np.full((40, 56), 9))
+    (tmp_path / "classes.txt").write_text("3 background\n255 cell\n0 nucleus\n11 ignore\n")
+    source, names = segmentation_pairs("folder", str(tmp_path), "train")
+    text, counts = datasets.survey_masks({"training": source, "validation": source.subset([1])}, names)
+    lines = text.splitlines()
+    assert ["cell", "18.75", "75.00"] in [line.split() for line in lines]
+    assert {"in no training mask: nucleus", "in no validation mask: background, nucleus",
+            "most pixels of the training masks are ignored", "most pixels of the validation masks are ignored",
+            "1 training images have one value throughout; they are kept"} <= set(lines)
+    assert source.note == "1 of 4 pictures looked at have one value throughout, such as images/train/0.png; they are kept"
+
+
+def test_a_narrow_range_of_pixels_is_said_with_the_flag_that_widens_it(tmp_path):
+    twelve_bits = np.random.RandomState(0).randint(0, 4096, (40, 56)).astype(np.uint16)
+    twelve_bits[0, :2] = 0, 4095
+    Image.fromarray(twelve_bits).save(tmp_path / "a.png")
+    source = pretraining_images("folder", str(tmp_path))
+    assert source.note == ("the pixels of 1 pictures looked at lie between 0 and 4095, within a tenth of the range 0 to "
+                           "65535; pass --pixel-range 0 4095, or wider")
+    assert pretraining_images("folder", str(tmp_path), pixels=Pixels(range=(0, 4095))).note == ""
+    assert "between 0 and 4095; what is outside --pixel-range 0 2000 is clipped" in pretraining_images(
+        "folder", str(tmp_path), pixels=Pixels(range=(0, 2000))).note
+
+
+def test_floats_without_a_range_are_refused_with_the_one_they_have(tmp_path):
+    for i in range(3):
+        tiff(tmp_path / f"{i}.tif", np.array([[[-1.5], [i]]], np.float32))
+    with pytest.raises(InputError, match=r"0.tif: float32 pixels, from -1.5 to 2 in the first pictures; .* --pixel-range"):
+        pretraining_images("folder", str(tmp_path))
+    assert pretraining_images("folder", str(tmp_path), pixels=Pixels(range=(-2, 2))).note == ""
+
+
+def test_stacks_are_paired_page_by_page(tmp_path):
+    pages = np.random.RandomState(0).randint(0, 256, (3, 20, 30), dtype=np.uint8)
+    write_stack(tmp_path / "images/train/a.tif", pages)
+    write_stack(tmp_path / "masks/train/a.tiff", pages % 3)
+    source, _ = segmentation_pairs("folder", str(tmp_path), "train", num_classes=3)
+    assert len(source) == 3 and source.line(1) == "images/train/a.tif#1\tmasks/train/a.tiff#1"
+    for i in range(3):
+        assert np.array_equal(source.read(i)["mask"], pages[i] % 3)
+    (tmp_path / "list.txt").write_text(source.line(2))
+    listed, _ = segmentation_pairs("folder", str(tmp_path), "train", 3, str(tmp_path / "list.txt"))
+    assert len(listed) == 1 and np.array_equal(listed.read(0)["mask"], pages[2] % 3)
+    write_stack(tmp_path / "masks/train/a.tiff", pages[:2] % 3)
+    with pytest.raises(InputError, match="masks/train/a: 2 pages, its image in images/train has 3; expected a page"):
+        segmentation_pairs("folder", str(tmp_path), "train", num_classes=3)
+
+
+def parts(root, **flags):
+    usual = dict(data="folder", root=str(root), num_classes=3, train_list=None, val_list=None, val_fraction=None,
+                 folds=None, fold=0)
+    train, val, _ = datasets.labelled_parts(argparse.Namespace(**{**usual, **flags}), Pixels())
+    return [train.name(i) for i in range(len(train))], [val.name(i) for i in range(len(val))]
+
+
+def test_a_part_of_the_labelled_images_is_held_out_by_a_hash_of_their_paths(tmp_path):
+    microscopy(tmp_path, values=(0, 1))
+    train, val = parts(tmp_path, val_fraction=0.3)
+    assert len(train) == 7 and len(val) == 3 and not set(train) & set(val)
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "train" / "0.png").unlink()
+    fewer, _ = parts(tmp_path, val_fraction=0.3)
+    assert len(set(fewer) - set(train)) <= 1  # the others stay where they were
+    folds = [parts(tmp_path, folds=4, fold=i) for i in range(4)]
+    assert sorted(sum((val for _, val in folds), [])) == sorted(folds[0][0] + folds[0][1])
+    assert all(len(train) + len(val) == 9 and not set(train) & set(val) for train, val in folds)
+    for flags in (dict(val_fraction=0.01), dict(val_fraction=0.99), dict(folds=10, fold=9)):
+        with pytest.raises(InputError, match="there are 9 labelled images, of which (0|9) would be held out"):
+            parts(tmp_path, **flags)
+
+
+def test_images_are_not_held_out_where_there_are_validation_images(folder):
+    with pytest.raises(InputError, match="has validation images; .* drop the flag"):
+        parts(folder, val_fraction=0.5)
 
 
 def test_class_folders_are_labelled_by_their_names(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import TINY, Forked, write_image, write_mask
+from conftest import TINY, Forked, write_image, write_mask, write_stack
 from PIL import Image
 
 import data
@@ -36,6 +36,10 @@ def test_miou_of_a_2x2_image_by_hand():
     scores = evaluate.scores(confusion, ["a", "b"])
     assert (scores["iou"] == {"a": 0.5, "b": 0.5} and scores["miou"] == 0.5
             and scores["pixel_accuracy"] == pytest.approx(2 / 3))
+    assert scores["dice"] == {"a": pytest.approx(2 / 3), "b": pytest.approx(2 / 3)}
+    assert scores["precision"] == {"a": 1.0, "b": 0.5} and scores["recall"] == {"a": 0.5, "b": 1.0}
+    assert (scores["mean_precision"], scores["mean_recall"]) == (0.75, 0.75)
+    assert scores["mean_dice"] == pytest.approx(2 / 3)
 
 
 def test_a_class_that_does_not_occur_does_not_count():
@@ -43,13 +47,16 @@ def test_a_class_that_does_not_occur_does_not_count():
     scores = evaluate.scores(confusion, list("abcde"))
     assert scores["iou"] == {"a": pytest.approx(1 / 3), "b": 0.0, "c": None, "d": 0.0, "e": None}
     assert scores["miou"] == pytest.approx(1 / 9)  # over a, b (in the truth) and d (in the prediction)
+    assert scores["precision"] == {"a": 0.5, "b": 0.0, "c": None, "d": 0.0, "e": None}
+    assert scores["recall"] == {"a": 0.5, "b": 0.0, "c": None, "d": 0.0, "e": None}
 
 
 def test_masks_that_are_all_ignored_give_no_score_and_no_error():
     scores = evaluate.scores(
         evaluate.confusion_matrix(torch.zeros(2, 2, dtype=torch.uint8),
                                   torch.full((2, 2), 255, dtype=torch.uint8), 3), list("abc"))
-    assert scores == {"miou": None, "iou": {"a": None, "b": None, "c": None}, "pixel_accuracy": None}
+    assert len(scores) == 9
+    assert all(value in (None, {"a": None, "b": None, "c": None}) for value in scores.values())
     assert "-" in evaluate.table({**scores, "images": 1})
 
 
@@ -74,13 +81,14 @@ def test_windows_cover_everything_and_end_at_the_edge(size, window, stride, star
 def test_cityscapes_two_halves_are_a_window_of_the_height():
     x = torch.randn(1, 3, 8, 16)
     halves = torch.cat([Colours()(x[..., :8]), Colours()(x[..., 8:])], dim=3)
-    assert torch.equal(evaluate.predict_windows(Colours(), x, window=8, stride=8), halves)
+    assert torch.equal(evaluate.predict(Colours(), x, window=8), halves)
 
 
-@pytest.mark.parametrize("size", [(11, 14), (7, 30), (1, 9)])
+@pytest.mark.parametrize("size", [(11, 14), (7, 30), (1, 9), (30, 7)])
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
-def test_windows_flips_and_scales_are_what_a_slow_loop_computes(size, average):
-    x, model, window, stride, scales = torch.randn(1, 3, *size), Colours(), 8, 5, (0.5, 1.0, 1.75)
+@pytest.mark.parametrize("scales", [(0.5, 1.0, 1.75), (1.0, )])
+def test_windows_flips_and_scales_are_what_a_slow_loop_computes(size, average, scales):
+    x, model, window, stride = torch.randn(1, 3, *size), Colours(), 8, 5
     answers = []
     for scale in scales:
         scaled = (F.interpolate(x, [max(1, round(scale * s))
@@ -102,8 +110,15 @@ def test_windows_flips_and_scales_are_what_a_slow_loop_computes(size, average):
             logits = torch.flip(logits, [3]) if flip else logits
             logits = F.interpolate(logits, size, mode="bilinear") if scale != 1 else logits
             answers.append(logits.softmax(1) if average == "probabilities" else logits)
-    ours = evaluate.predict(model, x, scales, flip=True, window=window, stride=stride, average=average)
+    ours = evaluate.predict(model, x, scales=scales, flip=True, window=window, stride=stride, average=average)
     torch.testing.assert_close(ours, torch.stack(answers).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_large_image_is_scored_in_rows_of_windows_and_never_as_a_whole():
+    x = torch.randint(0, 256, (1, 3, 40, 30), dtype=torch.uint8)
+    blocks = list(evaluate.predict_rows(Colours(), x, flip=True, window=16))
+    assert [tuple(block.shape) for block in blocks] == [(1, 3, 16, 30), (1, 3, 8, 30), (1, 3, 16, 30)]
+    assert torch.equal(torch.cat(blocks, 2), evaluate.predict(Colours(), x, flip=True, window=16))
 
 
 def test_one_window_at_a_time_is_in_the_network():
@@ -129,6 +144,41 @@ def test_pictures_of_one_pixel_a_side_go_through_a_real_network(height, width):
         with torch.no_grad():
             assert evaluate.predict(unet, torch.rand(1, 3, height, width),
                                     **how).shape == (1, 4, height, width)
+
+
+def test_averaged_probabilities_are_written_beside_the_predictions(script, checkpoint, folder, tmp_path):
+    for average, scales in (("logits", [0.5, 1]), ("probabilities", [1])):  # the latter in rows of windows
+        status, _, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--out", tmp_path / average,
+                                "--scales", *scales, "--window", 16, "--average", average, "--save-predictions",
+                                tmp_path / average / "p", "--save-probabilities", "--workers", 0)
+        assert status == 0, err
+        for name, size in (("e", (41, 57)), ("f", (42, 56))):
+            saved = np.load(tmp_path / average / "p" / "probabilities" / "images" / "val" / f"{name}.npy")
+            assert saved.dtype == np.float16 and saved.shape == (3, *size)
+            assert np.abs(saved.astype(float).sum(0) - 1).max() < 2e-3
+            said = np.asarray(Image.open(tmp_path / average / "p" / "index" / "images" / "val" / f"{name}.png"))
+            assert (np.take_along_axis(saved, said[None].astype(int), 0)[0] >= saved.max(0) - 1e-3).all()
+    status, _, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--save-probabilities")
+    assert status == 2 and "--save-probabilities goes with --save-predictions" in err
+
+
+def test_a_folder_may_have_a_test_part(script, checkpoint, folder, tmp_path):
+    for kind in ("images", "masks"):
+        (folder / kind / "val").rename(folder / kind / "test")
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--split", "test", "--workers", 0,
+                              "--out", tmp_path / "o")
+    assert status == 0 and "2 images" in out, err
+    status, _, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0, "--out",
+                            tmp_path / "o2")
+    assert status == 2 and "no folder images/val" in err
+
+
+def test_each_page_of_a_stack_has_a_prediction_of_its_own(script, checkpoint, tmp_path):
+    write_stack(tmp_path / "photos" / "a.tif", np.random.RandomState(0).randint(0, 256, (3, 40, 40, 3), dtype=np.uint8))
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", tmp_path / "photos", "--workers", 0,
+                              "--save-predictions", tmp_path / "p")
+    assert status == 0 and "3 images predicted" in out, err
+    assert sorted(path.name for path in (tmp_path / "p" / "index").iterdir()) == ["a#0.png", "a#1.png", "a#2.png"]
 
 
 def test_every_image_of_a_folder_counts_once_at_its_own_size(folder):
@@ -168,8 +218,8 @@ def test_predictions_are_index_pngs_of_the_images_size_and_match_the_metrics(scr
                               "--workers", 0)
     assert status == 0, err
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
-    assert set(metrics) == {"miou", "iou", "pixel_accuracy", "images"} and list(
-        metrics["iou"]) == ["sky", "sea", "sand"]
+    assert set(metrics) == {"miou", "iou", "mean_dice", "dice", "mean_precision", "precision", "mean_recall", "recall",
+                            "pixel_accuracy", "images"} and list(metrics["iou"]) == ["sky", "sea", "sand"]
     inter, union = np.zeros(3), np.zeros(3)
     for name, extension in (("e", "jpg"), ("f", "png")):
         with Image.open(tmp_path / "predictions" / "index" / "images" / "val" / f"{name}.png") as image:

@@ -3,11 +3,17 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from conftest import TINY, flags, load, losses, write_image, write_mask
 
+import data
+import datasets
 import model
+import pictures
 
 
 def test_each_initialisation_loads_what_it_says(script, few_shapes, tmp_path):
@@ -88,14 +94,13 @@ def test_a_folder_without_validation_images_trains_and_has_no_score(script, fold
     assert set(json.loads((tmp_path / "o" / "metrics.json").read_text())) == {"loss"}
 
 
-def test_masks_that_are_all_ignored_train_to_nothing_and_no_error(script, folder, tmp_path):
+def test_masks_that_are_all_ignored_are_refused(script, folder, tmp_path):
     for path in (folder / "masks").rglob("*.png"):
-        height, width = __import__("PIL.Image").Image.open(path).size[::-1]
+        height, width = Image.open(path).size[::-1]
         write_mask(path, [[255] * width] * height)
-    status, out, err = script("finetune", "--data", "folder", "--root", folder, "--encoder", "hybrid-small",
-                              "--width", 1 / 32, "--crop-size", 32, "--steps", 2, "--batch-size", 2,
-                              "--workers", 0, "--out", tmp_path / "o")
-    assert status == 0 and losses(tmp_path / "o") == [0.0], err  # logged at the last step
+    status, _, err = script("finetune", "--data", "folder", "--root", folder, "--encoder", "hybrid-small", "--width",
+                            1 / 32, "--workers", 0, "--out", tmp_path / "o")
+    assert status == 2 and "hold fewer than two classes; their values are 255; write to classes.txt" in err
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,104 @@ def test_a_fault_in_a_labelled_folder_is_named_before_training(spoil, message, s
     spoil(folder)
     status, out, err = script("finetune", "--data", "folder", "--root", folder, "--encoder", "hybrid-small",
                               "--width", 1 / 32, "--workers", 0, "--out", tmp_path / "o")
-    assert status == 2 and message in err and err.count("\n") == 1 and "step" not in out.split("checking")[1]
+    assert status == 2 and message in err and err.count("\n") == 1 and "step" not in out.split("reading")[1]
+
+
+def tiles(root, kind=np.uint16, bands=4, part="train", count=6):
+    """Satellite tiles: arrays of `bands` bands, with masks of three values."""
+    for i in range(count):
+        rng = np.random.RandomState(i)
+        (root / "images" / part).mkdir(parents=True, exist_ok=True)
+        np.save(root / "images" / part / f"{i}.npy", rng.randint(0, 10_000, (40, 48, bands)).astype(kind))
+        write_mask(root / "masks" / part / f"{i}.png", rng.choice([0, 50, 255], (40, 48)))
+    (root / "classes.txt").write_text("0 water\n50 forest\n255 city\n")
+    return root
+
+
+SMALL = ["--encoder", "hybrid-small", "--workers", 0, "--steps", 2, "--batch-size", 2]
+
+
+def test_four_bands_of_16_bits_go_through_stages_2_and_3_and_evaluation(script, tmp_path):
+    root = ["--data", "folder", "--root", tiles(tmp_path / "data"), "--pixel-range", 0, 10_000]
+    status, _, err = script("pretrain_decoder", "--data", "folder", "--root", tmp_path / "data" / "images", "--bands", 4,
+                            "--pixel-range", 0, 10_000, *SMALL, "--width", 1 / 32, "--image-size", 32,
+                            "--encoder-weights", "random", "--out", tmp_path / "ddep")
+    assert status == 0, err
+    ddep = load(tmp_path / "ddep" / "last.pt")
+    assert ddep["model_args"]["bands"] == 4 and ddep["model"]["decoder.head.weight"].shape[0] == 4
+    status, out, err = script("finetune", *root, *SMALL, "--init", tmp_path / "ddep" / "last.pt", "--val-fraction", 0.34,
+                              "--crop-size", 32, "--out", tmp_path / "tuned")
+    assert status == 0 and "4 labelled images, 3 classes, 2 validation images" in out, err
+    tuned = load(tmp_path / "tuned" / "last.pt")
+    assert tuned["model_args"]["bands"] == 4 and tuned["model"]["encoder.conv_root.weight"].shape[1] == 4
+    status, out, err = script("evaluate", "--checkpoint", tmp_path / "tuned" / "last.pt", "--workers", 0, "--no-flip",
+                              "--save-predictions", tmp_path / "pictures")
+    assert status == 0, err
+    ours = json.loads((tmp_path / "tuned" / "evaluate_last" / "metrics.json").read_text())
+    assert ours == json.loads((tmp_path / "tuned" / "metrics.json").read_text())  # the held-out images, this range
+    assert len(list((tmp_path / "pictures" / "overlay").rglob("*.png"))) == 2
+    status, _, err = script("finetune", *root, *SMALL, "--init", tmp_path / "ddep" / "last.pt", "--bands", 3, "--out",
+                            tmp_path / "wrong")
+    assert status == 2 and "--bands 3, but" in err and "was made with bands 4; drop the flag" in err
+    status, _, err = script("finetune", *root, *SMALL, "--out", tmp_path / "wrong")
+    assert status == 2 and "0.npy: 4 bands, expected 3; pass --bands 4" in err and err.count("\n") == 1
+
+
+def test_the_shares_of_the_classes_are_printed_and_kept(script, folder, tmp_path):
+    status, out, err = script("finetune", "--data", "folder", "--root", folder, *SMALL, "--width", 1 / 32, "--crop-size",
+                              32, "--out", tmp_path / "o")
+    assert status == 0, err
+    kept = (tmp_path / "o" / "masks.txt").read_text()
+    assert kept in out + "\n" and "training masks" in kept and "validation masks" in kept
+    masks = [np.asarray(Image.open(path)) for path in (folder / "masks" / "train").rglob("*.png")]
+    share = 100 * sum((mask == 1).sum() for mask in masks) / sum(mask.size for mask in masks)
+    assert kept.splitlines()[2].split() == ["sea", f"{share:.2f}", "100.00"]
+
+
+def test_balanced_class_weights_are_the_inverse_frequencies(script, tmp_path):
+    """The first loss is that of torch's own weighted mean, with weights by hand."""
+    root = tmp_path / "data"
+    for i in range(4):
+        write_image(root / "images" / "train" / f"{i}.png", 32, 32, seed=i)
+        mask = np.zeros((32, 32))
+        mask[:, :8], mask[0, :4] = 1, 2
+        write_mask(root / "masks" / "train" / f"{i}.png", mask)
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    flags = ["--data", "folder", "--root", root, *SMALL, "--width", 1 / 32, "--crop-size", 32, "--batch-size", 4, "--steps",
+             1, "--log-every", 1, "--lr", 1e-30]
+    for more in ([], ["--class-weights", "balanced"]):
+        assert script("finetune", *flags, *more, "--out", tmp_path / f"o{len(more)}")[0] == 0
+    plain, balanced = losses(tmp_path / "o0")[0], losses(tmp_path / "o2")[0]
+    counts = torch.tensor([32 * 24, 32 * 8 - 4, 4.0])
+    weights = (1024 / (3 * counts)).clamp(max=10)
+    assert weights[2] == 10  # capped
+    checkpoint = load(tmp_path / "o2" / "last.pt")
+    unet = model.build_unet(**checkpoint["model_args"])
+    unet.load_state_dict(checkpoint["model"])  # the rate was too small to move it
+    source, _ = datasets.segmentation_pairs("folder", str(root), "train")
+    samples = data.Samples(source, data.segmentation_transform(32), seed=0)
+    batch = [samples[key] for key in list(data.Batches(4, 4, 1))[0]]
+    x, mask = (torch.stack([sample[kind] for sample in batch]) for kind in ("image", "mask"))
+    logits = unet(data.to_pixels(x))
+    assert balanced == pytest.approx(F.cross_entropy(logits, mask.long(), weights).item(), rel=1e-4)
+    assert plain == pytest.approx(F.cross_entropy(logits, mask.long()).item(), rel=1e-4)
+
+
+def test_the_encoder_has_a_rate_of_its_own_and_0_freezes_it(script, few_shapes, tmp_path):
+    for name, more in (("still", ["--lr", 1e-30]), ("frozen", ["--encoder-lr", 0]), ("slow", ["--encoder-lr", 1e-30]),
+                       ("alone", ["--lr", 1e-30, "--encoder-lr", 1e-3])):
+        assert script("finetune", *flags("finetune"), *more, "--out", tmp_path / name)[0] == 0
+    still, *others = (load(tmp_path / name / "last.pt")["model"] for name in ("still", "frozen", "slow", "alone"))
+    for weights, moving in zip(others, ("decoder.", "decoder.", "encoder.")):
+        for name, value in weights.items():
+            assert torch.allclose(value, still[name], rtol=0, atol=1e-20) != name.startswith(moving), name
+
+
+def test_a_curve_is_drawn_at_every_save(script, few_shapes, tmp_path):
+    assert script("finetune", *flags("finetune"), "--save-every", 2, "--out", tmp_path)[0] == 0
+    page = np.asarray(Image.open(tmp_path / "curve.png"))
+    assert page.shape == (600, 720, 3)  # the loss and the score
+    assert (page == pictures.SERIES[1]).all(-1)[:300].any() and (page == pictures.SERIES[1]).all(-1)[300:].any()
 
 
 def test_the_position_grid_of_the_weights_is_kept_through_all_stages(script, few_shapes, tmp_path):

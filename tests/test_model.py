@@ -238,6 +238,29 @@ def test_any_module_with_channels_and_strides_is_an_encoder():
                for p in unet.encoder.parameters())  # the skip is connected
 
 
+@pytest.mark.parametrize("encoder", ["hybrid-small", "resnet50"])
+def test_the_unet_is_exported_once_for_any_batch_height_and_width(encoder):
+    unet = build_unet(encoder, 1 / 32, out_channels=5).eval()
+    any_size = torch.export.Dim.DYNAMIC
+    exported = torch.export.export(unet, (torch.rand(2, 3, 100, 75), ), dynamic_shapes=({0: any_size, 2: any_size,
+                                                                                         3: any_size}, )).module()
+    for shape in ((2, 3, 100, 75), (1, 3, 224, 224), (3, 3, 64, 64), (1, 3, 37, 301)):
+        x = torch.rand(shape) * 2 - 1
+        with torch.no_grad():
+            torch.testing.assert_close(exported(x), unet(x))
+
+
+@pytest.mark.parametrize("encoder", ["hybrid-small", "resnet50"])
+@pytest.mark.parametrize("bands", [1, 4])
+def test_a_network_takes_any_number_of_bands(encoder, bands):
+    unet = build_unet(encoder, 1 / 32, out_channels=bands, bands=bands).eval()
+    x = torch.rand(1, bands, 50, 40)
+    assert unet(x).shape == (1, bands, 50, 40)
+    changed = x.clone()
+    changed[:, -1] = 0
+    assert not torch.equal(unet(x), unet(changed))  # the last band is seen
+
+
 def test_replacing_the_head_keeps_everything_else():
     unet = tiny_unet()
     before = copy.deepcopy(unet.state_dict())

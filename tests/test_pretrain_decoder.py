@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import subprocess
 import sys
@@ -156,3 +157,25 @@ def test_a_checkpoint_of_another_architecture_or_width_is_refused(script, few_sh
     status, _, err = script("pretrain_decoder", "--encoder", "resnet50", "--encoder-weights", weights,
                             "--out", tmp_path / "o")
     assert status == 2 and "does not fit ResNet50" in err and err.count("\n") == 1
+
+
+def test_a_decoder_goes_on_from_a_checkpoint_of_this_stage(script, few_shapes, tmp_path):
+    base = [*flags("pretrain_decoder"), "--width", 1 / 16]
+    assert script("pretrain_decoder", *base, "--condition", "--out", tmp_path / "first")[0] == 0
+    first = load(tmp_path / "first" / "last.pt")
+    base = [*TINY["pretrain_decoder"], "--init", tmp_path / "first" / "last.pt", "--lr", 1e-30]
+    same = ["--width", 1 / 16, "--condition"]
+    status, out, err = script("pretrain_decoder", *base, *same, "--out", tmp_path / "more")
+    assert status == 0 and f"encoder and decoder of {tmp_path / 'first' / 'last.pt'}" in out, err
+    more = load(tmp_path / "more" / "last.pt")
+    assert same_tensors(more["model"], first["model"])
+    assert more["model_args"] == {**first["model_args"], "image_size": 64}  # as the position grid is
+    for wrong, message in ((["--width", 1 / 32, "--condition"], "first/last.pt: expected a checkpoint of this stage with the "
+                            "same flags, it has .*'width': 0.0625.* tensors of another shape"),
+                           ([*same, "--encoder-weights", "random"], "--init brings its encoder along")):
+        status, _, err = script("pretrain_decoder", *base, *wrong, "--out", tmp_path / "wrong")
+        assert status == 2 and re.search(message, err) and err.count("\n") == 1, err
+    assert script("pretrain_encoder", *TINY["pretrain_encoder"], "--out", tmp_path / "encoder")[0] == 0
+    status, _, err = script("pretrain_decoder", *TINY["pretrain_decoder"], "--init", tmp_path / "encoder" / "last.pt",
+                            "--out", tmp_path / "wrong")
+    assert status == 2 and "expected a checkpoint of this stage" in err and err.count("\n") == 1

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, flags
+from conftest import ROOT, flags, write_image
 
 
 @pytest.mark.parametrize("stage", ["pretrain_decoder", "finetune"])
@@ -16,10 +16,19 @@ def test_a_checkpoint_works_with_model_py_alone_as_readme_shows(stage, script, f
     code = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
                 if "torch.load" in block)
     shutil.copy(ROOT / "model.py", tmp_path)
-    done = subprocess.run([sys.executable, "-c", code + "\nprint(tuple(y.shape))"], cwd=tmp_path,
-                          capture_output=True, text=True,
+    write_image(tmp_path / "a.png", 50, 70)
+    checks = """
+print(tuple(y.shape))
+picture = Image.open("a.png")
+answers = [segment("a.png"), segment(picture), segment(np.asarray(picture))]
+assert answers[0].shape == (50, 70) and all(np.array_equal(answer, answers[0]) for answer in answers)
+with torch.no_grad():
+    torch.testing.assert_close(exported.module()(x[..., :224, :224]), unet(x[..., :224, :224]))
+"""
+    done = subprocess.run([sys.executable, "-c", code + checks], cwd=tmp_path, capture_output=True, text=True,
                           env={key: value
                                for key, value in os.environ.items() if key != "PYTHONPATH"})
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"(1, {7 if stage == 'finetune' else 3}, 300, 500)", done.stderr
 
 

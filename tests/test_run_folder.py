@@ -360,7 +360,8 @@ def losses_of_splits(tmp_path, stage, splits, *more):
 
 @pytest.mark.parametrize("encoder", [["hybrid-small"], ["resnet50", "--batch-norm", "stored"]])
 @pytest.mark.parametrize("stage, more", [("pretrain_encoder", []), ("pretrain_decoder", []),
-                                         ("pretrain_decoder", ["--method", "dep"]), ("finetune", [])])
+                                         ("pretrain_decoder", ["--method", "dep"]), ("finetune", []),
+                                         ("finetune", ["--class-weights", "balanced"])])
 def test_1_2_and_4_processes_with_and_without_accumulation_are_one_run(stage, more, encoder, tmp_path):
     found = losses_of_splits(tmp_path, stage, ((1, 8), (1, 3), (2, 4), (4, 1)), *more, "--encoder", *encoder)
     for key, values in found.items():

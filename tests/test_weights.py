@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 import model
 from model import HybridViT, ResNet50, build_classifier, build_encoder, load_encoder_weights
@@ -243,6 +244,33 @@ def test_torchvisions_resnet50_is_taken_whole(tmp_path):
     load_encoder_weights(encoder, old)  # files of before these counters
     with pytest.raises(ValueError, match="does not fit HybridViT"):
         load_encoder_weights(build_encoder("hybrid-small"), old)
+
+
+@pytest.mark.parametrize("bands, said", [(1, "summed for 1 band"), (2, "repeated for 2 bands"),
+                                         (4, "repeated for 4 bands"), (7, "repeated for 7 bands")])
+def test_published_rgb_kernels_are_adapted_to_other_bands_as_timm_does(bands, said):
+    rgb = torchvision.models.resnet50(weights=None).state_dict()
+    encoder = model.ResNet50(bands=bands)
+    assert said in model.load_encoder_weights(encoder, rgb)
+    red, green, blue = rgb["conv1.weight"].unbind(1)
+    if bands == 1:
+        wanted = [red + green + blue]
+    else:
+        wanted = [kernel * 3 / bands for kernel in (red, green, blue, red, green, blue, red)[:bands]]
+    torch.testing.assert_close(encoder.conv1.weight.data, torch.stack(wanted, 1))
+    assert torch.equal(encoder.layer1[0].conv1.weight, rgb["layer1.0.conv1.weight"])
+    grey = torch.rand(1, 1, 64, 64) * 2 - 1
+    if bands == 4:  # equal bands answer nearly what equal colours answer: only the normalisation differs
+        plain = model.ResNet50().eval()
+        model.load_encoder_weights(plain, rgb)
+        assert all(a.shape == b.shape for a, b in zip(encoder.eval()(grey.expand(-1, 4, -1, -1)),
+                                                      plain(grey.expand(-1, 3, -1, -1))))
+
+
+def test_a_checkpoint_of_ours_for_other_bands_is_refused():
+    content = {"model": {f"encoder.{k}": v for k, v in model.build_encoder("hybrid-small").state_dict().items()}}
+    with pytest.raises(model.WeightsError, match="a.pt: made for 3 bands, this network has 4; pass --bands 3"):
+        model.load_encoder_weights(model.build_encoder("hybrid-small", bands=4), content, "a.pt")
 
 
 def test_a_checkpoint_of_ours_is_loaded_whole_or_not_at_all(tmp_path):
