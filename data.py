@@ -124,8 +124,8 @@ def _read_picture(source, name, bands):
             image.fp.seek(0)
             content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
             values = decode_image(content, apply_exif_orientation=True).numpy()
-            colours = len(values) - (len(values) in (2, 4) and bands != len(values))  # without alpha
-            return values[:colours].transpose(1, 2, 0)
+            has_alpha = len(values) in (2, 4) and len(values) != bands
+            return (values[:-1] if has_alpha else values).transpose(1, 2, 0)
         image.load()
         kind, mode = image.format, image.mode
         ImageOps.exif_transpose(image, in_place=True)
@@ -399,11 +399,17 @@ def _stamp(root, name):
     return [state.st_mtime_ns, state.st_size]
 
 
+def refuse_folder(error):
+    """For os.walk, which else leaves out folders that cannot be read."""
+    raise InputError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions")
+
+
 def _folders_below(root, parts):
     found = []
     for part in parts:
         seen = set()
-        for folder, subfolders, _ in os.walk(os.path.join(root, part), followlinks=True):
+        top = os.path.join(root, part)
+        for folder, subfolders, _ in os.walk(top, onerror=refuse_folder, followlinks=True):
             subfolders[:] = sorted(name for name in subfolders if name != INDEX_FOLDER)
             real = os.path.realpath(folder)
             if real in seen:  # a link to a folder above it
@@ -431,7 +437,10 @@ def _pages(folder, name):
     path = os.path.join(folder, name)
     try:
         with Image.open(path) as image:
-            sizes = [(image.seek(page), image.size)[1] for page in range(getattr(image, "n_frames", 1))]
+            sizes = []
+            for page in range(getattr(image, "n_frames", 1)):
+                image.seek(page)
+                sizes.append(image.size)
     except Exception:  # as in read_image; it is named when it is read
         return [name]
     if len(set(sizes)) > 1:
@@ -604,7 +613,7 @@ class Batches(Sampler):
 
 
 class Each(Sampler):
-    """Every sample once, dealt out to the processes; rounds: the batches of the process that has most."""
+    """Every sample once, dealt out to the processes; rounds: the largest number of batches of a process."""
 
     def __init__(self, count, rank=0, world=1, batch_size=1):
         self.indices, self.batch_size = range(rank, count, world), batch_size

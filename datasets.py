@@ -30,7 +30,7 @@ from tqdm import tqdm
 import launch
 import shapes
 from data import (IGNORE, RANGES, SYNSET, ImageIndex, Pixels, UnreadableImage, label_map, mask_values,
-                  read_image, read_mask, split_page, values_text)
+                  read_image, read_mask, refuse_folder, split_page, values_text)
 from launch import InputError, SampleError
 from pictures import palette
 
@@ -328,8 +328,12 @@ SHAPES_COUNTS = {"encoder_train": 4000, "encoder_val": 500, "unlabelled": 4000, 
 SYNSETS = (19_167, 21_841, 10_450)  # ImageNet-21k winter21, fall11, 21k-P
 
 
-def class_colours(data, count):
-    """(count, 3) uint8: the set's own colours, or those of pictures.py."""
+def class_colours(data, count, source=None):
+    """(count, 3) uint8: the set's own colours, those of `source`'s classes.txt, or those of pictures.py."""
+    own = getattr(source, "label_maps", {}).get("")
+    if isinstance(own, dict):
+        of_class = {k: colour for colour, k in own.items()}
+        return np.array([of_class[k] for k in range(count)], np.uint8)
     if data not in DATA_SETS:
         return palette(count)
     _, colours = DATA_SETS[data].classes()
@@ -339,7 +343,7 @@ def class_colours(data, count):
 def _files_below(folder, ending):
     """Paths relative to `folder` of the files in it and below that end so, sorted."""
     found = []
-    for place, _, names in os.walk(folder, followlinks=True):
+    for place, _, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
         names = [name for name in names if name.endswith(ending)]
         found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
     if not found:
@@ -389,7 +393,7 @@ def extremes(name, image):
 
 
 def look_at(source, count=16):
-    """`source`, some of whose pictures were read: what is unusual about their pixels is added to its note.
+    """`source`; reads about `count` of its pictures, adds to its note what is unusual about their pixels.
 
     Raises InputError for pixels without a range, and for what read_image refuses.
     """
@@ -510,8 +514,8 @@ def labelled_parts(args, pixels):
     if args.val_fraction is None and args.folds is None:
         return train, val, names
     if val is not None:
-        raise InputError(f"{root}: has validation images; --val-fraction and --folds hold out training images "
-                         "where there are none; drop the flag")
+        raise InputError(f"{root or data}: has validation images; --val-fraction and --folds hold out "
+                         "training images where there are none; drop the flag")
     ranked = _ranked([train.name(i) for i in range(len(train))], "validation")
     if args.folds is not None:
         held_out = ranked[args.fold::args.folds]
@@ -531,12 +535,12 @@ def segmentation_pairs(data, root, part, num_classes=None, list_file=None, pixel
     instead, relative to the set's folder (folder: root, or else the file's own). num_classes: of a folder
     without classes.txt; 60 takes Pascal Context's background as a class.
     """
+    if data != "folder" and part == "test":
+        raise InputError(f"--split test: {data} has no labelled test images; pass --split val")
     if data == "shapes":
         if num_classes not in (None, len(shapes.CLASSES)) or list_file is not None:
             raise InputError(f"--data shapes has {len(shapes.CLASSES)} classes and no list files")
         return Shapes(part, SHAPES_COUNTS[part]), list(shapes.CLASSES)
-    if data != "folder" and part == "test":
-        raise InputError(f"--split test: the labels of {data}'s test images are not public; pass --split val")
     if root is not None or data != "folder" or list_file is None:
         _require_folder(root)
     note = ""
@@ -712,8 +716,8 @@ def survey_masks(parts, names, processes=None, progress=False):
     for part, source in parts.items():
         numbers = range(rank, len(source), world)
         with ThreadPoolExecutor(8) as pool:
-            counts = sum(tqdm(pool.map(count, numbers), total=len(numbers), unit="image", disable=not progress),
-                         torch.zeros(3, 256, dtype=torch.int64))
+            found = tqdm(pool.map(count, numbers), total=len(numbers), unit="image", disable=not progress)
+            counts = sum(found, torch.zeros(3, 256, dtype=torch.int64))
         if processes:
             counts = processes.sum(counts.to(processes.device)).cpu()
         if part == "training" and (counts[0, :len(names)] > 0).sum() < 2:
@@ -780,7 +784,7 @@ def add_subset_flags(parser):
                         help="share of the labelled images: 1/8, 0.05, 5%% (default: all)")
     labels.add_argument("--labels", type=launch.positive_int, help="number of labelled images")
     parser.add_argument("--subset-seed", type=launch.non_negative_int, default=0,
-                        help="which ones; subsets of one seed are nested")
+                        help="seed that picks them; subsets of one seed are nested")
 
 
 def fraction(text):

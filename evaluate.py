@@ -27,7 +27,7 @@ from datasets import (DATA_SETS, LABELLED, SPLITS, class_colours, labelled_parts
                       segmentation_pairs, stem)
 from launch import InputError, say
 from model import build_unet, load_strictly
-from pictures import overlay, three_bands
+from pictures import as_picture, overlay
 from run_folder import FREE_TO_CHANGE, load_checkpoint, make_folder, read_json, refuse_other_flags, write_json
 
 RECIPE = {  # 5.1
@@ -97,8 +97,8 @@ def window_rows(model, x, window, stride, mirrored=False):
     """Logits of x (1, bands, H, W), window by window: yields blocks (1, C, h, W) of rows, top to bottom.
 
     Where windows overlap they are averaged; only rows that the next windows overlap are kept. Window 0: the
-    whole image. Cityscapes' "two 1024x1024 patches" (5.1): 1024 for both, on 1024x2048. mirrored: of the
-    mirror image, mirrored back.
+    whole image. window = stride = 1024 on 1024x2048 are Cityscapes' two patches (5.1). mirrored: the network
+    sees the mirror image, its logits are mirrored back.
     """
     height, width = x.shape[-2:]
     if not window or window >= max(height, width):
@@ -152,14 +152,8 @@ def predict_rows(model, x, scales=(1.0,), flip=False, window=0, stride=None, ave
 
     mirrors = [False, True] if flip else [False]
     views = [scores_at(scale, mirrored) for scale in scales for mirrored in mirrors]
-    while True:
-        total = 0.0
-        for view in views:
-            block = next(view, None)
-            if block is None:
-                return
-            total = total + block
-        yield total / len(views)
+    for blocks in zip(*views):
+        yield sum(blocks) / len(views)
 
 
 def predict(model, x, **how):
@@ -188,17 +182,15 @@ def evaluate(model, source, names, processes, precision="fp32", workers=0, progr
         if x.dtype != torch.uint8:
             x = to_pixels(x).contiguous(memory_format=torch.channels_last)
         prediction = torch.empty(x.shape[-2:], dtype=torch.uint8)
-        blocks = predict_rows(model, x, **how)
-        while top < len(prediction):
-            with launch.autocast(precision, device):
-                block = next(blocks)
-            classes, rows = block.argmax(1)[0], slice(top, top + block.shape[2])
-            prediction[rows] = classes.byte().cpu()
-            if "mask" in batch:
-                confusion += confusion_matrix(classes, batch["mask"][0, rows].to(device), n)
-            if on_scores is not None:
-                on_scores(index, top, len(prediction), block)
-            top = rows.stop
+        with launch.autocast(precision, device):
+            for block in predict_rows(model, x, **how):
+                classes, rows = block.argmax(1)[0], slice(top, top + block.shape[2])
+                prediction[rows] = classes.byte().cpu()
+                if "mask" in batch:
+                    confusion += confusion_matrix(classes, batch["mask"][0, rows].to(device), n)
+                if on_scores is not None:
+                    on_scores(index, top, len(prediction), block)
+                top = rows.stop
         if on_prediction is not None:
             on_prediction(index, prediction, batch["image"][0])
     model.train(was_training)
@@ -223,14 +215,17 @@ def parse_arguments(argv=None):
         help="side of the sliding window; 0: the whole image (default: the crop size of the fine-tuning); "
              "PAPER SILENT except for Cityscapes, 1024")
     add("--stride", type=launch.positive_int, help="step of the sliding window (default: its side)")
-    add("--average", choices=("logits", "probabilities"), default="logits", help="what is averaged")
+    add("--average", choices=("logits", "probabilities"), default="logits",
+        help="what is averaged over scales and mirror images")
     add("--save-predictions", metavar="DIR",
         help="write index PNGs and colour overlays there; works without masks too, on all images in ROOT")
     add("--save-probabilities", action="store_true",
-        help="with --save-predictions: the averaged softmax too, as float16 .npy (classes, H, W)")
+        help="with --save-predictions: class probabilities too, float16 .npy (classes, H, W): the softmax of "
+             "the averaged logits or, with --average probabilities, the averaged softmax")
     add("--workers", type=launch.non_negative_int, help="loader processes per process")
     launch.add_device_flags(parser)
 
+    # The checkpoint is read first: what it was made with are the defaults of the other flags
     path = launch.peek(argv, "--checkpoint")
     if path is None:  # --help, or a missing --checkpoint
         launch.parse(parser, RECIPE, argv)
@@ -270,18 +265,19 @@ def parse_arguments(argv=None):
 
 def labelled_source(args, trained, names, pixels):
     """The pairs to evaluate on, with the classes `names` of the checkpoint. trained: its flags."""
-    by_checkpoint = args.data == "folder" or (args.data == "pascal_context" and len(names) == 60)
+    without_names = args.data == "folder" and not os.path.isfile(os.path.join(args.root or "", "classes.txt"))
+    by_checkpoint = without_names or (args.data == "pascal_context" and len(names) == 60)
     num_classes = len(names) if by_checkpoint else None
     held_out = trained.get("val_fraction") is not None or trained.get("folds") is not None
-    if held_out and args.split == "val" and args.list is None and args.data == trained["data"]:
-        flags = argparse.Namespace(**{**trained, "root": args.root})
-        _, source, own_names = labelled_parts(flags, pixels)
+    same_data = (args.data, args.root, args.list) == (trained["data"], trained["root"], None)
+    if held_out and args.split == "val" and same_data:
+        _, source, own_names = labelled_parts(argparse.Namespace(**trained), pixels)
     else:
         source, own_names = segmentation_pairs(args.data, args.root, args.split, num_classes, args.list,
                                                pixels)
     if source is None:
         raise InputError(f"{args.root}: no folder images/{args.split}; pass --split train, or --list FILE")
-    if own_names != names and not own_names[0].startswith("class "):
+    if own_names not in (names, [f"class {i}" for i in range(len(names))]):
         raise InputError(f"--data {args.data} has {len(own_names)} classes ({', '.join(own_names[:3])} ...), "
                          f"{args.checkpoint} was fine-tuned for {len(names)} others ({', '.join(names[:3])} "
                          "...); pass the data it was fine-tuned for, or another checkpoint")
@@ -320,10 +316,13 @@ def main():
     say(f"{args.checkpoint} on {len(source)} images of {args.root or args.data}, {processes.world} x "
         f"{device.type}, {precision}")
     say(source.note)
-    colours = class_colours(checkpoint["args"]["data"], len(names))
+    if "class_colours" in checkpoint:
+        colours = np.array(checkpoint["class_colours"], np.uint8)
+    else:
+        colours = class_colours(checkpoint["args"]["data"], len(names))
 
     def place(kind, index, ending):
-        """DIR/KIND/NAME.png of an image, wherever a list says that it lies: ../a.png and /a.png too."""
+        """The file for image `index`: always below DIR, though list files may name ../a.png or /a.png."""
         name = os.path.relpath(os.path.join("/", stem(source.name(index))), "/")
         path = os.path.join(args.save_predictions, kind, name + ending)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -334,9 +333,10 @@ def main():
         indices = Image.fromarray(prediction.numpy())
         indices.putpalette(colours.tobytes())
         indices.save(place("index", index, ".png"))
-        image = image if image.dtype == torch.uint8 else image.round().byte()
-        image = three_bands(image).permute(1, 2, 0).numpy()
-        Image.fromarray(overlay(image, prediction.numpy(), colours)).save(place("overlay", index, ".png"))
+        coloured = overlay(as_picture(image), prediction.numpy(), colours)
+        Image.fromarray(coloured).save(place("overlay", index, ".png"))
+
+    files = {}
 
     def write_probabilities(index, top, height, block):
         """probabilities/NAME.npy, float16 (classes, H, W): its rows from `top` on."""
@@ -348,7 +348,6 @@ def main():
         if top + block.shape[2] == height:
             del files[index]
 
-    files = {}
 
     metrics = evaluate(model, source, names, processes, precision, args.workers,
                        progress=processes.is_main and sys.stderr.isatty(),

@@ -23,11 +23,11 @@ import launch
 from data import IGNORE, Batches, Pixels, Samples, Scale, load, segmentation_transform, to_pixels
 from datasets import (DATA_SETS, LABELLED, add_subset_flags, choose_labels, class_colours, labelled_parts,
                       survey_masks)
-from evaluate import evaluate, predict, table
+from evaluate import evaluate, predict_rows, table
 from launch import InputError, say
 from model import (ENCODERS, PUBLISHED, build_unet, freeze, image_size_of, load_encoder_weights,
                    load_strictly, read_weights)
-from pictures import colour_mask, from_pixels, sheet
+from pictures import as_picture, colour_mask, sheet
 from run_folder import RunFolder, is_finished, weights_path, write_lines
 
 # 5.1 sweeps lr and weight_decay over [1e-5, 3e-4]. PAPER SILENT on what won, on batch size and steps.
@@ -73,6 +73,8 @@ def parse_arguments(argv=None):
     args.out = args.out or os.path.join("runs", args.data, "finetune")
     if args.val_fraction is not None and args.folds is not None:
         raise InputError("--val-fraction and --folds both hold out images; pass one of them")
+    if args.encoder_lr == 0 and args.batch_norm == "batch":
+        raise InputError("--encoder-lr 0 freezes the encoder, statistics included; drop --batch-norm batch")
     if args.fold >= (args.folds or 1):
         raise InputError(f"--fold {args.fold}: expected 0 to K-1, with --folds K")
     return args
@@ -109,7 +111,8 @@ def initialise(model, name, init):
         load_strictly(model, {**init["model"], **fresh}, f"{name}: does not fit this network")
         loaded, what = "encoder and decoder blocks", f"the head ({', '.join(fresh)})"
     else:
-        loaded = f"the encoder of {load_encoder_weights(model.encoder, init, name)}"
+        kind = load_encoder_weights(model.encoder, init, name)
+        loaded = f"the encoder of {kind}"
         fresh, what = [key for key in ours if not key.startswith("encoder.")], "the decoder"
     count = len(ours) - len(fresh)
     return f"init {name}: loaded {count} tensors ({loaded}); fresh: {len(fresh)} tensors, {what}"
@@ -131,13 +134,16 @@ def main():
     all_labelled, val, names = labelled_parts(args, pixels)
     train = choose_labels(all_labelled, args)
     sources = [train] if val is None else [train, val]
+    colours = class_colours(args.data, len(names), train)
     steps = launch.number_of_steps(args, len(train))
 
     # Model: everything trains (section 2)
     torch.manual_seed(args.seed)
     model_args = {**network, "out_channels": len(names)}
+    described = dict(model_args=model_args, class_names=names, class_colours=colours.tolist())
     model = build_unet(**model_args)
     origin = initialise(model, args.init, init)
+    # ResNet-50 alone: stored or batch statistics; how many images share them must not change on resume
     batch_norm_images = launch.set_batch_norm(model.encoder, args, processes, fresh=init is None)
     model.to(device, memory_format=torch.channels_last)
 
@@ -153,7 +159,7 @@ def main():
     optimizer = adam(groups, lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
+    # Resume: `settings` must be those of the run. (step, last loss, best score); (0, None, -1) for a new run
     settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images,
                 "encoder": network["encoder"], "width": network["width"], "bands": network["bands"]}
     run = RunFolder(settings, sources, steps, processes)
@@ -177,42 +183,46 @@ def main():
         run.record(step=done, miou=miou, pixel_accuracy=metrics["pixel_accuracy"])
         say(f"step {done}: mIoU {miou:.4f}")
         if miou > best:
-            run.save_best(model, model_args=model_args, step=done, best=miou, class_names=names)
+            run.save_best(model, **described, step=done, best=miou)
         return metrics, max(best, miou)
 
     say(f"stage 3: {network['encoder']}, decoder x{network['width']:g}, {len(train)} labelled images, "
         f"{len(names)} classes, {len(val) if val else 'no'} validation images, steps {start} to {steps}, "
         f"{processes.world} x {device.type}, {precision}")
     say(origin)
-    for source in [all_labelled, *sources[1:]]:
+    for source in [all_labelled, *sources[1:]]:  # what is unusual about the data, if anything
         say(source.note)
     class_weights = torch.ones(len(names), device=device)
-    if args.data == "folder" or args.class_weights:  # a bad mask is named before training
+    if args.data == "folder" or args.class_weights:  # all files are read: a fault is named before training
         say(f"reading {sum(map(len, sources))} images and masks")
-        text, counts = survey_masks(dict(zip(("training", "validation"), sources)), names, processes)
+        parts = {"training": train} if val is None else {"training": train, "validation": val}
+        text, counts = survey_masks(parts, names, processes)
         say(text)
-        if args.class_weights == "balanced":
-            of_class = counts["training"][0, :len(names)].to(device, torch.float32)
-            class_weights = (of_class.sum() / (of_class > 0).sum() / of_class).clamp(max=10)
+        if args.class_weights == "balanced":  # a class that does not occur has 10, which no pixel uses
+            training_pixels = counts["training"][0, :len(names)].to(device, torch.float32)
+            mean = training_pixels.sum() / (training_pixels > 0).sum()
+            class_weights = (mean / training_pixels).clamp(max=10)
         if processes.is_main:
             write_lines(run.path("masks.txt"), text.splitlines())
     if processes.is_main:
         write_lines(run.path("labelled.txt"), [train.line(i) for i in range(len(train))])
-    run.begin(start)
+        if val is not None:
+            write_lines(run.path("validated.txt"), [val.line(i) for i in range(len(val))])
+    run.begin(start)  # opens the log; from here on a signal stops the run after its step
     model.train()
     for step, batch in enumerate(run.batches(loader), start):
-        # Validate when the checkpoint of this step is on disk: an interruption here loses no training.
+        # One iteration late, when the checkpoint of this step is saved: a kill here loses no training.
         if val is not None and step and step % args.eval_every == 0:
             _, best = validate(step)
-        rate = launch.cosine_rate(step, steps, args.lr, args.warmup_steps)
-        for group, peak in zip(optimizer.param_groups, peak_rates):
-            group["lr"] = launch.cosine_rate(step, steps, peak, args.warmup_steps)
+        rates = [launch.cosine_rate(step, steps, peak, args.warmup_steps) for peak in peak_rates]
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate
 
         # The mean is over the labelled pixels of the GLOBAL batch, by the weights of their classes: a mean per
         # process would depend on the number of processes, and weigh a pixel more where its process has few.
-        of_class = torch.bincount(batch["mask"].flatten(), minlength=IGNORE + 1)[:len(names)].to(device)
-        weight = processes.sum((class_weights * of_class).sum()).clamp(min=1e-6)  # 0 where all is ignored
-        # Gradients add up over micro-batches, which are as large as memory allows.
+        batch_pixels = torch.bincount(batch["mask"].flatten(), minlength=IGNORE + 1)[:len(names)].to(device)
+        total_weight = processes.sum((class_weights * batch_pixels).sum()).clamp(min=1e-6)  # all void: 0
+        # Gradient accumulation: --micro-batch images at a time, so that the batch fits in memory.
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
         parts = launch.split_batch(batch, args.micro_batch)
@@ -225,23 +235,23 @@ def main():
             with launch.autocast(precision, device):
                 logits = wrapped(x)
             part_loss = F.cross_entropy(logits.float(), mask, class_weights, ignore_index=IGNORE,
-                                        reduction="sum") / weight
+                                        reduction="sum") / total_weight
             scaler.scale(part_loss * processes.world).backward()  # times world: DDP averages, we need the sum
             loss += part_loss.detach()
 
-        # One all-reduce: the loss of the global batch, and whether a process received a signal.
+        # One all-reduce sums the loss and tells whether a process got a signal: all stop at the same step.
         loss, stopping = processes.sum_numbers(loss, run.signal is not None)
-        scaler.unscale_(optimizer)  # clipping needs the true gradient
+        scaler.unscale_(optimizer)  # clipping needs the true gradient; without --clip-norm it only measures
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf).item()
+        # Stop before a NaN reaches the weights, and list this batch's files; fp16's scaler may skip a step.
         run.require_finite(step + 1, loss, norm, scaler, batch)
         scaler.step(optimizer)
         scaler.update()
 
         done = step + 1
-        run.log_step(done, loss, rate, batch)
+        run.log_step(done, loss, rates[0], batch)  # names the unreadable images of the batch, too
         if run.save_is_due(done) or done % args.eval_every == 0 or done == steps or stopping:
-            run.save(done, model, optimizer, scaler, model_args=model_args, class_names=names, loss=loss,
-                     best=best)
+            run.save(done, model, optimizer, scaler, **described, loss=loss, best=best)
         if stopping:
             run.stop()
 
@@ -250,7 +260,6 @@ def main():
         return say(f"fine-tuned: {run.path('last.pt')}")
     metrics, best = validate(steps)
     if processes.is_main:
-        colours = class_colours(args.data, len(names))
         whole = Samples(val, Scale(pixels.range))
         page = draw_predictions(model, whole, names, colours, device, args.crop_size)
         page.save(run.path("predictions.png"))
@@ -261,16 +270,17 @@ def main():
 
 @torch.no_grad()
 def draw_predictions(model, samples, names, colours, device, window, rows=6):
-    """Image, truth and prediction of `rows` images, spread over the set."""
+    """A PIL page: image, truth and prediction of `rows` images, spread over the set."""
     model.eval()
     pictures = []
     rows = min(rows, len(samples.source))
     for row in range(rows):
         sample = samples[0, row * len(samples.source) // rows]
-        x = to_pixels(sample["image"][None].to(device))
-        predicted = predict(model, x, window=window).argmax(1)[0].cpu()
-        masks = [colour_mask(mask, colours) for mask in (sample["mask"], predicted)]
-        pictures.append([from_pixels(x[0]), *masks])
+        x = sample["image"][None].to(device)
+        x = x if x.dtype == torch.uint8 else to_pixels(x)
+        blocks = [block.argmax(1)[0].byte().cpu() for block in predict_rows(model, x, window=window)]
+        masks = [colour_mask(mask, colours) for mask in (sample["mask"], torch.cat(blocks))]
+        pictures.append([as_picture(sample["image"]), *masks])
     return sheet(pictures, ["image", "truth", "prediction"], 160, names, colours)
 
 

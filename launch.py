@@ -59,8 +59,8 @@ def run_script(main):
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        print(f"{script}: error: {error.filename or 'a file'} cannot be written ({error.strerror}); what was "
-              "saved before is intact. Free the disk or pass another folder, then repeat the command",
+        print(f"{script}: error: {error.filename or 'a file'} cannot be read or written ({error.strerror}); "
+              "what was saved before is intact. Mend that or pass another folder, then repeat the command",
               file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
@@ -114,7 +114,8 @@ def add_training_flags(parser, data_sets):
     add("--batch-norm", choices=("stored", "batch"),
         help="resnet50: normalise with stored statistics, or those of the batch over all processes (default: "
              "batch where the encoder trains from fresh weights, else stored)")
-    add("--seed", type=non_negative_int, default=0, help="of fresh weights, order, crops, flips, noise")
+    add("--seed", type=non_negative_int, default=0,
+        help="random seed of fresh weights, order, crops, flips, noise")
     add("--workers", type=non_negative_int, help="loader processes per process; 0: none")
     add("--save-every", type=steps_or_minutes, help="steps between checkpoints, or minutes: 10min")
     add("--log-every", type=positive_int, default=10, help="steps between lines of log.jsonl")
@@ -123,7 +124,7 @@ def add_training_flags(parser, data_sets):
 
 def add_bands_flag(parser):
     parser.add_argument("--bands", type=positive_int,
-                        help="bands of the pictures (default: those of the checkpoint that is loaded, else 3)")
+                        help="bands of the pictures (default: 3; stage 3: those of --init)")
 
 
 def add_data_flags(parser, data_sets):

@@ -2,6 +2,7 @@
 from colorsys import hsv_to_rgb
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PAPER, LINE = (30, 30, 30), (255, 255, 255), (215, 215, 215)
@@ -14,8 +15,14 @@ def from_pixels(x):
     return values.round().byte().permute(1, 2, 0).numpy()
 
 
+def as_picture(image):
+    """(bands, H, W) in [0, 255] as uint8 (H, W, 3): see `three_bands`."""
+    image = image if image.dtype == torch.uint8 else image.round().byte()
+    return three_bands(image).permute(1, 2, 0).numpy()
+
+
 def three_bands(x):
-    """To look at (bands, H, W): the first three bands, or of fewer the first one three times."""
+    """The bands to display: the first three, or the first one three times if there are fewer."""
     return x[:3] if len(x) >= 3 else x[:1].expand(3, -1, -1)
 
 

@@ -47,7 +47,7 @@ def parse_arguments(argv=None):
     add("--cache", metavar="DIR", help="folder for the index of the images (default: beside the data)")
     add("--coarse", action="store_true", help="cityscapes: with the images of train_extra (Table 3)")
     add("--method", choices=("ddep", "dep"), default="ddep", help="what trains: decoder, or encoder too")
-    add("--gamma", type=launch.unit_float, help="noise level of Eq. 5, 0 to 1 (default: 0.95)")
+    add("--gamma", type=launch.unit_float, help="gamma of Eq. 5: 1 is no noise, 0 noise alone (default: 0.95)")
     add("--gamma-range", type=launch.unit_float, nargs=2, metavar=("LOW", "HIGH"),
         help="gamma drawn from U(LOW, HIGH) for each image (Table 4: 0.9 0.95; 4.4: 0 1)")
     add("--sigma", type=launch.non_negative_float, help="the noise level as sigma = sqrt(1/gamma - 1)")
@@ -57,8 +57,8 @@ def parse_arguments(argv=None):
     add("--init", metavar="PATH", help="a checkpoint of this stage with the same network flags, to go on from")
     add("--encoder", choices=ENCODERS, help="the encoder network")
     add("--encoder-weights", metavar="PATH",
-        help="of pretrain_encoder.py or published; imagenet21k (hybrid), imagenet1k (resnet50): downloaded; "
-             "random: fresh (the default of dep)")
+        help="a checkpoint of pretrain_encoder.py, or published weights; imagenet21k (hybrid) or imagenet1k "
+             "(resnet50) are downloaded; random: fresh ones (the default of dep)")
     add("--width", type=launch.positive_float, help="decoder of [1024, 512, 256, 128, 64] * W channels (4.3)")
     add("--image-size", type=launch.positive_int, help="side of the square crops (5.1: 224)")
     add("--min-area", type=launch.unit_float, help="smallest crop, as a fraction of the image's area")
@@ -78,7 +78,7 @@ def parse_arguments(argv=None):
     if levels > 1:
         raise InputError("--gamma, --gamma-range and --sigma all set the noise level; pass one of them")
     if levels == 0:
-        args.gamma = 0.95  # 4.1, Table 4; for Eq. 1, PAPER SILENT
+        args.gamma = 0.95  # 4.1, Table 4. PAPER SILENT for Eq. 1 (but for DeP's sigma 0.8 in Table 2)
     if args.sigma is not None:
         args.gamma = noise.sigma_to_gamma(args.sigma)
     if args.gamma_range is not None and args.gamma_range[0] > args.gamma_range[1]:
@@ -104,14 +104,15 @@ def find_or_train_encoder(args, processes):
 
 
 def add_noise(args, x, seeds):
-    """(x~, e, gamma (B,)) of images x (B, bands, H, W) in [-1, 1]: each has the noise and gamma of its seed."""
+    """(x~, e, gamma (B,)) of images x (B, bands, H, W) in [-1, 1]; noise and gamma by each image's seed."""
     eps = noise.sample_noise(x.shape, seeds, x.device)
     if args.gamma_range is None:
         gamma = torch.full((len(x),), args.gamma)
     else:
         gamma = noise.sample_gamma(*args.gamma_range, seeds)
     if args.noise == "simple":
-        return noise.simple_additive_noise(x, eps, noise.gamma_to_sigma(gamma)), eps, gamma  # Eq. 1
+        sigma = noise.gamma_to_sigma(args.gamma) if args.sigma is None else args.sigma
+        return noise.simple_additive_noise(x, eps, sigma), eps, gamma  # Eq. 1
     return noise.scaled_additive_noise(x, eps, gamma), eps, gamma  # Eq. 5
 
 
@@ -120,21 +121,19 @@ def main():
     processes = launch.start_processes(args.device)
     device = processes.device
     precision = launch.resolve_precision(args.precision, device)
-    share = processes.share(args.batch_size)
-
-    # Initial weights: of the whole network, or of the encoder
-    weights_file = args.init or find_or_train_encoder(args, processes)
-    weights = None if weights_file is None else read_weights(weights_file)
-    made_with = {} if weights is None else weights.get("model_args", {})
-    bands = args.bands or made_with.get("bands", 3)
+    images_per_process = processes.share(args.batch_size)
 
     # Data
+    bands = args.bands or 3
     pixels = Pixels(bands, args.pixel_range, args.huge)
     with processes.one_first():  # one process of a machine builds the index
         images = pretraining_images(args.data, args.root, args.cache, args.coarse, pixels)
     steps = launch.number_of_steps(args, len(images))
 
-    # Model
+    # Model, from the weights of a whole network (--init) or of an encoder
+    weights_file = args.init or find_or_train_encoder(args, processes)
+    weights = None if weights_file is None else read_weights(weights_file)
+    # image_size: of the position grid in the weights (224, 384), not of the crops
     model_args = dict(encoder=args.encoder, width=args.width, out_channels=bands, bands=bands,
                       condition_on_gamma=args.condition,
                       image_size=None if weights is None else image_size_of(weights))
@@ -145,11 +144,14 @@ def main():
                          f"{model.encoder.strides[-1]}")
     origin = "fresh weights"
     if args.init is not None:
-        complaint = f"{args.init}: expected a checkpoint of this stage with the same flags, it has {made_with}"
+        complaint = (f"{args.init}: expected a checkpoint of this stage with the same flags, it was made with "
+                     f"{weights.get('model_args')}")
         load_strictly(model, weights.get("model", weights), complaint)
         origin = f"encoder and decoder of {args.init}"
     elif weights is not None:
-        origin = f"{load_encoder_weights(model.encoder, weights, weights_file)}, {weights_file}"
+        kind = load_encoder_weights(model.encoder, weights, weights_file)
+        origin = f"{kind}, {weights_file}"
+    # ResNet-50 alone: stored or batch statistics; how many images share them must not change on resume
     fresh = weights is None and args.method == "dep"
     batch_norm_images = launch.set_batch_norm(model.encoder, args, processes, fresh)
     model.to(device, memory_format=torch.channels_last)
@@ -164,7 +166,7 @@ def main():
                      fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
+    # Resume: `settings` must be those of the run. (step, last loss, best score); (0, None, -1) for a new run
     settings = {**vars(args), "bands": bands, "precision": precision,
                 "images-per-batch-norm": batch_norm_images}
     run = RunFolder(settings, [images], steps, processes)
@@ -175,6 +177,7 @@ def main():
     if args.compile:  # in place: no "_orig_mod." in the names of parameters
         model.encoder.compile()
         model.decoder.compile()
+    # Around what trains alone: a frozen encoder has no gradients to exchange
     wrapped = DistributedDataParallel(trained) if processes.world > 1 else trained
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area, pixels.range), args.seed,
                       skip_unreadable=True)
@@ -186,14 +189,14 @@ def main():
     say(images.note)
     if processes.is_main and start == 0:
         draw_panel(args, model, samples, device).save(run.path("panel_start.png"))
-    run.begin(start)
+    run.begin(start)  # opens the log; from here on a signal stops the run after its step
     model.train()
     for step, batch in enumerate(run.batches(loader), start):
         rate = launch.cosine_rate(step, steps, args.lr, args.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        # Gradients add up over micro-batches, which are as large as memory allows.
+        # Gradient accumulation: --micro-batch images at a time, so that the batch fits in memory.
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
         parts = launch.split_batch(batch, args.micro_batch)
@@ -210,22 +213,23 @@ def main():
                     prediction = wrapped(maps, x_noisy.shape[-2:], gamma.to(device))
                 else:
                     prediction = wrapped(x_noisy, gamma.to(device))
-            # Weighted by their sizes, the means of the parts add up to the mean over this process's share.
+            # By their sizes, the means of the parts add up to the mean over this process's images.
             target = eps if args.target == "noise" else x
-            part_loss = noise.denoising_loss(prediction, target) * (len(x) / share)
+            part_loss = noise.denoising_loss(prediction, target) * (len(x) / images_per_process)
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
 
-        # One all-reduce: the loss of the global batch, and whether a process received a signal.
+        # One all-reduce sums the loss and tells whether a process got a signal: all stop at the same step.
         loss, stopping = processes.sum_numbers(loss / processes.world, run.signal is not None)
-        scaler.unscale_(optimizer)  # clipping needs the true gradient
+        scaler.unscale_(optimizer)  # clipping needs the true gradient; without --clip-norm it only measures
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), args.clip_norm or math.inf).item()
+        # Stop before a NaN reaches the weights, and list this batch's files; fp16's scaler may skip a step.
         run.require_finite(step + 1, loss, norm, scaler, batch)
         scaler.step(optimizer)
         scaler.update()
 
         done = step + 1
-        run.log_step(done, loss, rate, batch)
+        run.log_step(done, loss, rate, batch)  # names the unreadable images of the batch, too
         if run.save_is_due(done) or done == steps or stopping:
             run.save(done, model, optimizer, scaler, model_args=model_args, loss=loss)
         if stopping:
@@ -239,7 +243,7 @@ def main():
 
 @torch.no_grad()
 def draw_panel(args, model, samples, device, rows=4):
-    """Four pictures for each of the first images of the set."""
+    """A PIL page: image, noisy image, predicted noise, denoised image of the first images of the set."""
     model.eval()
     pictures = []
     for index in range(min(rows, len(samples.source))):

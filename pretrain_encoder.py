@@ -70,7 +70,7 @@ def main(argv=None, processes=None):
     processes = processes or launch.start_processes(args.device)
     device = processes.device
     precision = launch.resolve_precision(args.precision, device)
-    share = processes.share(args.batch_size)
+    images_per_process = processes.share(args.batch_size)
 
     # Data
     pixels = Pixels(args.bands or 3, args.pixel_range, args.huge)
@@ -82,6 +82,7 @@ def main(argv=None, processes=None):
     torch.manual_seed(args.seed)
     model_args = dict(encoder=args.encoder, num_classes=len(names), bands=pixels.bands)
     model = build_classifier(**model_args).to(device, memory_format=torch.channels_last)
+    # ResNet-50 alone: stored or batch statistics; how many images share them must not change on resume
     batch_norm_images = launch.set_batch_norm(model.encoder, args, processes, fresh=True)
 
     # Adam (5.1). PAPER SILENT on its betas (here torch's defaults) and on coupled weight decay or not
@@ -90,7 +91,7 @@ def main(argv=None, processes=None):
                      fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    # Resume (the loss is for metrics.json, if no step is left), or say that the run is finished
+    # Resume: `settings` must be those of the run. (step, last loss, best score); (0, None, -1) for a new run
     settings = {**vars(args), "bands": pixels.bands, "precision": precision,
                 "images-per-batch-norm": batch_norm_images}
     run = RunFolder(settings, [train, val], steps, processes)
@@ -106,7 +107,8 @@ def main(argv=None, processes=None):
     batches = Batches(len(train), args.batch_size, steps, args.seed, start, processes.rank, processes.world)
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
     val_batches = Each(len(val), processes.rank, processes.world, args.micro_batch)
-    val_loader = load(Samples(val, centre_crop(args.image_size, pixels.range)), val_batches, args.workers)
+    val_samples = Samples(val, centre_crop(args.image_size, pixels.range), skip_unreadable=True)
+    val_loader = load(val_samples, val_batches, args.workers)
 
     def validate(done):
         """Measure top-1; the best weights so far go to best.pt. Returns top-1 and the best one."""
@@ -120,17 +122,17 @@ def main(argv=None, processes=None):
     say(f"stage 1: {args.encoder} as a classifier of {len(names)} classes, {len(train)} images, steps "
         f"{start} to {steps}, {processes.world} x {device.type}, {precision}")
     say(train.note)
-    run.begin(start)
+    run.begin(start)  # opens the log; from here on a signal stops the run after its step
     model.train()
     for step, batch in enumerate(run.batches(loader), start):
-        # Validate when the checkpoint of this step is on disk: an interruption here loses no training.
+        # One iteration late, when the checkpoint of this step is saved: a kill here loses no training.
         if step and step % args.eval_every == 0:
             _, best = validate(step)
         rate = launch.cosine_rate(step, steps, args.lr, args.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        # Gradients add up over micro-batches, which are as large as memory allows.
+        # Gradient accumulation: --micro-batch images at a time, so that the batch fits in memory.
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
         parts = launch.split_batch(batch, args.micro_batch)
@@ -141,20 +143,23 @@ def main(argv=None, processes=None):
             wrapped.require_backward_grad_sync = i == len(parts) - 1
             with launch.autocast(precision, device):
                 logits = wrapped(x)
-            part_loss = F.cross_entropy(logits.float(), part["label"].to(device), reduction="sum") / share
+            # The parts add up to the mean over this process's images; DDP averages the processes.
+            label = part["label"].to(device)
+            part_loss = F.cross_entropy(logits.float(), label, reduction="sum") / images_per_process
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
 
-        # One all-reduce: the loss of the global batch, and whether a process received a signal.
+        # One all-reduce sums the loss and tells whether a process got a signal: all stop at the same step.
         loss, stopping = processes.sum_numbers(loss / processes.world, run.signal is not None)
-        scaler.unscale_(optimizer)  # clipping needs the true gradient
+        scaler.unscale_(optimizer)  # clipping needs the true gradient; without --clip-norm it only measures
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf).item()
+        # Stop before a NaN reaches the weights, and list this batch's files; fp16's scaler may skip a step.
         run.require_finite(step + 1, loss, norm, scaler, batch)
         scaler.step(optimizer)
         scaler.update()
 
         done = step + 1
-        run.log_step(done, loss, rate, batch)
+        run.log_step(done, loss, rate, batch)  # names the unreadable images of the batch, too
         if run.save_is_due(done) or done % args.eval_every == 0 or done == steps or stopping:
             run.save(done, model, optimizer, scaler, model_args=model_args, class_names=names, loss=loss,
                      best=best)

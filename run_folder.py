@@ -59,6 +59,7 @@ class RunFolder:
             self.lock = lock_folder(self.out)
         self.checkpoint, damaged = self._newest_checkpoint()
         if self.checkpoint is not None:
+            # "bands": runs of before that flag
             then = {"bands": 3, **self.checkpoint["args"], "data-content": self.checkpoint["data"]}
             refuse_other_flags(self.out, then, {**settings, "data-content": self.data})
             self.unreadable.update(self.checkpoint.get("unreadable", []))

@@ -171,7 +171,7 @@ def test_a_decoder_goes_on_from_a_checkpoint_of_this_stage(script, few_shapes, t
     assert same_tensors(more["model"], first["model"])
     assert more["model_args"] == {**first["model_args"], "image_size": 64}  # as the position grid is
     for wrong, message in ((["--width", 1 / 32, "--condition"], "first/last.pt: expected a checkpoint of this stage with the "
-                            "same flags, it has .*'width': 0.0625.* tensors of another shape"),
+                            "same flags, it was made with .*'width': 0.0625.* tensors of another shape"),
                            ([*same, "--encoder-weights", "random"], "--init brings its encoder along")):
         status, _, err = script("pretrain_decoder", *base, *wrong, "--out", tmp_path / "wrong")
         assert status == 2 and re.search(message, err) and err.count("\n") == 1, err

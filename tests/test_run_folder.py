@@ -427,7 +427,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(undisturb
     out = tmp_path / "out"
     run = Forked(tmp_path, "pretrain_decoder", *flags("pretrain_decoder", out), patches=[("fill_disk", 1)])
     assert run.wait() == [2], run.text()
-    assert ("last.pt cannot be written (File too large); what was saved before is intact" in run.text()
+    assert ("last.pt cannot be read or written (File too large); what was saved before is intact" in run.text()
             and "Traceback" not in run.text())
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 2 and not list(out.glob("*.tmp"))
     assert Forked(tmp_path, "pretrain_decoder", *flags("pretrain_decoder", out)).wait() == [0]
@@ -448,7 +448,7 @@ def test_a_disk_that_cannot_be_written_is_said_in_one_line(number, text, where, 
 
     monkeypatch.setattr(run_folder, "open", failing, raising=False)
     status, _, err = script("finetune", *flags("finetune", tmp_path))
-    assert status == 2 and where in err and f"cannot be written ({text})" in err and err.count("\n") == 1
+    assert status == 2 and where in err and f"cannot be read or written ({text})" in err and err.count("\n") == 1
     monkeypatch.undo()
     assert not (tmp_path / "metrics.json").exists()
 
@@ -465,7 +465,7 @@ def test_a_disk_that_fills_up_under_the_log_is_said_with_its_name(script, few_sh
         run_folder, "open", lambda path, mode="r", *rest, **how: Full()
         if mode == "a" else open(path, mode, *rest, **how), raising=False)
     status, _, err = script("pretrain_decoder", *flags("pretrain_decoder", tmp_path))
-    assert (status == 2 and "log.jsonl cannot be written (No space left on device)" in err
+    assert (status == 2 and "log.jsonl cannot be read or written (No space left on device)" in err
             and err.count("\n") == 1)
 
 
