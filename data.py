@@ -98,8 +98,8 @@ def read_image(source, name=None, pixels=Pixels()):
     if len(image) == 1 and bands == 3:
         return image.expand(3, -1, -1)
     if len(image) != bands:
-        raise SampleError(f"{name}: {len(image)} bands, expected {bands}; pass --bands {len(image)}, or "
-                          f"pictures of {bands}")
+        raise SampleError(f"{name}: {len(image)} bands (H, W, bands: {', '.join(map(str, values.shape))}), "
+                          f"expected {bands}, as --bands says (default: 3) or the checkpoint was made for")
     return image
 
 
@@ -434,7 +434,7 @@ def _pages(folder, name):
     """[name], or the pages of a TIFF stack, [name#0, name#1 ...], which must have one size."""
     if not name.lower().endswith((".tif", ".tiff")):
         return [name]
-    path = os.path.join(folder, name)
+    path = os.path.normpath(os.path.join(folder, name))
     try:
         with Image.open(path) as image:
             sizes = []

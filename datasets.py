@@ -100,6 +100,11 @@ class Pairs:
     def fingerprint(self):
         return f"{len(self)} pairs, {_digest(self.line(i) for i in range(len(self)))}"
 
+    def meaning(self):
+        """A digest of what the mask values mean."""
+        return _digest(f"{ending} {labels if isinstance(labels, dict) else labels.tolist()}"
+                       for ending, labels in self.label_maps.items())
+
     def subset(self, indices, note=""):
         return Pairs(self.root, [self.pairs[i] for i in indices], self.label_maps, note, self.pixels)
 
@@ -134,6 +139,9 @@ class Shapes:
 
     def line(self, i):
         return self.name(i)
+
+    def meaning(self):
+        return "as drawn"
 
     def fingerprint(self):
         return f"{len(self)} pictures, {_digest(self.name(i) for i in range(len(self)))}"
@@ -373,6 +381,8 @@ def pretraining_images(data, root, cache=None, coarse=False, pixels=Pixels()):
         return Shapes("unlabelled", SHAPES_COUNTS["unlabelled"])
     _require_folder(root)
     if data == "folder":
+        if {"images", "masks"} <= set(os.listdir(root)):
+            raise InputError(f"{root}: holds images and masks; pass --root {os.path.join(root, 'images')}")
         return look_at(ImageFiles(ImageIndex.of_folder(root, cache=cache), pixels=pixels))
     if data == "imagenet21k":
         index, note = _synsets(root, cache)
@@ -419,9 +429,14 @@ def look_at(source, count=16):
                          "pictures; which values are black and white? pass --pixel-range LOW HIGH")
     notes = [source.note] if source.note else []
     looked = f"of {len(names)} pictures looked at"
+    if highest < low or lowest > high:
+        raise InputError(f"{names[0]}: the first pictures have values from {lowest:g} to {highest:g}, all "
+                         f"outside --pixel-range {low:g} {high:g}")
     if highest - lowest < 0.1 * (high - low):
+        whole = lowest >= 0 and isinstance(highest, int)  # 12 bits: 0 to 4095
+        wider = (0, 2 ** highest.bit_length() - 1) if whole else (lowest, highest)
         notes.append(f"the pixels {looked} lie between {lowest:g} and {highest:g}, within a tenth of the "
-                     f"range {low:g} to {high:g}; pass --pixel-range {lowest:g} {highest:g}, or wider")
+                     f"range {low:g} to {high:g}; consider --pixel-range {wider[0]:g} {wider[1]:g}")
     if lowest < low or highest > high:
         notes.append(f"the pixels {looked} lie between {lowest:g} and {highest:g}; what is outside "
                      f"--pixel-range {low:g} {high:g} is clipped")
@@ -618,16 +633,11 @@ def _listed_pairs(list_file, base):
     Names may hold spaces: a tab separates, or else the space at which both halves are files that exist. A
     published list may name Cityscapes' labelTrainIds where there are only labelIds.
     """
-    try:
-        lines = Path(list_file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{list_file}: cannot be read ({error})") from None
-
     def exists(path):
         return os.path.isfile(os.path.join(base, split_page(path)[0]))
 
     pairs, note = [], ""
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(list_file), start=1):
         separator = "\t" if "\t" in line.strip() else " "
         words = line.strip().split(separator)
         if words == [""]:
@@ -651,6 +661,16 @@ def _listed_pairs(list_file, base):
     return pairs, note
 
 
+def read_lines(path):
+    """The lines of a text file; InputError where there is none in UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: cannot be read as UTF-8; save it as UTF-8 text") from None
+
+
 def own_classes(root, num_classes=None):
     """(names, what mask values mean: see read_mask) of root/classes.txt; without it "class 0", "class 1" ...
 
@@ -658,7 +678,7 @@ def own_classes(root, num_classes=None):
     class called "ignore" is ignored. num_classes: what --num-classes asks for; it must agree.
     """
     path = os.path.join(root or "", "classes.txt")
-    if root is None or not os.path.isfile(path):
+    if root is None or not os.path.exists(path):
         if num_classes is None:
             raise InputError(f"{root or 'without --root'}: how many classes? pass --num-classes N, or write "
                              "their names, one a line, to classes.txt")
@@ -666,7 +686,7 @@ def own_classes(root, num_classes=None):
             raise InputError(f"--num-classes {num_classes}: expected 2 to 255 (mask values are bytes, and "
                              "255 is ignored)")
         return [f"class {i}" for i in range(num_classes)], label_map({i: i for i in range(num_classes)})
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_lines(path) if line.strip()]
     keys, named = [], []
     for line in lines:
         values, name = re.fullmatch(r"((?:\d+\s+){3}|\d+\s+)?(.+)", line).groups()
@@ -686,7 +706,7 @@ def own_classes(root, num_classes=None):
     if num_classes not in (None, len(names)):
         raise InputError(f"{path}: {len(names)} names, but --num-classes is {num_classes}")
     if not 2 <= len(names) <= IGNORE:
-        raise InputError(f"{path}: {len(names)} names, expected 2 to 255")
+        raise InputError(f"{path}: {len(names)} names besides ignore, expected 2 to 255")
     classes = [IGNORE if name == "ignore" else names.index(name) for name in named]
     if len(keys[0]) == 3:
         return names, dict(zip(keys, classes))
@@ -742,9 +762,9 @@ def _too_few_classes(source):
     colours = isinstance(next(iter(source.label_maps.values())), dict)
     values = np.unique(np.concatenate([
         np.unique(mask_values(os.path.join(source.root, mask), colours)) for _, mask in source.pairs[:100]]))
+    example = "" if len(values) < 2 or colours else f", such as `{values[0]} background`, `{values[-1]} object`"
     return (f"{source.root}: the training masks hold fewer than two classes; their values are "
-            f"{values_text(values, colours)}; write to classes.txt what each one means, a line each, such as "
-            f"`{values[0]} background`, `{values[-1]} object` (or `{values[-1]} ignore`)")
+            f"{values_text(values, colours)}; write to classes.txt what each one means, a line each{example}")
 
 
 # ---------------------------------------- Label subsets

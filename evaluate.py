@@ -208,7 +208,8 @@ def parse_arguments(argv=None):
     launch.add_data_flags(parser, LABELLED)
     add("--split", choices=SPLITS, default="val", help="which part of the data set")
     add("--list", metavar="FILE", help="text file, an `image mask` a line, instead of a split")
-    add("--out", metavar="DIR", help="folder of metrics.json (default: evaluate_NAME beside NAME.pt)")
+    add("--out", metavar="DIR",
+        help="folder of metrics.json (default: beside NAME.pt, evaluate_NAME or evaluate_NAME_SPLIT)")
     add("--scales", type=launch.positive_float, nargs="+", help="image scales to average over (5.1)")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image (5.1)")
     add("--window", type=launch.non_negative_int,
@@ -259,7 +260,7 @@ def parse_arguments(argv=None):
         args.out = args.save_predictions  # there are no scores: everything goes there
     elif args.out is None:
         folder, name = os.path.split(os.path.splitext(path)[0])
-        args.out = os.path.join(folder, f"evaluate_{name}")
+        args.out = os.path.join(folder, f"evaluate_{name}" + ("" if args.split == "val" else f"_{args.split}"))
     return args, checkpoint, labelled
 
 
@@ -276,7 +277,8 @@ def labelled_source(args, trained, names, pixels):
         source, own_names = segmentation_pairs(args.data, args.root, args.split, num_classes, args.list,
                                                pixels)
     if source is None:
-        raise InputError(f"{args.root}: no folder images/{args.split}; pass --split train, or --list FILE")
+        raise InputError(f"{args.root}: no folder images/{args.split}; pass the --split that there is, or "
+                         "--list FILE with pairs, such as a run's validated.txt")
     if own_names not in (names, [f"class {i}" for i in range(len(names))]):
         raise InputError(f"--data {args.data} has {len(own_names)} classes ({', '.join(own_names[:3])} ...), "
                          f"{args.checkpoint} was fine-tuned for {len(names)} others ({', '.join(names[:3])} "

@@ -161,7 +161,8 @@ def main():
 
     # Resume: `settings` must be those of the run. (step, last loss, best score); (0, None, -1) for a new run
     settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images,
-                "encoder": network["encoder"], "width": network["width"], "bands": network["bands"]}
+                "encoder": network["encoder"], "width": network["width"], "bands": network["bands"],
+                "classes-of-masks": f"{', '.join(names)} ({train.meaning()})"}
     run = RunFolder(settings, sources, steps, processes)
     start, loss, best = run.restore(model, optimizer, scaler)
     if is_finished(args.out):

@@ -59,8 +59,9 @@ class RunFolder:
             self.lock = lock_folder(self.out)
         self.checkpoint, damaged = self._newest_checkpoint()
         if self.checkpoint is not None:
-            # "bands": runs of before that flag
-            then = {"bands": 3, **self.checkpoint["args"], "data-content": self.checkpoint["data"]}
+            # The first two are for runs that did not save them
+            of_old_runs = {"bands": 3, "classes-of-masks": settings.get("classes-of-masks")}
+            then = {**of_old_runs, **self.checkpoint["args"], "data-content": self.checkpoint["data"]}
             refuse_other_flags(self.out, then, {**settings, "data-content": self.data})
             self.unreadable.update(self.checkpoint.get("unreadable", []))
             self.saved_step, before = self.checkpoint["step"], self.checkpoint["processes"]

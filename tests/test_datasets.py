@@ -116,9 +116,11 @@ def test_classes_txt_says_which_values_or_colours_the_masks_use(text, names, lab
     ("0 0 0 sky\n0 0 0 sea\n", "a mask value occurs twice, as in '0 0 0 sky'"),
     ("0 sky\n1 sky\n", "a class name occurs twice, as in '0 sky'"),
     ("0 sky\n256 sea\n", "'256 sea' has a mask value of 256, expected 0 to 255"),
-    ("0 sky\n1 ignore\n", "1 names, expected 2 to 255"), ("", "0 names, expected 2 to 255")])
+    ("0 sky\n1 ignore\n", "1 names besides ignore, expected 2 to 255"), ("", "0 names besides ignore"),
+    ("0 sky\n1 caf\xe9\n".encode("latin-1"), "cannot be read as UTF-8; save it as UTF-8 text"),
+    ("sky\nsea\n".encode("utf-16"), "cannot be read as UTF-8; save it as UTF-8 text")])
 def test_a_classes_txt_with_a_fault_is_refused(text, message, tmp_path):
-    (tmp_path / "classes.txt").write_text(text)
+    (tmp_path / "classes.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=f"classes.txt: {message}"):
         datasets.own_classes(tmp_path)
 
@@ -170,10 +172,17 @@ def test_a_narrow_range_of_pixels_is_said_with_the_flag_that_widens_it(tmp_path)
     Image.fromarray(twelve_bits).save(tmp_path / "a.png")
     source = pretraining_images("folder", str(tmp_path))
     assert source.note == ("the pixels of 1 pictures looked at lie between 0 and 4095, within a tenth of the range 0 to "
-                           "65535; pass --pixel-range 0 4095, or wider")
+                           "65535; consider --pixel-range 0 4095")
     assert pretraining_images("folder", str(tmp_path), pixels=Pixels(range=(0, 4095))).note == ""
     assert "between 0 and 4095; what is outside --pixel-range 0 2000 is clipped" in pretraining_images(
         "folder", str(tmp_path), pixels=Pixels(range=(0, 2000))).note
+    with pytest.raises(InputError, match="a.png: .* values from 0 to 4095, all outside --pixel-range 5000 6000"):
+        pretraining_images("folder", str(tmp_path), pixels=Pixels(range=(5000, 6000)))
+
+
+def test_masks_are_not_taken_for_pictures_to_pretrain_on(folder):
+    with pytest.raises(InputError, match="holds images and masks; pass --root .*images"):
+        pretraining_images("folder", str(folder))
 
 
 def test_floats_without_a_range_are_refused_with_the_one_they_have(tmp_path):

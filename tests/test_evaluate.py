@@ -165,9 +165,9 @@ def test_averaged_probabilities_are_written_beside_the_predictions(script, check
 def test_a_folder_may_have_a_test_part(script, checkpoint, folder, tmp_path):
     for kind in ("images", "masks"):
         (folder / kind / "val").rename(folder / kind / "test")
-    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--split", "test", "--workers", 0,
-                              "--out", tmp_path / "o")
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--split", "test", "--workers", 0)
     assert status == 0 and "2 images" in out, err
+    assert list(checkpoint.parent.glob("evaluate_*_test/metrics.json"))  # beside the scores of val
     status, _, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0, "--out",
                             tmp_path / "o2")
     assert status == 2 and "no folder images/val" in err

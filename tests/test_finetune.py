@@ -155,7 +155,17 @@ def test_four_bands_of_16_bits_go_through_stages_2_and_3_and_evaluation(script, 
                             tmp_path / "wrong")
     assert status == 2 and "--bands 3, but" in err and "was made with bands 4; drop the flag" in err
     status, _, err = script("finetune", *root, *SMALL, "--out", tmp_path / "wrong")
-    assert status == 2 and "0.npy: 4 bands, expected 3; pass --bands 4" in err and err.count("\n") == 1
+    assert status == 2 and "0.npy: 4 bands (H, W, bands: 40, 48, 4), expected 3, as --bands says" in err and err.count("\n") == 1
+
+
+def test_a_run_is_not_continued_with_other_classes(script, folder, tmp_path):
+    flags = ["--data", "folder", "--root", folder, *SMALL, "--width", 1 / 32, "--crop-size", 32, "--out", tmp_path / "o"]
+    assert script("finetune", *flags)[0] == 0
+    assert "finished" in script("finetune", *flags)[1]
+    for names in ("sea\nsky\nsand\n", "0 sky\n1 sea\n2 sand\n255 ignore\n5 ignore\n"):
+        (folder / "classes.txt").write_text(names)
+        status, _, err = script("finetune", *flags)
+        assert status == 2 and "holds a run with other flags or data" in err and "classes-of-masks" in err
 
 
 def test_the_shares_of_the_classes_are_printed_and_kept(script, folder, tmp_path):
