@@ -222,8 +222,10 @@ class RunFolder:
         panels = {}
         with open(self.path("log.jsonl")) as file:
             for values in map(json.loads, file):
-                for name in {"loss", "top1", "miou"} & set(values):
-                    panels.setdefault(name, []).append((values["step"], values[name]))
+                for name in ("loss", "top1", "miou"):
+                    value = values.get(name)
+                    if value is not None and math.isfinite(value):  # fp16 may log an infinite loss
+                        panels.setdefault(name, []).append((values["step"], value))
         if panels:
             with replacing(self.path("curve.png")) as file:
                 training_curve(panels).save(file, "PNG")
