@@ -596,8 +596,8 @@ def bad_pictures(folder):
 
 UNREADABLE = {
     "00100_truncated.jpg": "truncated", "00300_zero_bytes.png": "cannot identify image file",
-    "00301_text.jpg": "cannot identify image file", "00700_huge_header.png": "decompression bomb",
-    "00900_bomb.png": "decompression bomb"
+    "00301_text.jpg": "cannot identify image file", "00700_huge_header.png": "over 179 megapixels",
+    "00900_bomb.png": "over 179 megapixels"
 }
 
 
