@@ -409,8 +409,12 @@ def _folders_below(root, parts):
     for part in parts:
         seen = set()
         top = os.path.join(root, part)
-        for folder, subfolders, _ in os.walk(top, onerror=refuse_folder, followlinks=True):
+        for folder, subfolders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
             subfolders[:] = sorted(name for name in subfolders if name != INDEX_FOLDER)
+            if "args.json" in files:
+                say(f"{os.path.normpath(folder)}: holds args.json, so these scripts wrote it; left out")
+                subfolders.clear()
+                continue
             real = os.path.realpath(folder)
             if real in seen:  # a link to a folder above it
                 subfolders.clear()
@@ -426,7 +430,7 @@ def _is_image(name):
 
 def _list_folder(root, name):
     with os.scandir(os.path.join(root, name)) as entries:
-        names = sorted(entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir())
+        names = sorted(entry.name for entry in entries if _is_image(entry.name) and entry.is_file())
     return _as_records([(page, -1, 0) for file in names for page in _pages(os.path.join(root, name), file)])
 
 
@@ -628,11 +632,16 @@ class Each(Sampler):
 
 
 class Loader(DataLoader):
-    """A DataLoader that raises the InputError which a batch holds in place of a sample."""
+    """A DataLoader that raises the InputError which a batch holds in place of a sample.
+
+    keep_unreadable: an UnreadableImage is yielded instead, in place of its batch.
+    """
+    keep_unreadable = False
 
     def __iter__(self):
         for batch in super().__iter__():
-            if isinstance(batch, InputError):
+            kept = self.keep_unreadable and isinstance(batch, UnreadableImage)
+            if isinstance(batch, InputError) and not kept:
                 raise batch
             yield batch
 

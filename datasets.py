@@ -803,7 +803,7 @@ def add_subset_flags(parser):
     labels.add_argument("--fraction", type=fraction, metavar="F",
                         help="share of the labelled images: 1/8, 0.05, 5%% (default: all)")
     labels.add_argument("--labels", type=launch.positive_int, help="number of labelled images")
-    parser.add_argument("--subset-seed", type=launch.non_negative_int, default=0,
+    parser.add_argument("--subset-seed", type=launch.seed_int, default=0,
                         help="seed that picks them; subsets of one seed are nested")
 
 

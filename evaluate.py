@@ -14,6 +14,7 @@ FP + FN); mIoU is its mean over the classes that occur in the truth or in a pred
 import argparse
 import os
 import sys
+from collections import Counter
 
 import numpy as np
 import torch
@@ -22,13 +23,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import launch
-from data import IGNORE, Each, Pixels, Samples, Scale, in_rounds, load, to_pixels
+from data import IGNORE, Each, Pixels, Samples, Scale, UnreadableImage, in_rounds, load, to_pixels
 from datasets import (DATA_SETS, LABELLED, SPLITS, class_colours, labelled_parts, pretraining_images,
                       segmentation_pairs, stem)
 from launch import InputError, say
-from model import build_unet, load_strictly
 from pictures import as_picture, overlay
-from run_folder import FREE_TO_CHANGE, load_checkpoint, make_folder, read_json, refuse_other_flags, write_json
+from run_folder import (FREE_TO_CHANGE, build, load_checkpoint, make_folder, read_json, refuse_other_flags,
+                        write_json)
 
 RECIPE = {  # 5.1
     "shapes": dict(scales=[1.0], flip=False, workers=0),
@@ -163,9 +164,10 @@ def predict(model, x, **how):
 
 @torch.inference_mode()
 def evaluate(model, source, names, processes, precision="fp32", workers=0, progress=False, on_prediction=None,
-             on_scores=None, between=lambda: None, **how):
+             on_scores=None, on_unreadable=None, between=lambda: None, **how):
     """The scores of `model` on `source`: every image counts once, on any number of processes.
 
+    on_unreadable(error): for an image that does not decode, which is left out; else the error is raised.
     how: for `predict_rows`, whose blocks on_scores(index, first row, image height, block) gets.
     on_prediction(index, prediction (H, W) uint8, image (bands, H, W) in [0, 255]) gets every image of this
     process; between(): see in_rounds. Without masks the scores are None.
@@ -176,7 +178,13 @@ def evaluate(model, source, names, processes, precision="fp32", workers=0, progr
     confusion = torch.zeros(n, n, dtype=torch.int64, device=device)
     samples = Samples(source, Scale(source.pixels.range))
     loader = load(samples, Each(len(source), processes.rank, processes.world), workers)
+    loader.keep_unreadable = on_unreadable is not None
+    unread = 0
     for batch in tqdm(in_rounds(loader, between), total=len(loader), unit="image", disable=not progress):
+        if isinstance(batch, UnreadableImage):
+            on_unreadable(batch)
+            unread += 1
+            continue
         index, top = batch["index"].item(), 0
         x = batch["image"].to(device)
         if x.dtype != torch.uint8:
@@ -194,7 +202,8 @@ def evaluate(model, source, names, processes, precision="fp32", workers=0, progr
         if on_prediction is not None:
             on_prediction(index, prediction, batch["image"][0])
     model.train(was_training)
-    return {**scores(processes.sum(confusion).cpu(), names), "images": len(source)}
+    unread, = processes.sum_numbers(unread)
+    return {**scores(processes.sum(confusion).cpu(), names), "images": len(source) - int(unread)}
 
 
 # ---------------------------------------- The script
@@ -291,6 +300,11 @@ def main():
     processes = launch.start_processes(args.device)
     device = processes.device
     precision = launch.resolve_precision(args.precision, device)
+    model = build(checkpoint, args.checkpoint)
+    model.to(device, memory_format=torch.channels_last).eval()
+    if args.compile:
+        model.compile()
+
     names = checkpoint["class_names"]
     pixels = Pixels(checkpoint["model_args"].get("bands", 3), args.pixel_range, args.huge)
     if labelled:
@@ -298,22 +312,17 @@ def main():
     else:
         source = pretraining_images(args.data, args.root, pixels=pixels)
 
-    model = build_unet(**checkpoint["model_args"])
-    load_strictly(model, checkpoint["model"], f"{args.checkpoint}: does not fit its own model_args")
-    model.to(device, memory_format=torch.channels_last).eval()
-    if args.compile:
-        model.compile()
-
-    args_file = os.path.join(args.out, "args.json")
-    if os.path.exists(args_file):
-        free = (FREE_TO_CHANGE | {"save_predictions"}) - {"root"}
-        refuse_other_flags(args.out, read_json(args_file), vars(args), free)
+    # args.json says what a folder holds: other scores or predictions are not overwritten, nor taken for data
+    folders = {args.save_predictions or args.out: "--save-predictions", args.out: "--out"}
+    free = (FREE_TO_CHANGE | {"save_predictions"}) - {"root"}
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, "args.json")):
+            refuse_other_flags(folder, read_json(os.path.join(folder, "args.json")), vars(args), free)
     processes.barrier()  # all have read what is there before the main one writes
     if processes.is_main:
-        make_folder(args.out)
-        if args.save_predictions:
-            make_folder(args.save_predictions, "--save-predictions")
-        write_json(args_file, vars(args))
+        for folder, flag in folders.items():
+            make_folder(folder, flag)
+            write_json(os.path.join(folder, "args.json"), vars(args))
 
     say(f"{args.checkpoint} on {len(source)} images of {args.root or args.data}, {processes.world} x "
         f"{device.type}, {precision}")
@@ -323,9 +332,13 @@ def main():
     else:
         colours = class_colours(checkpoint["args"]["data"], len(names))
 
+    stems = Counter(stem(source.name(i)) for i in range(len(source))) if args.save_predictions else {}
+
     def place(kind, index, ending):
         """The file for image `index`: always below DIR, though list files may name ../a.png or /a.png."""
-        name = os.path.relpath(os.path.join("/", stem(source.name(index))), "/")
+        name = source.name(index)
+        name = stem(name) if stems[stem(name)] == 1 else name  # a.png.png beside a.jpg.png
+        name = os.path.relpath(os.path.join("/", name), "/")
         path = os.path.join(args.save_predictions, kind, name + ending)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
@@ -354,16 +367,23 @@ def main():
     metrics = evaluate(model, source, names, processes, precision, args.workers,
                        progress=processes.is_main and sys.stderr.isatty(),
                        on_prediction=write if args.save_predictions else None,
-                       on_scores=write_probabilities if args.save_probabilities else None, scales=args.scales,
+                       on_scores=write_probabilities if args.save_probabilities else None,
+                       on_unreadable=lambda error: print(f"skipped {error}", flush=True), scales=args.scales,
                        flip=args.flip, window=args.window, stride=args.stride, average=args.average)
     if labelled:
         if processes.is_main:
             write_json(os.path.join(args.out, "metrics.json"), metrics)
         say(table(metrics))
     else:
-        say(f"{len(source)} images predicted, no masks to compare with")
+        say(f"{metrics['images']} images predicted, no masks to compare with")
     if args.save_predictions:
         say(f"predictions: {args.save_predictions}/index and {args.save_predictions}/overlay")
+    skipped = len(source) - metrics["images"]
+    if skipped and labelled:
+        raise InputError(f"{skipped} of {len(source)} images cannot be read, see above; the scores are of the "
+                         "others")
+    if skipped:
+        say(f"{skipped} of {len(source)} images cannot be read, see above")
 
 
 if __name__ == "__main__":

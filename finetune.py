@@ -48,7 +48,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--init", default="none", metavar="PATH", help="a path, imagenet21k, imagenet1k or none")
     add("--encoder", choices=ENCODERS, help="the encoder network (default: that of --init, else the paper's)")
-    add("--width", type=launch.positive_float,
+    add("--width", type=launch.decoder_width,
         help="decoder of [1024, 512, 256, 128, 64] * W (default: that of --init, else 1; shapes: 1/4)")
     add("--num-classes", type=launch.positive_int,
         help="folder: mask values are 0 to N-1, or 255 to ignore (default: by ROOT/classes.txt); "
@@ -180,9 +180,10 @@ def main():
         """Measure mIoU; the best weights so far go to best.pt. Returns the scores and the best mIoU."""
         metrics = evaluate(model, val, names, processes, precision, args.workers, window=args.crop_size,
                            between=run.stop_if_told)
-        miou = metrics["miou"] or 0.0  # None where every validation pixel is ignored
+        miou = metrics["miou"]  # None where every validation pixel is ignored
         run.record(step=done, miou=miou, pixel_accuracy=metrics["pixel_accuracy"])
-        say(f"step {done}: mIoU {miou:.4f}")
+        say(f"step {done}: no labelled validation pixel" if miou is None else f"step {done}: mIoU {miou:.4f}")
+        miou = miou or 0.0
         if miou > best:
             run.save_best(model, **described, step=done, best=miou)
         return metrics, max(best, miou)
@@ -264,8 +265,8 @@ def main():
         whole = Samples(val, Scale(pixels.range))
         page = draw_predictions(model, whole, names, colours, device, args.crop_size)
         page.save(run.path("predictions.png"))
-    say(table(metrics))
     run.finish(metrics)
+    say(table(metrics))
     say(f"fine-tuned: {run.path('last.pt')}; best.pt has mIoU {best:.4f}")
 
 

@@ -3,7 +3,9 @@ import argparse
 import errno
 import math
 import os
+import re
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from model import ResNet50, WeightsError
 
 STOPPED = 75  # EX_TEMPFAIL: a signal stopped the run, the same command continues it
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-                errno.ENOTDIR}
+                errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE}
+NO_MEMORY = re.compile("out of memory|can't allocate memory|Unable to allocate|overflow|array is too big", re.I)
+SAVE_MEMORY = ("--micro-batch", "--crop-size", "--image-size", "--width", "--window", "--workers")
 
 
 class InputError(Exception):
@@ -45,6 +49,8 @@ def say(text):
 def run_script(main):
     """Call main(). A user's mistake or a disk that cannot be written is one line and status 2."""
     script, is_main = os.path.basename(sys.argv[0]), os.environ.get("LOCAL_RANK", "0") == "0"
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 ends no run
     try:
         main()
     except (InputError, WeightsError) as error:
@@ -62,6 +68,14 @@ def run_script(main):
         print(f"{script}: error: {error.filename or 'a file'} cannot be read or written ({error.strerror}); "
               "what was saved before is intact. Mend that or pass another folder, then repeat the command",
               file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+            raise
+        flags = [flag for flag in SAVE_MEMORY if flag in Parser.known]
+        reason = next((line for line in str(error).splitlines() if NO_MEMORY.search(line)), "")
+        print(f"{script}: error: out of memory ({reason.strip()[:300]}); what was saved before is intact. Lower "
+              f"{' or '.join(flags)}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         if is_main:
@@ -85,10 +99,15 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, with defaults in the help, without abbreviated flags."""
+    known = ()  # the flags of the script, for run_script
 
     def __init__(self, description):
         super().__init__(description=description.split("\n\n")[0], allow_abbrev=False,
                          formatter_class=HelpWithDefaults)
+
+    def parse_args(self, *args):
+        Parser.known = tuple(self._option_string_actions)
+        return super().parse_args(*args)
 
     def error(self, message):
         raise InputError(f"{message} (--help lists the flags)")
@@ -114,7 +133,7 @@ def add_training_flags(parser, data_sets):
     add("--batch-norm", choices=("stored", "batch"),
         help="resnet50: normalise with stored statistics, or those of the batch over all processes (default: "
              "batch where the encoder trains from fresh weights, else stored)")
-    add("--seed", type=non_negative_int, default=0,
+    add("--seed", type=seed_int, default=0,
         help="random seed of fresh weights, order, crops, flips, noise")
     add("--workers", type=non_negative_int, help="loader processes per process; 0: none")
     add("--save-every", type=steps_or_minutes, help="steps between checkpoints, or minutes: 10min")
@@ -192,6 +211,8 @@ def number(kind, allowed, expected):
 
 positive_int = number(int, lambda n: n > 0, "a whole number above 0")
 non_negative_int = number(int, lambda n: n >= 0, "a whole number, 0 or more")
+seed_int = number(int, lambda n: 0 <= n < 2 ** 63, "a whole number of 63 bits, 0 or more")
+decoder_width = number(float, lambda x: 1 / 64 <= x <= 64, "a number from 1/64 to 64")
 positive_float = number(float, lambda x: 0 < x < math.inf, "a number above 0")
 non_negative_float = number(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
 unit_float = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
@@ -264,8 +285,14 @@ class Processes:
 
 def start_processes(device="auto"):
     """Join torchrun's process group, if there is one; choose this process's device."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    numbers = [os.environ.get(name, alone[name]) for name in names]
+    rank, world, local_rank = map(int, numbers) if all(map(str.isdecimal, numbers)) else (0, 0, 0)
+    if not rank < world or world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        raise InputError(f"the environment has {given}, which makes no process of a group; start it with "
+                         "torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or none of them")
     mps = torch.backends.mps.is_available() and world == 1  # MPS has no collectives
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -282,15 +309,22 @@ def start_processes(device="auto"):
         torch.cuda.set_device(device)
     if world > 1:
         patience = timedelta(minutes=60)
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        waiting = threading.Timer(15, print, [f"process {rank} waits for {address} and for all {world} "
+                                              f"processes, at most {patience.seconds // 60} minutes"])
+        waiting.daemon = True
+        waiting.start()
         # When torchrun restarts a group (--max-restarts) its store still holds the addresses of the dead one.
         store = next(rendezvous("env://", timeout=patience))[0]
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+        waiting.cancel()
     return Processes(rank, world, torch.device(device))
 
 
 def default_workers():
-    return min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def resolve_precision(precision, device):

@@ -492,6 +492,7 @@ def load_strictly(module, state, complaint):
               "unexpected": [k for k in state if k not in ours],
               "of another shape": [f"{k} {tuple(state[k].shape)}, expected {tuple(ours[k].shape)}"
                                    for k in ours if k in state and state[k].shape != ours[k].shape]}
+    faults["with NaN or infinite values"] = [k for k, v in state.items() if not v.isfinite().all()]
     found = [f"{len(keys)} tensors {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
              for fault, keys in faults.items() if keys]
     if found:
@@ -503,7 +504,8 @@ def read_weights(path):
     """A weights file (torch.save's, .npz, .safetensors) as a mapping of names to tensors or arrays. Raises
     WeightsError, also where a checksum does not hold."""
     if not os.path.isfile(path):
-        raise WeightsError(f"{path}: no such file; expected weights")
+        there = "a folder" if os.path.isdir(path) else "no such file"
+        raise WeightsError(f"{path}: {there}; expected weights")
     try:
         with open(path, "rb") as file:
             start = file.read(9)

@@ -59,7 +59,7 @@ def parse_arguments(argv=None):
     add("--encoder-weights", metavar="PATH",
         help="a checkpoint of pretrain_encoder.py, or published weights; imagenet21k (hybrid) or imagenet1k "
              "(resnet50) are downloaded; random: fresh ones (the default of dep)")
-    add("--width", type=launch.positive_float, help="decoder of [1024, 512, 256, 128, 64] * W channels (4.3)")
+    add("--width", type=launch.decoder_width, help="decoder of [1024, 512, 256, 128, 64] * W channels (4.3)")
     add("--image-size", type=launch.positive_int, help="side of the square crops (5.1: 224)")
     add("--min-area", type=launch.unit_float, help="smallest crop, as a fraction of the image's area")
     args = launch.parse(parser, RECIPE, argv)

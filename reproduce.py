@@ -36,7 +36,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--out", default="results", metavar="DIR", help="where everything goes")
     add("--labels", type=launch.positive_int, nargs="+", default=[8, 32, 128], help="label budgets")
-    add("--seeds", type=launch.non_negative_int, nargs="+", default=[0, 1, 2], help="repetitions")
+    add("--seeds", type=launch.seed_int, nargs="+", default=[0, 1, 2], help="repetitions")
     add("--gamma", type=launch.unit_float, default=0.95, help="noise level of DeP and DDeP")
     add("--steps", type=launch.positive_int, nargs=3, metavar=("S1", "S2", "S3"),
         help="steps of the three stages (default: those of the scripts)")

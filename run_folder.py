@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from launch import InputError, Stopped, say
-from model import PUBLISHED, WeightsError, published_weights, read_weights
+from model import PUBLISHED, WeightsError, build_unet, load_strictly, published_weights, read_weights
 from pictures import training_curve
 
 try:
@@ -87,6 +87,8 @@ class RunFolder:
         for path in filter(os.path.exists, [self.path("last.pt"), self.path("previous.pt")]):
             try:
                 checkpoint = load_checkpoint(path)
+                if not {"step", "optimizer", "scaler", "data", "processes", "loss"} <= set(checkpoint):
+                    raise InputError(f"{path}: cannot be continued from, as a best.pt")
             except (InputError, WeightsError) as error:
                 damage.append(error)
                 continue
@@ -370,9 +372,22 @@ def save(path, checkpoint, keep=None):
 def load_checkpoint(path):
     """A checkpoint of ours. Raises WeightsError where it is damaged, InputError where it is another file."""
     checkpoint = read_weights(path)
-    if not {"model", "model_args"} <= set(checkpoint):
-        raise InputError(f"{path}: not a checkpoint of these scripts, which hold model and model_args")
+    model, *others = (checkpoint.get(name) for name in ("model", "model_args", "args"))
+    if not isinstance(model, dict) or not all(isinstance(part, dict) for part in others):
+        raise InputError(f"{path}: not a checkpoint of these scripts, which hold model, model_args and args")
+    if not all(isinstance(value, torch.Tensor) for value in model.values()):
+        raise InputError(f"{path}: its model does not hold tensors alone; it was altered")
     return checkpoint
+
+
+def build(checkpoint, path):
+    """The UNet of a checkpoint, with its weights. Raises InputError or WeightsError where they do not fit."""
+    try:
+        network = build_unet(**checkpoint["model_args"])
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: model_args describe no network ({error}); it was altered") from None
+    load_strictly(network, checkpoint["model"], f"{path}: does not fit its own model_args")
+    return network
 
 
 def weights_path(source, encoder, processes):

@@ -449,6 +449,17 @@ def test_a_broken_tar_is_named(tmp_path, spoil, message):
         pretraining_images("imagenet21k", str(tmp_path))
 
 
+def test_what_the_scripts_wrote_is_not_listed_and_neither_is_a_pipe(tmp_path, capsys):
+    write_image(tmp_path / "a.jpg")
+    write_image(tmp_path / "runs" / "mine" / "panel_start.png")
+    write_image(tmp_path / "runs" / "mine" / "deeper" / "picture.png")
+    (tmp_path / "runs" / "mine" / "args.json").write_text("{}")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    source = pretraining_images("folder", str(tmp_path))
+    assert [source.name(i) for i in range(len(source))] == ["a.jpg"]
+    assert "runs/mine: holds args.json, so these scripts wrote it; left out" in capsys.readouterr().out
+
+
 def test_a_large_listing_is_kept_and_mapped_not_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "WORTH_KEEPING", 3)
     for name in ("a/1.jpg", "a/2.png", "b/c/3.jpg", "4.jpg"):

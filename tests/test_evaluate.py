@@ -181,6 +181,65 @@ def test_each_page_of_a_stack_has_a_prediction_of_its_own(script, checkpoint, tm
     assert sorted(path.name for path in (tmp_path / "p" / "index").iterdir()) == ["a#0.png", "a#1.png", "a#2.png"]
 
 
+def photos(root, *names):
+    for i, name in enumerate(names):
+        write_image(root / name, 40, 40, seed=i)
+    return root
+
+
+def test_predictions_of_pictures_that_differ_in_their_extension_have_names_of_their_own(script, checkpoint, tmp_path):
+    root = photos(tmp_path / "photos", "a.jpg", "a.png", "b.png", "x.jpg", "x.JPG")
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", root, "--workers", 0, "--save-predictions",
+                              tmp_path / "p")
+    assert status == 0 and "5 images predicted" in out, err
+    assert sorted(path.name for path in (tmp_path / "p" / "index").iterdir()) == [
+        "a.jpg.png", "a.png.png", "b.png", "x.JPG.png", "x.jpg.png"]
+
+
+def test_predictions_are_no_pictures_and_those_of_other_flags_are_not_overwritten(script, checkpoint, folder, tmp_path):
+    root = photos(tmp_path / "photos", "a.jpg", "b.png")
+    command = ["evaluate", "--checkpoint", checkpoint, "--root", root, "--workers", 0, "--save-predictions", root / "pred"]
+    assert "2 images predicted" in script(*command)[1]
+    status, out, err = script(*command)  # the predictions lie in the folder of pictures
+    assert status == 0 and "2 images predicted" in out and f"{root / 'pred'}: holds args.json, so" in out, err
+    status, _, err = script(*command, "--flip")
+    assert status == 2 and "pred holds a run with other flags" in err
+    labelled = ["evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0]
+    assert script(*labelled, "--out", tmp_path / "one", "--save-predictions", tmp_path / "p")[0] == 0
+    status, _, err = script(*labelled, "--flip", "--out", tmp_path / "two", "--save-predictions", tmp_path / "p")
+    assert status == 2 and f"{tmp_path / 'p'} holds a run with other flags" in err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_is_skipped_and_named_and_the_rest_predicted(workers, script, checkpoint, folder, tmp_path):
+    root = photos(tmp_path / "photos", "a.jpg", "b.png", "c.png")
+    (root / "b.png").write_text("broken")
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", root, "--workers", workers,
+                              "--save-predictions", tmp_path / "p")
+    assert status == 0 and "2 images predicted" in out and out.count("b.png: not a readable image") == 1, err
+    assert "1 of 3 images cannot be read" in out
+    assert sorted(path.name for path in (tmp_path / "p" / "index").iterdir()) == ["a.png", "c.png"]
+    (folder / "images" / "val" / "e.jpg").write_text("broken")
+    status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", workers, "--out",
+                              tmp_path / "o")
+    assert status == 2 and "1 of 2 images cannot be read, see above; the scores are of the others" in err
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["images"] == 1
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda content: content.update(model=[1]), lambda content: content.update(model={"a": "text"}),
+    lambda content: content.update(args="text"), lambda content: content.update(model_args=[]),
+    lambda content: content["model_args"].update(width=-3), lambda content: content["model_args"].update(encoder=7),
+    lambda content: content["model_args"].update(unknown=1), lambda content: content["model_args"].update(bands="x"),
+    lambda content: content["model"].update({"decoder.head.bias": torch.full((3, ), float("nan"))})])
+def test_a_checkpoint_of_absurd_content_is_refused_in_one_line(spoil, script, checkpoint, folder, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    spoil(content)
+    torch.save(content, tmp_path / "odd.pt")
+    status, _, err = script("evaluate", "--checkpoint", tmp_path / "odd.pt", "--root", folder, "--workers", 0)
+    assert status == 2 and "odd.pt: " in err and err.count("\n") == 1
+
+
 def test_every_image_of_a_folder_counts_once_at_its_own_size(folder):
     source, names = datasets.segmentation_pairs("folder", str(folder), "val")
     metrics = evaluate.evaluate(Colours(), source, names, ALONE)

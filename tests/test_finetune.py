@@ -218,6 +218,17 @@ def test_the_encoder_has_a_rate_of_its_own_and_0_freezes_it(script, few_shapes, 
             assert torch.allclose(value, still[name], rtol=0, atol=1e-20) != name.startswith(moving), name
 
 
+def test_a_void_validation_has_no_score(script, folder, tmp_path):
+    for path in (folder / "masks" / "val").rglob("*.png"):
+        write_mask(path, np.full(np.asarray(Image.open(path)).shape, 255))
+    status, out, err = script("finetune", "--data", "folder", "--root", folder, *SMALL, "--width", 1 / 32, "--crop-size",
+                              32, "--eval-every", 1, "--out", tmp_path / "o")
+    assert status == 0 and "no labelled validation pixel" in out and "mIoU 0.0000" not in out.split("fine-tuned")[0], err
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["miou"] is None
+    assert [line["miou"] for line in map(json.loads, (tmp_path / "o" / "log.jsonl").read_text().splitlines())
+            if "miou" in line] == [None, None]
+
+
 def test_a_curve_is_drawn_at_every_save(script, few_shapes, tmp_path):
     assert script("finetune", *flags("finetune"), "--save-every", 2, "--out", tmp_path)[0] == 0
     page = np.asarray(Image.open(tmp_path / "curve.png"))

@@ -1,10 +1,14 @@
 """launch.py: rates and lengths by hand, and the one line that bad flags get."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import flags, load, torchrun, write_image
+from conftest import ROOT, flags, load, torchrun, write_image
 
 import launch
 
@@ -100,3 +104,52 @@ def test_an_output_folder_that_cannot_be_made_is_refused(script, few_shapes, tmp
                             tmp_path / "file" / "out")
     assert status == 2 and "cannot be written" in err and err.count("\n") == 1
     assert (tmp_path / "file").read_text() == "a user's file"
+
+
+@pytest.mark.parametrize("stage, more, message", [
+    ("pretrain_decoder", ["--seed", 2**70], "is not a whole number of 63 bits"),
+    ("finetune", ["--width", 0.001], "'0.001' is not a number from 1/64 to 64"),
+    ("finetune", ["--width", 1e9], "is not a number from 1/64 to 64"),
+    ("finetune", ["--init", "{here}"], "{here}: a folder; expected weights")])
+def test_absurd_values_end_in_one_line(stage, more, message, script, few_shapes, tmp_path):
+    more = [str(word).format(here=tmp_path) for word in more]
+    status, _, err = script(stage, *flags(stage), *more, "--out", tmp_path / "o")
+    assert status == 2 and message.format(here=tmp_path) in err and err.count("\n") == 1
+
+
+def test_out_of_memory_is_one_line_with_what_was_asked_and_the_flags_that_help(script, few_shapes, tmp_path):
+    status, _, err = script("finetune", *flags("finetune"), "--crop-size", 10**7, "--out", tmp_path / "o")
+    assert status == 2 and "out of memory (" in err and "allocate" in err and err.count("\n") == 1
+    assert err.rstrip().endswith("Lower --micro-batch or --crop-size or --width or --workers")
+    status, _, err = script("pretrain_decoder", *flags("pretrain_decoder"), "--image-size", 16 * 10**6, "--out",
+                            tmp_path / "o2")
+    assert status == 2 and "out of memory (" in err and "--image-size" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "5"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "0"},
+                                         {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost",
+                                          "MASTER_PORT": "1"}])
+def test_half_an_environment_of_a_group_is_refused(environment, script, few_shapes, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    status, _, err = script("pretrain_encoder", *flags("pretrain_encoder"), "--out", tmp_path / "o")
+    assert status == 2 and "makes no process of a group; start it with torchrun" in err and err.count("\n") == 1
+
+
+def test_a_terminal_that_is_not_utf8_ends_no_run(folder, tmp_path):
+    """Class names and paths that ASCII lacks are printed escaped, and the scores are on disk."""
+    (folder / "classes.txt").write_text("h\u00e9\nsea\nsand\n", encoding="utf-8")
+    command = [sys.executable, ROOT / "finetune.py", "--data", "folder", "--root", folder, "--encoder", "hybrid-small",
+               "--width", 1 / 32, "--crop-size", 32, "--steps", 1, "--batch-size", 2, "--workers", 0, "--out", tmp_path / "o"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, env={
+        **os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and b"h\\xe9" in done.stdout, done.stderr
+    assert "h\u00e9" in json.loads((tmp_path / "o" / "metrics.json").read_text())["iou"]
+
+
+def test_default_workers_follow_the_cores_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert launch.default_workers() == 3

@@ -200,6 +200,22 @@ def test_two_damaged_checkpoints_are_refused(tmp_path):
             and f"Remove {out} to start anew" in run.text())
 
 
+def test_a_checkpoint_that_cannot_be_continued_is_refused(script, few_shapes, tmp_path):
+    out = tmp_path / "out"
+    assert script("finetune", *flags("finetune", out))[0] == 0
+    (out / "metrics.json").unlink()
+    (out / "previous.pt").unlink()
+    shutil.copy(out / "best.pt", out / "last.pt")
+    status, _, err = script("finetune", *flags("finetune", out))
+    assert status == 2 and "last.pt: cannot be continued from" in err and err.count("\n") == 1
+
+
+def test_a_folder_in_the_place_of_the_log_is_named(script, few_shapes, tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    status, _, err = script("pretrain_encoder", *flags("pretrain_encoder", tmp_path))
+    assert status == 2 and "log.jsonl" in err and err.count("\n") == 1 and "Traceback" not in err
+
+
 def test_an_altered_byte_is_noticed_or_changes_nothing(tmp_path):
     content = {
         "model": {f"layer {i}": torch.randn(20, 30)
