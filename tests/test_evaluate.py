@@ -202,11 +202,11 @@ def test_predictions_are_no_pictures_and_those_of_other_flags_are_not_overwritte
     assert "2 images predicted" in script(*command)[1]
     status, out, err = script(*command)  # the predictions lie in the folder of pictures
     assert status == 0 and "2 images predicted" in out and f"{root / 'pred'}: holds args.json, so" in out, err
-    status, _, err = script(*command, "--flip")
+    status, _, err = script(*command, "--no-flip")
     assert status == 2 and "pred holds a run with other flags" in err
     labelled = ["evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0]
     assert script(*labelled, "--out", tmp_path / "one", "--save-predictions", tmp_path / "p")[0] == 0
-    status, _, err = script(*labelled, "--flip", "--out", tmp_path / "two", "--save-predictions", tmp_path / "p")
+    status, _, err = script(*labelled, "--no-flip", "--out", tmp_path / "two", "--save-predictions", tmp_path / "p")
     assert status == 2 and f"{tmp_path / 'p'} holds a run with other flags" in err
 
 
