@@ -9,8 +9,8 @@
     --init none: fresh weights                                                              "No Pretraining"
 
 In: pairs of image and mask. Out, in --out (run_folder.py): best.pt (by mIoU on the validation images) and
-last.pt, which evaluate.py takes; metrics.json (last.pt's scores), labelled.txt (the images used),
-predictions.png.
+last.pt, which evaluate.py takes; metrics.json (last.pt's scores), labelled.txt and validated.txt (the images
+used), masks.txt (the share of each class), predictions.png.
 """
 import math
 import os

@@ -314,12 +314,27 @@ def start_processes(device="auto"):
                                               f"processes, at most {patience.seconds // 60} minutes"])
         waiting.daemon = True
         waiting.start()
+        formed = threading.Event()
+        threading.Thread(target=_end_with_torchrun, args=[formed], daemon=True).start()
         # When torchrun restarts a group (--max-restarts) its store still holds the addresses of the dead one.
         store = next(rendezvous("env://", timeout=patience))[0]
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
         waiting.cancel()
+        formed.set()
     return Processes(rank, world, torch.device(device))
+
+
+def torchrun_is_gone(parent=os.getppid()):
+    """Whether the torchrun that started this process has ended, as by SIGKILL, which it cannot pass on."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
+
+
+def _end_with_torchrun(formed):
+    """End this process if torchrun ends before the group has formed, which would never come about."""
+    while not formed.wait(1):
+        if torchrun_is_gone():
+            os._exit(STOPPED)
 
 
 def default_workers():

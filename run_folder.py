@@ -26,7 +26,7 @@ from datetime import timedelta
 import torch
 from tqdm import tqdm
 
-from launch import InputError, Stopped, say
+from launch import InputError, Stopped, say, torchrun_is_gone
 from model import PUBLISHED, WeightsError, build_unet, load_strictly, published_weights, read_weights
 from pictures import training_curve
 
@@ -142,6 +142,8 @@ class RunFolder:
             self.waiting += time.perf_counter() - asked
             if batch is None:
                 return
+            if torchrun_is_gone():
+                self.signal = "the end of torchrun"
             yield batch
 
     def log_step(self, step, loss, rate, batch):

@@ -10,6 +10,8 @@ SIGTERM, SIGINT, SIGUSR1: a save after the step, and status 75     test_a_signal
 ... all processes together, also in a validation                   test_a_signal_to_one_process_stops_all_even_in_a_validation
 ... through torchrun, while loader workers go on                   test_torchrun_passes_sigterm_on_and_loader_workers_do_not_die_first
 torchrun --max-restarts continues from the last checkpoint         test_torchrun_restarts_the_group_when_a_process_is_killed
+torchrun itself may be killed: its processes stop                  test_processes_whose_torchrun_was_killed_stop_and_the_command_continues
+                                                                   test_processes_that_wait_for_a_group_end_with_their_torchrun
 another number of processes may continue                           test_a_run_goes_on_with_another_number_of_processes
 other flags or data in the same --out are refused, with both       test_other_flags_than_those_of_the_run_are_refused
                                                                    test_other_data_is_refused
@@ -39,6 +41,7 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -335,6 +338,53 @@ def test_torchrun_passes_sigterm_on_and_loader_workers_do_not_die_first(undistur
             and "DataLoader worker" not in text.read_text() and step < 6)
     assert Forked(tmp_path, "pretrain_decoder", *flags("pretrain_decoder", out), processes=2).wait() == [0, 0]
     assert same(everything(out), undisturbed("pretrain_decoder", 2))
+
+
+def test_processes_whose_torchrun_was_killed_stop_and_the_command_continues(undisturbed, tmp_path):
+    out = tmp_path / "out"
+    with open(tmp_path / "text.txt", "w") as file:
+        run = subprocess.Popen([*torchrun_command(driver(tmp_path, "finetune", "conftest.step_slowly()")),
+                                *map(str, flags("finetune", out))], stdout=file, stderr=file,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n")):
+            assert run.poll() is None, (tmp_path / "text.txt").read_text()
+            time.sleep(0.05)
+        run.kill()
+        run.wait()
+    for _ in range(600):  # until nobody holds the folder
+        try:
+            run_folder.lock_folder(str(out)).close()
+            break
+        except launch.InputError:
+            time.sleep(0.1)
+    step = load(out / "last.pt")["step"]
+    assert step < 6 and f"stopped by the end of torchrun: saved at step {step}" in (tmp_path / "text.txt").read_text()
+    assert Forked(tmp_path, "finetune", *flags("finetune", out), processes=2).wait() == [0, 0]
+    assert same(everything(out), undisturbed("finetune", 2))
+
+
+def test_processes_that_wait_for_a_group_end_with_their_torchrun(tmp_path):
+    """A process of a group whose other one never comes; its parent stands in for torchrun."""
+    waiting = tmp_path / "waiting.py"
+    waiting.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport launch\n"
+                       f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+                       "os.environ.update(TORCHELASTIC_RUN_ID='1', WORLD_SIZE='2', RANK='1', MASTER_ADDR='127.0.0.1',"
+                       " MASTER_PORT='1')\nlaunch.start_processes('cpu')\n")
+    parent = subprocess.Popen([sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, "
+                               f"{str(waiting)!r}])"])
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        time.sleep(0.05)
+    pid = int((tmp_path / "pid").read_text())
+    time.sleep(1)
+    os.kill(pid, 0)  # it waits
+    parent.kill()
+    parent.wait()
+    for _ in range(300):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("it still waits")
 
 
 def test_torchrun_restarts_the_group_when_a_process_is_killed(undisturbed, tmp_path):
