@@ -533,7 +533,7 @@ def labelled_parts(args, pixels):
                          "training images where there are none; drop the flag")
     ranked = _ranked([train.name(i) for i in range(len(train))], "validation")
     if args.folds is not None:
-        held_out = ranked[args.fold::args.folds]
+        held_out = ranked[args.fold or 0::args.folds]
     else:
         held_out = ranked[:round(args.val_fraction * len(ranked))]
     if not 0 < len(held_out) < len(ranked):

@@ -314,7 +314,7 @@ def main():
 
     # args.json says what a folder holds: other scores or predictions are not overwritten, nor taken for data
     folders = {args.save_predictions or args.out: "--save-predictions", args.out: "--out"}
-    free = (FREE_TO_CHANGE | {"save_predictions"}) - {"root"}
+    free = (FREE_TO_CHANGE | {"save_predictions", "save_probabilities"}) - {"root"}
     for folder in folders:
         if os.path.exists(os.path.join(folder, "args.json")):
             refuse_other_flags(folder, read_json(os.path.join(folder, "args.json")), vars(args), free)

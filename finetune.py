@@ -58,7 +58,7 @@ def parse_arguments(argv=None):
     add("--val-fraction", type=launch.unit_float, metavar="F",
         help="hold out this share of the labelled images, where there are none for validation")
     add("--folds", type=launch.positive_int, metavar="K", help="hold out one of K parts: cross-validation")
-    add("--fold", type=launch.non_negative_int, default=0, metavar="I", help="which part, 0 to K-1")
+    add("--fold", type=launch.non_negative_int, metavar="I", help="which part, 0 to K-1 (default: 0)")
     add_subset_flags(parser)
     add("--crop-size", type=launch.positive_int, help="side of the square crops (5.1: 512, Cityscapes 1024)")
     add("--crop", choices=("random", "inception"), help="paper 5.1 says random crop, 6 says inception-style")
@@ -75,7 +75,7 @@ def parse_arguments(argv=None):
         raise InputError("--val-fraction and --folds both hold out images; pass one of them")
     if args.encoder_lr == 0 and args.batch_norm == "batch":
         raise InputError("--encoder-lr 0 freezes the encoder, statistics included; drop --batch-norm batch")
-    if args.fold >= (args.folds or 1):
+    if args.fold is not None and args.fold >= (args.folds or 0):
         raise InputError(f"--fold {args.fold}: expected 0 to K-1, with --folds K")
     return args
 

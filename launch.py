@@ -23,7 +23,8 @@ from model import ResNet50, WeightsError
 STOPPED = 75  # EX_TEMPFAIL: a signal stopped the run, the same command continues it
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
                 errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE}
-NO_MEMORY = re.compile("out of memory|can't allocate memory|Unable to allocate|overflow|array is too big", re.I)
+NO_MEMORY = re.compile("out of memory|can't allocate memory|unable to allocate|calculation overflowed|"
+                       "array is too big|killed by signal: killed", re.I)
 SAVE_MEMORY = ("--micro-batch", "--crop-size", "--image-size", "--width", "--window", "--workers")
 
 

@@ -279,3 +279,11 @@ def test_a_resnet50_normalises_by_the_batch_when_it_starts_fresh_and_as_stored_w
     assert status == 2 and "images-per-batch-norm  4     2" in err
     status, _, err = script("finetune", *TINY["finetune"], "--batch-norm", "batch", "--out", tmp_path / "hybrid")
     assert status == 2 and "--batch-norm belongs to --encoder resnet50" in err
+
+
+def test_a_fold_needs_folds_and_lies_among_them(script, few_shapes, tmp_path):
+    for more in (["--fold", 0], ["--folds", 3, "--fold", 3]):
+        status, _, err = script("finetune", *flags("finetune"), *more, "--out", tmp_path)
+        assert status == 2 and "expected 0 to K-1, with --folds K" in err
+    status, _, err = script("finetune", *flags("finetune"), "--folds", 3, "--val-fraction", 0.1, "--out", tmp_path)
+    assert status == 2 and "pass one of them" in err
