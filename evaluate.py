@@ -206,6 +206,41 @@ def evaluate(model, source, names, processes, precision="fp32", workers=0, progr
     return {**scores(processes.sum(confusion).cpu(), names), "images": len(source) - int(unread)}
 
 
+class Predictions:
+    """The files in --save-predictions: index/NAME.png, overlay/NAME.png, probabilities/NAME.npy."""
+
+    def __init__(self, folder, source, colours, average):
+        self.folder, self.source, self.colours, self.average = folder, source, colours, average
+        self.stems = Counter(stem(source.name(i)) for i in range(len(source))) if folder else {}
+        self.probabilities = {}  # open files by the image's index
+
+    def place(self, kind, index, ending):
+        """The file for image `index`: always below the folder, though list files may name ../a.png or /a.png."""
+        name = self.source.name(index)
+        name = stem(name) if self.stems[stem(name)] == 1 else name  # a.png.png beside a.jpg.png
+        path = os.path.join(self.folder, kind, os.path.relpath(os.path.join("/", name), "/") + ending)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return path
+
+    def write(self, index, prediction, image):
+        """A palette PNG of class indices, and their colours over the image."""
+        indices = Image.fromarray(prediction.numpy())
+        indices.putpalette(self.colours.tobytes())
+        indices.save(self.place("index", index, ".png"))
+        coloured = overlay(as_picture(image), prediction.numpy(), self.colours)
+        Image.fromarray(coloured).save(self.place("overlay", index, ".png"))
+
+    def write_probabilities(self, index, top, height, block):
+        """float16 (classes, H, W): its rows from `top` on."""
+        if top == 0:
+            path, shape = self.place("probabilities", index, ".npy"), (block.shape[1], height, block.shape[3])
+            self.probabilities[index] = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+        block = block if self.average == "probabilities" else block.softmax(1)
+        self.probabilities[index][:, top:top + block.shape[2]] = block[0].cpu().numpy()
+        if top + block.shape[2] == height:
+            del self.probabilities[index]
+
+
 # ---------------------------------------- The script
 
 
@@ -332,42 +367,11 @@ def main():
     else:
         colours = class_colours(checkpoint["args"]["data"], len(names))
 
-    stems = Counter(stem(source.name(i)) for i in range(len(source))) if args.save_predictions else {}
-
-    def place(kind, index, ending):
-        """The file for image `index`: always below DIR, though list files may name ../a.png or /a.png."""
-        name = source.name(index)
-        name = stem(name) if stems[stem(name)] == 1 else name  # a.png.png beside a.jpg.png
-        name = os.path.relpath(os.path.join("/", name), "/")
-        path = os.path.join(args.save_predictions, kind, name + ending)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        return path
-
-    def write(index, prediction, image):
-        """index/NAME.png (palette PNG of class indices) and overlay/NAME.png (colours)."""
-        indices = Image.fromarray(prediction.numpy())
-        indices.putpalette(colours.tobytes())
-        indices.save(place("index", index, ".png"))
-        coloured = overlay(as_picture(image), prediction.numpy(), colours)
-        Image.fromarray(coloured).save(place("overlay", index, ".png"))
-
-    files = {}
-
-    def write_probabilities(index, top, height, block):
-        """probabilities/NAME.npy, float16 (classes, H, W): its rows from `top` on."""
-        if top == 0:
-            path, shape = place("probabilities", index, ".npy"), (block.shape[1], height, block.shape[3])
-            files[index] = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-        block = block if args.average == "probabilities" else block.softmax(1)
-        files[index][:, top:top + block.shape[2]] = block[0].cpu().numpy()
-        if top + block.shape[2] == height:
-            del files[index]
-
-
+    predictions = Predictions(args.save_predictions, source, colours, args.average)
     metrics = evaluate(model, source, names, processes, precision, args.workers,
                        progress=processes.is_main and sys.stderr.isatty(),
-                       on_prediction=write if args.save_predictions else None,
-                       on_scores=write_probabilities if args.save_probabilities else None,
+                       on_prediction=predictions.write if args.save_predictions else None,
+                       on_scores=predictions.write_probabilities if args.save_probabilities else None,
                        on_unreadable=lambda error: print(f"skipped {error}", flush=True), scales=args.scales,
                        flip=args.flip, window=args.window, stride=args.stride, average=args.average)
     if labelled:
