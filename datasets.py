@@ -177,6 +177,7 @@ def read_classes(name):
 
 class DataSet:
     """A data set below `root`. The docstring of a class says where its files lie."""
+    pair = None  # (image, mask) of a name in a list, where the set's own lists hold names
     counts = {}  # official numbers of images
     finetuning, evaluation = {}, {}  # defaults of finetune.py and evaluate.py
     places = ["."]  # root, or a folder in it
@@ -293,7 +294,7 @@ class PascalVOC(DataSet):
         return super().find(str(right[0]), folders)
 
     def pairs(self, part):
-        _, masks, lists = self.folders
+        _, _, lists = self.folders
         list_file = os.path.join(self.base, lists, f"{part}.txt")
         try:
             ids = Path(list_file).read_text().split()
@@ -302,11 +303,16 @@ class PascalVOC(DataSet):
                              f"images of {part}, one a line") from None
         if not ids:
             raise InputError(f"{list_file}: no names in it, expected one a line")
-        pairs = [(os.path.join("JPEGImages", f"{i}.jpg"), os.path.join(masks, f"{i}.png")) for i in ids]
+        pairs = [self.pair(i) for i in ids]
         for path in sum(pairs, ()):
             if not os.path.isfile(os.path.join(self.base, path)):
                 raise InputError(f"{os.path.join(self.base, path)}: no such file, but {list_file} names it")
         return pairs
+
+
+    def pair(self, name):
+        """(image, mask) of a line of the set's own lists."""
+        return os.path.join("JPEGImages", f"{name}.jpg"), os.path.join(self.folders[1], f"{name}.png")
 
 
 class PascalContext(PascalVOC):
@@ -571,7 +577,7 @@ def segmentation_pairs(data, root, part, num_classes=None, list_file=None, pixel
             raise InputError(f"--num-classes {num_classes}, but {data} has {known}")
     if list_file is not None:
         base = base or os.path.dirname(os.path.abspath(list_file))
-        pairs, note = _listed_pairs(list_file, base)
+        pairs, note = _listed_pairs(list_file, base, None if data == "folder" else data_set.pair)
     elif data == "folder":
         if not os.path.isdir(os.path.join(root, "images", part)):
             if part != "train":
@@ -627,11 +633,12 @@ def stem(path):
     return os.path.splitext(file)[0] + (f"#{page}" if file != path else "")
 
 
-def _listed_pairs(list_file, base):
+def _listed_pairs(list_file, base, pair=None):
     """([(image, mask), ...], note) of a text file with one pair a line, the paths relative to `base`.
 
-    Names may hold spaces: a tab separates, or else the space at which both halves are files that exist. A
-    published list may name Cityscapes' labelTrainIds where there are only labelIds.
+    Names may hold spaces: a tab separates, or else the space at which both halves are files that exist.
+    Published lists may begin paths with /, or name Cityscapes' labelTrainIds where there are only labelIds.
+    pair: see DataSet; lines may then be a name alone.
     """
     def exists(path):
         return os.path.isfile(os.path.join(base, split_page(path)[0]))
@@ -644,6 +651,10 @@ def _listed_pairs(list_file, base):
             continue
         splits = [(separator.join(words[:i]).strip(), separator.join(words[i:]).strip())
                   for i in range(1, len(words))]
+        if len(words) == 1 and pair is not None:
+            splits = [pair(words[0])]
+        if line.startswith("/") and not any(exists(image) for image, _ in splits):
+            splits = [(image.lstrip("/"), mask.lstrip("/")) for image, mask in splits]
         distributed = [(image, mask.replace("_labelTrainIds.png", "_labelIds.png")) for image, mask in splits]
         if not any(exists(mask) for _, mask in splits) and any(exists(mask) for _, mask in distributed):
             splits, note = distributed, f"{list_file} names labelTrainIds; labelIds are read instead"

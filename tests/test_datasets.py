@@ -406,6 +406,13 @@ def test_a_published_list_names_the_pairs(tmp_path):
     path.write_text("JPEGImages/2007_000039.jpg SegmentationClass/2007_000039.png\n")
     source, _ = segmentation_pairs("voc", str(tmp_path), "train", list_file=str(path))
     assert len(source) == 1 and 255 in source.read(0)["mask"]
+    for line in ("/JPEGImages/2007_000039.jpg /SegmentationClass/2007_000039.png", "2007_000039"):  # DeepLab's, VOC's own
+        path.write_text(f"{line}\n")
+        listed, _ = segmentation_pairs("voc", str(tmp_path), "train", list_file=str(path))
+        assert listed.pairs == source.pairs
+    path.write_text("2007_999999\n")
+    with pytest.raises(InputError, match="line 1: no such file: .*JPEGImages/2007_999999.jpg"):
+        segmentation_pairs("voc", str(tmp_path), "train", list_file=str(path))
 
 
 @pytest.mark.parametrize("data, spoil, message", [
