@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 import launch
 import shapes
-from data import (IGNORE, RANGES, SYNSET, ImageIndex, Pixels, UnreadableImage, label_map, mask_values,
-                  read_image, read_mask, refuse_folder, split_page, values_text)
+from data import (IGNORE, RANGES, SYNSET, WORTH_KEEPING, ImageIndex, Pixels, UnreadableImage, digest_of_files,
+                  label_map, mask_values, read_image, read_mask, refuse_folder, split_page, values_text)
 from launch import InputError, SampleError
 from pictures import palette
 
@@ -60,6 +60,14 @@ class ImageFiles:
 
     def fingerprint(self):
         return f"{len(self)} images, {self.index.fingerprint()}"
+
+    def content(self):
+        """A digest of the files' sizes; "" for millions, and in .tar files: the fingerprint has their sizes."""
+        if len(self) >= WORTH_KEEPING:
+            return ""
+        paths = [os.path.join(self.index.root, self.name(i)) for i in range(len(self))]
+        are_files = all(os.path.isfile(split_page(path)[0]) for path in paths)
+        return digest_of_files(paths) if are_files else ""
 
     def image(self, i):
         number = self._number(i)
@@ -99,6 +107,11 @@ class Pairs:
 
     def fingerprint(self):
         return f"{len(self)} pairs, {_digest(self.line(i) for i in range(len(self)))}"
+
+    def content(self):
+        """A digest of the masks and of parts of the images."""
+        images, masks = ([os.path.join(self.root, path) for path in paths] for paths in zip(*self.pairs))
+        return f"{digest_of_files(images, parts=True)} {digest_of_files(masks, whole=True)}"
 
     def meaning(self):
         """A digest of what the mask values mean."""
@@ -142,6 +155,9 @@ class Shapes:
 
     def meaning(self):
         return "as drawn"
+
+    def content(self):
+        return ""
 
     def fingerprint(self):
         return f"{len(self)} pictures, {_digest(self.name(i) for i in range(len(self)))}"

@@ -50,6 +50,8 @@ class RunFolder:
     """
 
     def __init__(self, settings, sources, steps, processes):
+        content = [source.content() for source in sources] if processes.is_main else []
+        settings = {**settings, "data-bytes": " ".join(processes.gather(content)[0])}
         self.out, self.settings, self.steps, self.processes = settings["out"], settings, steps, processes
         self.source, self.data = sources[0], "; ".join(source.fingerprint() for source in sources)
         self.signal, self.saved_step, self.saved_at = None, 0, time.monotonic()
@@ -59,8 +61,9 @@ class RunFolder:
             self.lock = lock_folder(self.out)
         self.checkpoint, damaged = self._newest_checkpoint()
         if self.checkpoint is not None:
-            # The first two are for runs that did not save them
-            of_old_runs = {"bands": 3, "classes-of-masks": settings.get("classes-of-masks")}
+            # What runs of older versions did not save
+            of_old_runs = {"bands": 3, "classes-of-masks": settings.get("classes-of-masks"),
+                           "data-bytes": settings["data-bytes"]}
             then = {**of_old_runs, **self.checkpoint["args"], "data-content": self.checkpoint["data"]}
             refuse_other_flags(self.out, then, {**settings, "data-content": self.data})
             self.unreadable.update(self.checkpoint.get("unreadable", []))

@@ -15,6 +15,7 @@ torchrun itself may be killed: its processes stop                  test_processe
 another number of processes may continue                           test_a_run_goes_on_with_another_number_of_processes
 other flags or data in the same --out are refused, with both       test_other_flags_than_those_of_the_run_are_refused
                                                                    test_other_data_is_refused
+... also where only the bytes differ; a copy elsewhere is not      test_a_mask_or_image_that_was_replaced_is_refused_and_a_copy_is_not
 a second run in the same --out is refused (not on Windows)         test_a_second_run_into_the_same_folder_is_refused
 a full or read-only disk stops the run with one line               test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint
                                                                    test_a_disk_that_cannot_be_written_is_said_in_one_line
@@ -458,6 +459,40 @@ def test_a_run_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
     assert len(ours) == 6 and ours == pytest.approx(wanted, rel=1e-5)
 
 
+def test_a_mask_or_image_that_was_replaced_is_refused_and_a_copy_is_not(script, folder, tmp_path):
+    """Even where the size stays: an inverted mask, and a changed pixel of an array."""
+    np.save(folder / "images" / "train" / "z.npy", np.zeros((41, 57, 3), np.uint8))
+    shutil.copy(folder / "masks" / "train" / "a.png", folder / "masks" / "train" / "z.png")
+    base = ["--data", "folder", "--encoder", "hybrid-small", "--width", 1 / 32, "--crop-size", 32, "--steps", 2, "--batch-size",
+            2, "--workers", 0, "--out", tmp_path / "out"]
+    assert script("finetune", *base, "--root", folder)[0] == 0
+    shutil.copytree(folder, tmp_path / "copy")  # other times, the same bytes
+    assert "finished" in script("finetune", *base, "--root", tmp_path / "copy")[1]
+    mask = folder / "masks" / "train" / "a.png"
+    whole = mask.read_bytes()
+    Image.fromarray((2 - np.minimum(np.asarray(Image.open(mask)), 2)).astype(np.uint8)).save(mask)
+    status, _, err = script("finetune", *base, "--root", folder)
+    assert status == 2 and "other flags or data" in err and "data-bytes" in err
+    mask.write_bytes(whole)
+    assert "finished" in script("finetune", *base, "--root", folder)[1]
+    values = np.load(folder / "images" / "train" / "z.npy")
+    values[-1, -1] = 9
+    np.save(folder / "images" / "train" / "z.npy", values)
+    status, _, err = script("finetune", *base, "--root", folder)
+    assert status == 2 and "data-bytes" in err
+
+
+def test_a_picture_of_another_size_is_refused_in_pretraining(script, tmp_path):
+    for i in range(4):
+        write_image(tmp_path / "photos" / f"{i}.png", 40, 40, seed=i)
+    base = ["--data", "folder", "--root", tmp_path / "photos", "--encoder", "hybrid-small", *TINY["pretrain_decoder"],
+            "--encoder-weights", "random", "--workers", 0, "--out", tmp_path / "out"]
+    assert script("pretrain_decoder", *base)[0] == 0
+    write_image(tmp_path / "photos" / "2.png", 60, 40)
+    status, _, err = script("pretrain_decoder", *base)
+    assert status == 2 and "data-bytes" in err
+
+
 def test_other_data_is_refused(script, tmp_path):
     for i in range(4):
         write_image(tmp_path / "photos" / f"{i}.png", 40, 40, seed=i)
@@ -472,8 +507,8 @@ def test_other_data_is_refused(script, tmp_path):
     write_image(tmp_path / "moved" / "another.png", 40, 40)
     status, _, err = script("pretrain_decoder", *moved)
     rows = err.splitlines()
-    assert (status == 2 and "other flags or data" in rows[0] and rows[2].split()[0] == "data-content"
-            and "4 images" in rows[2] and "5 images" in rows[2])
+    row = next(row for row in rows if row.split()[0] == "data-content")
+    assert status == 2 and "other flags or data" in rows[0] and "4 images" in row and "5 images" in row
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
