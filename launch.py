@@ -51,7 +51,8 @@ def run_script(main):
     """Call main(). A user's mistake or a disk that cannot be written is one line and status 2."""
     script, is_main = os.path.basename(sys.argv[0]), os.environ.get("LOCAL_RANK", "0") == "0"
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 ends no run
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 ends no run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (InputError, WeightsError) as error:
@@ -286,12 +287,12 @@ class Processes:
 
 def start_processes(device="auto"):
     """Join torchrun's process group, if there is one; choose this process's device."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    numbers = [os.environ.get(name, alone[name]) for name in names]
+    numbers = [os.environ.get(name, default) for name, default in alone.items()]
     rank, world, local_rank = map(int, numbers) if all(map(str.isdecimal, numbers)) else (0, 0, 0)
-    if not rank < world or world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    has_address = {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    if rank >= world or (world > 1 and not has_address):
+        given = ", ".join(f"{name}={os.environ[name]}" for name in alone if name in os.environ)
         raise InputError(f"the environment has {given}, which makes no process of a group; start it with "
                          "torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or none of them")
     mps = torch.backends.mps.is_available() and world == 1  # MPS has no collectives
@@ -311,17 +312,13 @@ def start_processes(device="auto"):
     if world > 1:
         patience = timedelta(minutes=60)
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        waiting = threading.Timer(15, print, [f"process {rank} waits for {address} and for all {world} "
-                                              f"processes, at most {patience.seconds // 60} minutes"])
-        waiting.daemon = True
-        waiting.start()
+        waiting = f"process {rank} waits for {address} and for all {world} processes, at most 60 minutes"
         formed = threading.Event()
-        threading.Thread(target=_end_with_torchrun, args=[formed], daemon=True).start()
+        threading.Thread(target=_watch, args=[formed, waiting], daemon=True).start()
         # When torchrun restarts a group (--max-restarts) its store still holds the addresses of the dead one.
         store = next(rendezvous("env://", timeout=patience))[0]
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
-        waiting.cancel()
         formed.set()
     return Processes(rank, world, torch.device(device))
 
@@ -331,9 +328,13 @@ def torchrun_is_gone(parent=os.getppid()):
     return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
 
 
-def _end_with_torchrun(formed):
-    """End this process if torchrun ends before the group has formed, which would never come about."""
+def _watch(formed, waiting):
+    """Until the group has formed: say after 15 s what is waited for; end this process if torchrun ends."""
+    seconds = 0
     while not formed.wait(1):
+        seconds += 1
+        if seconds == 15:
+            print(waiting, flush=True)
         if torchrun_is_gone():
             os._exit(STOPPED)
 

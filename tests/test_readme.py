@@ -22,9 +22,14 @@ print(tuple(y.shape))
 picture = Image.open("a.png")
 answers = [segment("a.png"), segment(picture), segment(np.asarray(picture))]
 assert answers[0].shape == (50, 70) and all(np.array_equal(answer, answers[0]) for answer in answers)
+"""
+    if stage == "finetune":
+        checks += """
 with torch.no_grad():
     torch.testing.assert_close(exported.module()(x[..., :224, :224]), unet(x[..., :224, :224]))
 """
+    else:  # once is enough: it takes ten seconds
+        code = code[:code.index("sizes =")]
     done = subprocess.run([sys.executable, "-c", code + checks], cwd=tmp_path, capture_output=True, text=True,
                           env={key: value
                                for key, value in os.environ.items() if key != "PYTHONPATH"})

@@ -427,12 +427,16 @@ def losses_of_splits(tmp_path, stage, splits, *more):
 
 @pytest.mark.parametrize("encoder", [["hybrid-small"], ["resnet50", "--batch-norm", "stored"]])
 @pytest.mark.parametrize("stage, more", [("pretrain_encoder", []), ("pretrain_decoder", []),
-                                         ("pretrain_decoder", ["--method", "dep"]), ("finetune", []),
-                                         ("finetune", ["--class-weights", "balanced"])])
+                                         ("pretrain_decoder", ["--method", "dep"]), ("finetune", [])])
 def test_1_2_and_4_processes_with_and_without_accumulation_are_one_run(stage, more, encoder, tmp_path):
     found = losses_of_splits(tmp_path, stage, ((1, 8), (1, 3), (2, 4), (4, 1)), *more, "--encoder", *encoder)
     for key, values in found.items():
         assert len(values) == 2 and values == pytest.approx(found[1, 8], rel=1e-5), key
+
+
+def test_class_weights_are_those_of_the_global_batch(tmp_path):
+    found = losses_of_splits(tmp_path, "finetune", ((1, 8), (2, 3)), "--class-weights", "balanced")
+    assert len(found[1, 8]) == 2 and found[2, 3] == pytest.approx(found[1, 8], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage, more", [("pretrain_encoder", []), ("pretrain_decoder", ["--method", "dep"]),
