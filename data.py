@@ -241,8 +241,7 @@ def digest_of_files(paths, parts=False, whole=False):
     Names and times do not count, so a copy elsewhere has the same digest.
     """
     def digest_one(path):
-        path, content = split_page(path)[0], b""
-        size = os.path.getsize(path)
+        content, size = b"", os.path.getsize(path)
         if parts or whole:
             with open(path, "rb") as file:
                 if whole:
@@ -254,8 +253,9 @@ def digest_of_files(paths, parts=False, whole=False):
         return hashlib.blake2b(content, digest_size=8, key=str(size).encode()).digest()
 
     digest = hashlib.blake2b(digest_size=8)
+    files = dict.fromkeys(split_page(path)[0] for path in paths)  # a stack once, not once a page
     with ThreadPoolExecutor(16) as pool:
-        for one in pool.map(digest_one, paths):
+        for one in pool.map(digest_one, files):
             digest.update(one)
     return digest.hexdigest()
 

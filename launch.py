@@ -324,7 +324,10 @@ def start_processes(device="auto"):
 
 
 def torchrun_is_gone(parent=os.getppid()):
-    """Whether the torchrun that started this process has ended, as by SIGKILL, which it cannot pass on."""
+    """Whether the torchrun that started this process has ended, as by SIGKILL, which it cannot pass on.
+
+    parent: known since the import, which comes before anything that waits.
+    """
     return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
 
 

@@ -55,6 +55,8 @@ def top1(model, loader, precision, processes, between=lambda: None):
     model.eval()
     right = seen = 0
     for batch in in_rounds(loader, between):
+        for _, message in batch["unreadable"]:
+            print(f"validation: the next image in place of {message}", flush=True)
         with launch.autocast(precision, processes.device):
             logits = model(to_pixels(batch["image"].to(processes.device)))
         right += (logits.argmax(1).cpu() == batch["label"]).sum().item()

@@ -265,7 +265,6 @@ def tiff(path, values):
     """An uncompressed TIFF of values (H, W, bands) of any type, as scientific programs write it."""
     height, width, bands = values.shape
     content = b"\0" * 8 + values.astype(values.dtype.newbyteorder("<")).tobytes()
-    tags = []
 
     def shorts(*numbers):  # in the tag itself, or in a place that it points to
         nonlocal content

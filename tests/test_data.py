@@ -480,3 +480,14 @@ def test_a_large_listing_is_kept_and_mapped_not_copied(tmp_path, monkeypatch):
     with open(next((tmp_path / data.INDEX_FOLDER).iterdir()), "r+b") as file:
         file.truncate(200)  # a torn index is no index
     assert len(pretraining_images("folder", str(tmp_path))) == 5
+
+
+def test_a_digest_of_files_reads_a_stack_once_and_tells_bytes_apart(tmp_path, monkeypatch):
+    write_stack(tmp_path / "a.tif", np.zeros((5, 20, 30), np.uint8))
+    pages = [f"{tmp_path}/a.tif#{page}" for page in range(5)]
+    opened = []
+    monkeypatch.setattr("builtins.open", lambda *args, plain=open: opened.append(args) or plain(*args))
+    before = data.digest_of_files(pages, whole=True)
+    assert len(opened) == 1
+    write_stack(tmp_path / "a.tif", np.ones((5, 20, 30), np.uint8))  # of the same size
+    assert data.digest_of_files(pages, whole=True) != before

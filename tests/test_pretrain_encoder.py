@@ -1,6 +1,7 @@
 """pretrain_encoder.py: the score of stage 1. What every stage promises is in test_run_folder.py."""
 
 import torch
+from conftest import TINY, write_image
 
 import data
 import launch
@@ -25,3 +26,15 @@ def test_top1_is_the_share_of_right_answers():
             return torch.tensor([0.0, 1.0, 0.5]).expand(len(x), 3)
 
     assert top1(AlwaysOne(), loader, "fp32", launch.Processes(0, 1, torch.device("cpu"))) == 2 / 5
+
+
+def test_a_broken_validation_image_is_named_and_does_not_end_the_run(script, tmp_path):
+    for name in ("cat", "dog"):
+        for part, count in (("train", 4), ("val", 2)):
+            for i in range(count):
+                write_image(tmp_path / "data" / part / name / f"{i}.png", 40, 40, seed=i)
+    (tmp_path / "data" / "val" / "cat" / "1.png").write_text("broken")
+    status, out, err = script("pretrain_encoder", *TINY["pretrain_encoder"], "--data", "folder", "--root",
+                              tmp_path / "data", "--encoder", "hybrid-small", "--workers", 0, "--out", tmp_path / "o")
+    assert status == 0, err
+    assert "validation: the next image in place of" in out and "1.png: not a readable image" in out
