@@ -13,12 +13,15 @@ become float32 in [-1, 1] on the device (`to_pixels`). Masks are uint8 (H, W) cl
 """
 import hashlib
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
 import socket
 import tarfile
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +40,7 @@ from launch import InputError, SampleError, say
 from run_folder import SIGNALS, replacing
 
 IGNORE = 255
+PATIENCE = 600  # seconds for a micro-batch to be read
 RANGES = {"uint8": (0, 255), "uint16": (0, 65535)}  # what becomes -1 and 1 without --pixel-range
 PAGE = re.compile(r"(.*\.tiff?)#(\d+)", re.IGNORECASE | re.DOTALL)
 
@@ -618,14 +622,17 @@ class Batches(Sampler):
 
     The samples of a run are one endless sequence, epoch after epoch, each in its own order. Step s takes
     batch_size of them from s * batch_size on: a batch may reach into the next epoch, so every batch is full.
+    micro_batch: a share comes in `parts` of at most so many keys, so that no more images are loaded at once.
     """
 
-    def __init__(self, count, batch_size, steps, seed=0, start=0, rank=0, world=1):
+    def __init__(self, count, batch_size, steps, seed=0, start=0, rank=0, world=1, micro_batch=None):
         self.count, self.batch_size, self.steps, self.seed, self.start = count, batch_size, steps, seed, start
         self.rank, self.share = rank, batch_size // world
+        self.micro_batch = micro_batch or self.share
+        self.parts = -(-self.share // self.micro_batch)
 
     def __len__(self):
-        return self.steps - self.start
+        return (self.steps - self.start) * self.parts
 
     def __iter__(self):
         order_epoch, order = -1, None
@@ -633,6 +640,9 @@ class Batches(Sampler):
             keys = []
             first = step * self.batch_size + self.rank * self.share
             for n in range(first, first + self.share):
+                if len(keys) == self.micro_batch:
+                    yield keys
+                    keys = []
                 epoch, position = divmod(n, self.count)
                 if epoch != order_epoch:
                     order_epoch, order = epoch, np.arange(self.count, dtype=np.int32)
@@ -660,15 +670,47 @@ class Loader(DataLoader):
     """A DataLoader that raises the InputError which a batch holds in place of a sample.
 
     keep_unreadable: an UnreadableImage is yielded instead, in place of its batch.
+    Raises SampleError, with names, where a batch does not come within PATIENCE seconds.
     """
     keep_unreadable = False
 
     def __iter__(self):
-        for batch in super().__iter__():
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            raise InputError(f"a loader worker cannot start ({error.strerror}); lower --workers, or raise the "
+                             "limit that `ulimit -a` shows") from None
+        for number in range(len(self)):
+            with self._patience(number):
+                batch = next(batches)
             kept = self.keep_unreadable and isinstance(batch, UnreadableImage)
             if isinstance(batch, InputError) and not kept:
                 raise batch
             yield batch
+
+    @contextmanager
+    def _patience(self, number):
+        """Raises SampleError if the block, in which batch `number` comes, does not end in time."""
+        def give_up(*_):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch has an error of its own for killed workers
+            for worker in multiprocessing.active_children():  # one that waits for a disk would never end
+                worker.kill()
+            keys = next(itertools.islice(self.batch_sampler, number, None))
+            names = [self.dataset.source.name(index) for _, index in keys]
+            raise SampleError(f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: {len(names)} images "
+                              f"did not come within {PATIENCE:g} s; look at the disk and at these files, or "
+                              "lower --workers")
+
+        if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, give_up)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 def load(samples, batches, workers=0, pin_memory=False):

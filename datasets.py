@@ -86,7 +86,7 @@ class ImageFiles:
 
 
 class Pairs:
-    """Pictures with masks: [(image path, mask path), ...] below root.
+    """Pictures with masks: [(image path, mask path or None), ...] below root.
 
     label_maps: {ending of a mask's name: what its values mean}, see read_mask.
     """
@@ -125,6 +125,8 @@ class Pairs:
         return read_image(os.path.join(self.root, self.pairs[i][0]), pixels=self.pixels)
 
     def read(self, i):
+        if self.pairs[i][1] is None:
+            return {"image": tv_tensors.Image(self.image(i))}
         image_path, mask_path = (os.path.join(self.root, path) for path in self.pairs[i])
         labels = [labels for ending, labels in self.label_maps.items() if mask_path.endswith(ending)]
         if not labels:
@@ -649,6 +651,18 @@ def stem(path):
     return os.path.splitext(file)[0] + (f"#{page}" if file != path else "")
 
 
+def listed_images(list_file, root, pixels=Pixels()):
+    """The pictures that a text file names, one a line, as a source; None where its lines are something else.
+
+    The paths are relative to root or, without one, to the file's own folder.
+    """
+    base = root or os.path.dirname(os.path.abspath(list_file))
+    names = [line.strip() for line in read_lines(list_file) if line.strip()]
+    if not names or not all(os.path.isfile(os.path.join(base, split_page(name)[0])) for name in names):
+        return None
+    return Pairs(base, [(name, None) for name in names], {}, pixels=pixels)
+
+
 def _listed_pairs(list_file, base, pair=None):
     """([(image, mask), ...], note) of a text file with one pair a line, the paths relative to `base`.
 
@@ -681,8 +695,8 @@ def _listed_pairs(list_file, base, pair=None):
             missing = splits[0][0] if not exists(splits[0][0]) else splits[0][1]
             raise InputError(f"{list_file}, line {number}: no such file: {os.path.join(base, missing)}")
         else:
-            raise InputError(f"{list_file}, line {number}: expected `image mask`, two files below {base}, "
-                             f"got {line.strip()!r}")
+            raise InputError(f"{list_file}, line {number}: expected `image mask`, two files below {base}, or "
+                             f"in all lines one image to predict; got {line.strip()!r}")
     if not pairs:
         raise InputError(f"{list_file}: no pairs; expected one `image mask` a line")
     return pairs, note

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import launch
 from data import IGNORE, Each, Pixels, Samples, Scale, UnreadableImage, in_rounds, load, to_pixels
-from datasets import (DATA_SETS, LABELLED, SPLITS, class_colours, labelled_parts, pretraining_images,
-                      segmentation_pairs, stem)
+from datasets import (DATA_SETS, LABELLED, SPLITS, class_colours, labelled_parts, listed_images, look_at,
+                      pretraining_images, segmentation_pairs, stem)
 from launch import InputError, say
 from pictures import as_picture, overlay
 from run_folder import (FREE_TO_CHANGE, build, load_checkpoint, make_folder, read_json, refuse_other_flags,
@@ -251,7 +251,8 @@ def parse_arguments(argv=None):
     add("--checkpoint", metavar="PATH", required=True, help="best.pt or last.pt of finetune.py")
     launch.add_data_flags(parser, LABELLED)
     add("--split", choices=SPLITS, default="val", help="which part of the data set")
-    add("--list", metavar="FILE", help="text file, an `image mask` a line, instead of a split")
+    add("--list", metavar="FILE", help="text file, an `image mask` a line, instead of a split; with "
+                                       "--save-predictions an `image` a line will do")
     add("--out", metavar="DIR",
         help="folder of metrics.json (default: beside NAME.pt, evaluate_NAME or evaluate_NAME_SPLIT)")
     add("--scales", type=launch.positive_float, nargs="+", help="image scales to average over (5.1)")
@@ -292,14 +293,18 @@ def parse_arguments(argv=None):
     if args.stride and args.stride > args.window:
         raise InputError(f"--stride {args.stride} is longer than --window {args.window}: no window would see "
                          "what lies between; pass a shorter one")
-    labelled = not (args.data == "folder" and args.list is None and os.path.isdir(args.root or "")
-                    and not os.path.isdir(os.path.join(args.root, "masks")))
+    if args.data != "folder":
+        labelled = True
+    elif args.list is not None:
+        labelled = listed_images(args.list, args.root) is None
+    else:
+        labelled = not os.path.isdir(args.root or "") or os.path.isdir(os.path.join(args.root, "masks"))
     if args.save_probabilities and args.save_predictions is None:
         raise InputError("--save-probabilities goes with --save-predictions DIR")
     if not labelled and args.save_predictions is None:
-        raise InputError(f"{args.root}: no folder masks in it, so nothing to compare with; pass "
-                         f"--save-predictions DIR to write predictions, or a root with images/{args.split} "
-                         f"and masks/{args.split}")
+        where = f"{args.root}: no folder masks in it" if args.list is None else f"{args.list}: names no masks"
+        raise InputError(f"{where}, so nothing to compare with; pass --save-predictions DIR to write "
+                         f"predictions, or a root with images/{args.split} and masks/{args.split}")
     if not labelled:
         args.out = args.save_predictions  # there are no scores: everything goes there
     elif args.out is None:
@@ -344,6 +349,8 @@ def main():
     pixels = Pixels(checkpoint["model_args"].get("bands", 3), args.pixel_range, args.huge)
     if labelled:
         source = labelled_source(args, checkpoint["args"], names, pixels)
+    elif args.list is not None:
+        source = look_at(listed_images(args.list, args.root, pixels))
     else:
         source = pretraining_images(args.data, args.root, pixels=pixels)
 

@@ -26,9 +26,9 @@ from datasets import (DATA_SETS, LABELLED, add_subset_flags, choose_labels, clas
 from evaluate import evaluate, predict_rows, table
 from launch import InputError, say
 from model import (ENCODERS, PUBLISHED, build_unet, freeze, image_size_of, load_encoder_weights,
-                   load_strictly, read_weights)
+                   load_strictly)
 from pictures import as_picture, colour_mask, sheet
-from run_folder import RunFolder, is_finished, weights_path, write_lines
+from run_folder import RunFolder, initial_weights, is_finished, write_lines
 
 # 5.1 sweeps lr and weight_decay over [1e-5, 3e-4]. PAPER SILENT on what won, on batch size and steps.
 RECIPE = {
@@ -126,7 +126,7 @@ def main():
     processes.share(args.batch_size)  # raises if it does not divide
 
     # Initial weights, which decide the network
-    init = None if args.init == "none" else read_weights(weights_path(args.init, args.encoder, processes))
+    init, digest = initial_weights(args.init, args.encoder, args.out, processes)
     network = choose_network(args, init)
 
     # Data: all labelled images, or a nested subset of them
@@ -157,10 +157,12 @@ def main():
         groups = [{"params": part.parameters()} for part in (model.decoder, model.encoder)]
         peak_rates = [args.lr, args.encoder_lr]
     optimizer = adam(groups, lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"))
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # Resume: `settings` must be those of the run. (step, last loss, best score); (0, None, -1) for a new run
     settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images,
+                "weights-bytes": digest,
                 "encoder": network["encoder"], "width": network["width"], "bands": network["bands"],
                 "classes-of-masks": f"{', '.join(names)} ({train.meaning()})"}
     run = RunFolder(settings, sources, steps, processes)
@@ -173,7 +175,8 @@ def main():
     wrapped = DistributedDataParallel(model) if processes.world > 1 else model
     transform = segmentation_transform(args.crop_size, args.crop, args.min_area, pixels.range)
     samples = Samples(train, transform, args.seed)
-    batches = Batches(len(train), args.batch_size, steps, args.seed, start, processes.rank, processes.world)
+    batches = Batches(len(train), args.batch_size, steps, args.seed, start, processes.rank, processes.world,
+                      args.micro_batch)
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
 
     def validate(done):
@@ -210,6 +213,7 @@ def main():
         write_lines(run.path("labelled.txt"), [train.line(i) for i in range(len(train))])
         if val is not None:
             write_lines(run.path("validated.txt"), [val.line(i) for i in range(len(val))])
+    batch_pixels = args.batch_size * args.crop_size ** 2
     run.begin(start)  # opens the log; from here on a signal stops the run after its step
     model.train()
     for step, batch in enumerate(run.batches(loader), start):
@@ -220,38 +224,42 @@ def main():
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate
 
-        # The mean is over the labelled pixels of the GLOBAL batch, by the weights of their classes: a mean per
-        # process would depend on the number of processes, and weigh a pixel more where its process has few.
-        batch_pixels = torch.bincount(batch["mask"].flatten(), minlength=IGNORE + 1)[:len(names)].to(device)
-        total_weight = processes.sum((class_weights * batch_pixels).sum()).clamp(min=1e-6)  # all void: 0
-        # Gradient accumulation: --micro-batch images at a time, so that the batch fits in memory.
+        # The loss is the mean over the labelled pixels of the GLOBAL batch, by the weights of their classes: a
+        # mean per process would depend on the number of processes. How many there are is known after the last
+        # micro-batch alone: until then divide by all pixels, then by the share of them that counts.
+        # Gradient accumulation: --micro-batch images are loaded at a time, so that the batch fits in memory.
         optimizer.zero_grad()
-        loss = torch.zeros((), device=device)
-        parts = launch.split_batch(batch, args.micro_batch)
-        for i, part in enumerate(parts):
+        loss, share = torch.zeros(2, device=device)
+        for part in batch:
             x = to_pixels(part["image"].to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
             mask = part["mask"].to(device, non_blocking=True).long()
             # Synchronise gradients in the last micro-batch alone, as DDP.no_sync() does; ignored without DDP.
-            wrapped.require_backward_grad_sync = i == len(parts) - 1
+            wrapped.require_backward_grad_sync = part["is_last"]
             with launch.autocast(precision, device):
                 logits = wrapped(x)
             part_loss = F.cross_entropy(logits.float(), mask, class_weights, ignore_index=IGNORE,
-                                        reduction="sum") / total_weight
+                                        reduction="sum") / batch_pixels
             scaler.scale(part_loss * processes.world).backward()  # times world: DDP averages, we need the sum
             loss += part_loss.detach()
+            pixels_of_class = torch.bincount(part["mask"].flatten(), minlength=IGNORE + 1)[:len(names)]
+            share += (class_weights * pixels_of_class.to(device)).sum() / batch_pixels
 
-        # One all-reduce sums the loss and tells whether a process got a signal: all stop at the same step.
-        loss, stopping = processes.sum_numbers(loss, run.signal is not None)
+        # One all-reduce sums them and tells whether a process got a signal: all stop at the same step.
+        loss, share, stopping = processes.sum_numbers(loss, share, run.signal is not None)
+        share = share or 1.0  # all void: the loss is 0
+        loss /= share
         scaler.unscale_(optimizer)  # clipping needs the true gradient; without --clip-norm it only measures
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf).item()
+        for parameter in trained:
+            parameter.grad /= share
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_norm or math.inf).item()
         # Stop before a NaN reaches the weights, and list this batch's files; fp16's scaler may skip a step.
-        run.require_finite(step + 1, loss, norm, scaler, batch)
+        run.require_finite(step + 1, loss, norm, scaler)
         scaler.step(optimizer)
         scaler.update()
 
         done = step + 1
-        run.log_step(done, loss, rates[0], batch)  # names the unreadable images of the batch, too
+        run.log_step(done, loss, rates[0])  # names the unreadable images of the batch, too
         if run.save_is_due(done) or done % args.eval_every == 0 or done == steps or stopping:
             run.save(done, model, optimizer, scaler, **described, loss=loss, best=best)
         if stopping:

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,6 +51,8 @@ def say(text):
 def run_script(main):
     """Call main(). A user's mistake or a disk that cannot be written is one line and status 2."""
     script, is_main = os.path.basename(sys.argv[0]), os.environ.get("LOCAL_RANK", "0") == "0"
+    # Of DDP, where a 1x1 kernel's gradient lies in memory as its weight but is described in other words
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 ends no run
             stream.reconfigure(errors="backslashreplace")
@@ -72,12 +75,10 @@ def run_script(main):
               file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+        reason = explain(error)
+        if reason is None:
             raise
-        flags = [flag for flag in SAVE_MEMORY if flag in Parser.known]
-        reason = next((line for line in str(error).splitlines() if NO_MEMORY.search(line)), "")
-        print(f"{script}: error: out of memory ({reason.strip()[:300]}); what was saved before is intact. Lower "
-              f"{' or '.join(flags)}", file=sys.stderr)
+        print(f"{script}: error: {reason}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         if is_main:
@@ -88,6 +89,23 @@ def run_script(main):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def explain(error):
+    """One line for an error of Python or torch that a user can mend; None for others."""
+    text = str(error)
+    if isinstance(error, MemoryError) or NO_MEMORY.search(text):
+        flags = [flag for flag in SAVE_MEMORY if flag in Parser.known]
+        reason = next((line for line in text.splitlines() if NO_MEMORY.search(line)), "")
+        return (f"out of memory ({reason.strip()[:300]}); what was saved before is intact. Lower "
+                f"{' or '.join(flags)}")
+    if text.startswith("DataLoader worker"):
+        return f"{text.splitlines()[0]}; repeat with --workers 0 to see what it failed on"
+    if "Too many open files" in text:
+        return "too many open files; raise the limit (`ulimit -n 4096`) or lower --workers"
+    if "closed by peer" in text or "reset by peer" in text:
+        return "another process of the group ended; its own message says why"
+    return None
 
 
 # ---------------------------------------- Flags
@@ -375,12 +393,6 @@ def cosine_rate(step, steps, peak, warmup_steps):
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
-
-
-def split_batch(batch, size):
-    """The tensors of a batch in micro-batches of at most `size` images: a list of dicts."""
-    tensors = {key: value.split(size) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    return [dict(zip(tensors, parts)) for parts in zip(*tensors.values())]
 
 
 def set_batch_norm(encoder, args, processes, fresh):

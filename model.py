@@ -17,6 +17,7 @@ SIZES: parameters, and multiply-adds for a 224x224 image by torch's counter; dec
 import math
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 
@@ -195,8 +196,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not self.training or not dist.is_initialized():
             return super().forward(x)
         values = x.float()
-        mean = _mean_over_processes(values.mean((0, 2, 3)))
-        var = _mean_over_processes((values - mean[:, None, None]).square().mean((0, 2, 3)))
+        mean = MeanOverProcesses.apply(values.mean((0, 2, 3)))
+        var = MeanOverProcesses.apply((values - mean[:, None, None]).square().mean((0, 2, 3)))
         count = x.numel() // x.shape[1] * dist.get_world_size()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
@@ -206,9 +207,18 @@ class BatchNorm2d(nn.BatchNorm2d):
         return ((values - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def _mean_over_processes(value):
-    from torch.distributed.nn.functional import all_reduce  # with a gradient, unlike dist.all_reduce
-    return all_reduce(value) / dist.get_world_size()
+class MeanOverProcesses(torch.autograd.Function):
+    """dist.all_reduce with a gradient, divided by the number of processes."""
+
+    @staticmethod
+    def forward(ctx, value):
+        value = value / dist.get_world_size()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return MeanOverProcesses.forward(ctx, gradient)
 
 
 class ResNet50(nn.Module):
@@ -520,7 +530,9 @@ def read_weights(path):
             if any(name.endswith(".npy") for name in names):
                 import numpy
                 return dict(numpy.load(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of old kinds of pickles
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise WeightsError(f"{path}: needs the package {error.name}; install it, or pass a .pth "
                            "file") from None

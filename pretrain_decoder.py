@@ -25,10 +25,9 @@ import pretrain_encoder
 from data import Batches, Pixels, Samples, load, pretraining_transform, to_pixels
 from datasets import UNLABELLED, pretraining_images
 from launch import InputError, say
-from model import (ENCODERS, build_unet, freeze, image_size_of, load_encoder_weights, load_strictly,
-                   read_weights)
+from model import ENCODERS, build_unet, freeze, image_size_of, load_encoder_weights, load_strictly
 from pictures import from_pixels, sheet
-from run_folder import RunFolder, is_finished, weights_path
+from run_folder import RunFolder, initial_weights, is_finished
 
 RECIPE = {
     "shapes": dict(encoder="hybrid-small", width=1 / 4, image_size=64, min_area=0.5, steps=200, batch_size=16,
@@ -87,11 +86,9 @@ def parse_arguments(argv=None):
 
 
 def find_or_train_encoder(args, processes):
-    """The path of the encoder's weights, or None for fresh ones. On the toy data stage 1 makes them, once."""
-    if args.encoder_weights == "random" or (args.encoder_weights is None and args.method == "dep"):
-        return None
-    if args.encoder_weights is not None:
-        return weights_path(args.encoder_weights, args.encoder, processes)
+    """What holds the encoder's weights; None: fresh ones. On the toy data stage 1 makes them, once."""
+    if args.encoder_weights is not None or args.method == "dep":
+        return args.encoder_weights
     if args.data != "shapes" or args.encoder != "hybrid-small":
         raise InputError("DDeP pretrains the decoder of a trained encoder: pass --encoder-weights PATH, or "
                          "imagenet21k for the paper's; --encoder-weights random freezes an untrained one")
@@ -132,7 +129,7 @@ def main():
 
     # Model, from the weights of a whole network (--init) or of an encoder
     weights_file = args.init or find_or_train_encoder(args, processes)
-    weights = None if weights_file is None else read_weights(weights_file)
+    weights, digest = initial_weights(weights_file, args.encoder, args.out, processes)
     # image_size: of the position grid in the weights (224, 384), not of the crops
     model_args = dict(encoder=args.encoder, width=args.width, out_channels=bands, bands=bands,
                       condition_on_gamma=args.condition,
@@ -168,7 +165,7 @@ def main():
 
     # Resume: `settings` must be those of the run. (step, last loss, best score); (0, None, -1) for a new run
     settings = {**vars(args), "bands": bands, "precision": precision,
-                "images-per-batch-norm": batch_norm_images}
+                "images-per-batch-norm": batch_norm_images, "weights-bytes": digest}
     run = RunFolder(settings, [images], steps, processes)
     start, loss, _ = run.restore(model, optimizer, scaler)
     if is_finished(args.out):
@@ -181,7 +178,8 @@ def main():
     wrapped = DistributedDataParallel(trained) if processes.world > 1 else trained
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area, pixels.range), args.seed,
                       skip_unreadable=True)
-    batches = Batches(len(images), args.batch_size, steps, args.seed, start, processes.rank, processes.world)
+    batches = Batches(len(images), args.batch_size, steps, args.seed, start, processes.rank, processes.world,
+                      args.micro_batch)
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
 
     say(f"stage 2: {args.method}, {args.encoder} ({origin}), decoder x{args.width:g}, {len(images)} images, "
@@ -196,16 +194,15 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        # Gradient accumulation: --micro-batch images at a time, so that the batch fits in memory.
+        # Gradient accumulation: --micro-batch images are loaded at a time, so that the batch fits in memory.
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        parts = launch.split_batch(batch, args.micro_batch)
-        for i, part in enumerate(parts):
+        for part in batch:
             x = to_pixels(part["image"].to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
             x_noisy, eps, gamma = add_noise(args, x, part["noise_seed"])
             # Synchronise gradients in the last micro-batch alone, as DDP.no_sync() does; ignored without DDP.
-            wrapped.require_backward_grad_sync = i == len(parts) - 1
+            wrapped.require_backward_grad_sync = part["is_last"]
             with launch.autocast(precision, device):
                 if args.method == "ddep":
                     with torch.no_grad():  # frozen: keep no activations for a gradient
@@ -224,12 +221,12 @@ def main():
         scaler.unscale_(optimizer)  # clipping needs the true gradient; without --clip-norm it only measures
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), args.clip_norm or math.inf).item()
         # Stop before a NaN reaches the weights, and list this batch's files; fp16's scaler may skip a step.
-        run.require_finite(step + 1, loss, norm, scaler, batch)
+        run.require_finite(step + 1, loss, norm, scaler)
         scaler.step(optimizer)
         scaler.update()
 
         done = step + 1
-        run.log_step(done, loss, rate, batch)  # names the unreadable images of the batch, too
+        run.log_step(done, loss, rate)  # names the unreadable images of the batch, too
         if run.save_is_due(done) or done == steps or stopping:
             run.save(done, model, optimizer, scaler, model_args=model_args, loss=loss)
         if stopping:

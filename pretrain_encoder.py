@@ -106,7 +106,8 @@ def main(argv=None, processes=None):
     wrapped = DistributedDataParallel(model) if processes.world > 1 else model
     samples = Samples(train, pretraining_transform(args.image_size, args.min_area, pixels.range), args.seed,
                       skip_unreadable=True)
-    batches = Batches(len(train), args.batch_size, steps, args.seed, start, processes.rank, processes.world)
+    batches = Batches(len(train), args.batch_size, steps, args.seed, start, processes.rank, processes.world,
+                      args.micro_batch)
     loader = load(samples, batches, args.workers, pin_memory=device.type == "cuda")
     val_batches = Each(len(val), processes.rank, processes.world, args.micro_batch)
     val_samples = Samples(val, centre_crop(args.image_size, pixels.range), skip_unreadable=True)
@@ -134,15 +135,14 @@ def main(argv=None, processes=None):
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        # Gradient accumulation: --micro-batch images at a time, so that the batch fits in memory.
+        # Gradient accumulation: --micro-batch images are loaded at a time, so that the batch fits in memory.
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        parts = launch.split_batch(batch, args.micro_batch)
-        for i, part in enumerate(parts):
+        for part in batch:
             x = to_pixels(part["image"].to(device, non_blocking=True))
             x = x.contiguous(memory_format=torch.channels_last)
             # Synchronise gradients in the last micro-batch alone, as DDP.no_sync() does; ignored without DDP.
-            wrapped.require_backward_grad_sync = i == len(parts) - 1
+            wrapped.require_backward_grad_sync = part["is_last"]
             with launch.autocast(precision, device):
                 logits = wrapped(x)
             # The parts add up to the mean over this process's images; DDP averages the processes.
@@ -156,12 +156,12 @@ def main(argv=None, processes=None):
         scaler.unscale_(optimizer)  # clipping needs the true gradient; without --clip-norm it only measures
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf).item()
         # Stop before a NaN reaches the weights, and list this batch's files; fp16's scaler may skip a step.
-        run.require_finite(step + 1, loss, norm, scaler, batch)
+        run.require_finite(step + 1, loss, norm, scaler)
         scaler.step(optimizer)
         scaler.update()
 
         done = step + 1
-        run.log_step(done, loss, rate, batch)  # names the unreadable images of the batch, too
+        run.log_step(done, loss, rate)  # names the unreadable images of the batch, too
         if run.save_is_due(done) or done % args.eval_every == 0 or done == steps or stopping:
             run.save(done, model, optimizer, scaler, model_args=model_args, class_names=names, loss=loss,
                      best=best)

@@ -13,8 +13,10 @@ loaders.
     metrics.json    written last: the run is finished
     lock            held by the process that writes in the folder
 """
+import hashlib
 import json
 import math
+import mmap
 import os
 import signal
 import socket
@@ -39,6 +41,7 @@ except ImportError:  # Windows has no lock
 # is compared, not the path.
 FREE_TO_CHANGE = {"out", "root", "cache", "workers", "save_every", "log_every", "device", "compile",
                   "micro_batch", "huge"}
+WEIGHTS = {"init", "encoder_weights"}  # their content is compared, too
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -63,9 +66,12 @@ class RunFolder:
         if self.checkpoint is not None:
             # What runs of older versions did not save
             of_old_runs = {"bands": 3, "classes-of-masks": settings.get("classes-of-masks"),
-                           "data-bytes": settings["data-bytes"]}
-            then = {**of_old_runs, **self.checkpoint["args"], "data-content": self.checkpoint["data"]}
-            refuse_other_flags(self.out, then, {**settings, "data-content": self.data})
+                           "data-bytes": settings["data-bytes"], "weights-bytes": settings.get("weights-bytes")}
+            args = self.checkpoint["args"]
+            same_weights = "weights-bytes" in args and args["weights-bytes"] == settings["weights-bytes"]
+            then = {**of_old_runs, **args, "data-content": self.checkpoint["data"]}
+            refuse_other_flags(self.out, then, {**settings, "data-content": self.data},
+                               FREE_TO_CHANGE | (WEIGHTS if same_weights else set()))
             self.unreadable.update(self.checkpoint.get("unreadable", []))
             self.saved_step, before = self.checkpoint["step"], self.checkpoint["processes"]
             if before != processes.world:
@@ -137,25 +143,29 @@ class RunFolder:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def batches(self, loader):
-        """The loader's batches, with the waiting for them timed."""
-        loader = iter(loader)
-        while True:
-            asked = time.perf_counter()
-            batch = next(loader, None)
-            self.waiting += time.perf_counter() - asked
-            if batch is None:
-                return
+        """For each step an iterator of its micro-batches, which come one at a time."""
+        micro_batches = iter(loader)
+        for _ in range(self.start, self.steps):
             if torchrun_is_gone():
                 self.signal = "the end of torchrun"
-            yield batch
+            self.indices = []  # of the step's images
+            yield self._of_one_step(micro_batches, loader.batch_sampler.parts)
 
-    def log_step(self, step, loss, rate, batch):
+    def _of_one_step(self, micro_batches, parts):
+        for part in range(parts):
+            asked = time.perf_counter()
+            batch = next(micro_batches)
+            self.waiting += time.perf_counter() - asked
+            self.indices += batch["index"].tolist()
+            self.new_unreadable += batch["unreadable"]
+            yield {**batch, "is_last": part == parts - 1}
+
+    def log_step(self, step, loss, rate):
         """After step number `step` (from 1), on all processes: every --log-every steps a line in the log.
 
         Images that did not decode are then named, each once; more than 1 % of all end the run.
         """
         self.bar.update()
-        self.new_unreadable += batch["unreadable"]
         if step % self.settings["log_every"] and step != self.steps:
             return
         count = len(self.source)
@@ -190,7 +200,7 @@ class RunFolder:
                 error.filename = self.log.name
                 raise
 
-    def require_finite(self, step, loss, norm, scaler, batch):
+    def require_finite(self, step, loss, norm, scaler):
         """Raise InputError before step number `step` (from 1) where its loss or gradient norm is not finite.
 
         With fp16 the scaler skips such a step and lowers its scale, until no lower scale will help.
@@ -199,7 +209,7 @@ class RunFolder:
         if math.isfinite(loss) and math.isfinite(norm) or scaler_helps:
             return
         listing = self.path(f"not_finite_step_{step}.txt")
-        names = sum(self.processes.gather([self.source.name(int(i)) for i in batch["index"]]), [])
+        names = sum(self.processes.gather([self.source.name(i) for i in self.indices]), [])
         if self.processes.is_main:
             write_lines(listing, names)
         raise InputError(f"the loss is {loss:g} and its gradient's norm is {norm:g} at step {step}: stopped "
@@ -395,12 +405,28 @@ def build(checkpoint, path):
     return network
 
 
-def weights_path(source, encoder, processes):
-    """The file that --encoder-weights or --init names: a path, or a published name, which is fetched."""
-    if source not in PUBLISHED:
-        return source
-    if encoder not in (None, PUBLISHED[source][0]):
+def initial_weights(source, encoder, out, processes):
+    """(content, digest) of what --init or --encoder-weights names: a path, a published name, "none", "random".
+
+    Where it is gone, the run that continues in `out` stands in for it, whose weights are restored anyway.
+    """
+    if source in (None, "none", "random"):
+        return None, None
+    if source in PUBLISHED and encoder not in (None, PUBLISHED[source][0]):
         raise InputError(f"{source} are weights of --encoder {PUBLISHED[source][0]}, this is {encoder}; pass "
                          "the one or the other")
-    with processes.one_first():
-        return published_weights(source)
+    try:
+        path = source
+        if source in PUBLISHED:
+            with processes.one_first():
+                path = published_weights(source)
+        content = read_weights(path)
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            return content, hashlib.blake2b(whole, digest_size=8).hexdigest()
+    except WeightsError:
+        begun = os.path.join(out, "last.pt")
+        if not os.path.exists(begun) or source not in PUBLISHED and os.path.exists(source):
+            raise
+        say(f"{source} is gone; the run in {out} has its own weights")
+        run = load_checkpoint(begun)
+        return run, run["args"].get("weights-bytes")

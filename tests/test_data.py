@@ -1,8 +1,12 @@
 """data.py and shapes.py: reading, cropping, ordering, sharing out."""
 
+import errno
 import io
+import multiprocessing
 import os
 import pickle
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -297,6 +301,14 @@ def test_the_processes_share_one_global_batch(world):
             for step in range(9)] == keys(count=37, batch_size=8, steps=9)
 
 
+def test_micro_batches_are_the_batch_in_order_and_no_more_is_loaded_at_once():
+    whole = keys(count=37, batch_size=14, steps=3, world=2, rank=1)
+    parts = keys(count=37, batch_size=14, steps=3, world=2, rank=1, micro_batch=3)
+    assert [len(part) for part in parts] == [3, 3, 1] * 3
+    assert [sum(parts[i:i + 3], []) for i in (0, 3, 6)] == whole
+    assert len(data.Batches(37, 14, 3, world=2, micro_batch=3)) == 9
+
+
 def test_a_restart_continues_the_order():
     assert keys(count=37, batch_size=8, steps=9, start=4) == keys(count=37, batch_size=8, steps=9)[4:]
 
@@ -325,6 +337,32 @@ def test_samples_are_the_same_for_0_and_2_workers_and_after_a_restart():
     assert (len({seed
                  for batch in plain
                  for seed in batch["noise_seed"].tolist()}) == 30)  # none shared between epochs
+
+
+class Stuck(datasets.Shapes):
+    """Its picture 5 never comes."""
+
+    def read(self, i):
+        return super().read(i) if i != 5 else time.sleep(1000)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_that_do_not_come_are_named(workers, monkeypatch):
+    monkeypatch.setattr(data, "PATIENCE", 2)
+    loader = data.load(data.Samples(Stuck("unlabelled", 6)), data.Each(6, batch_size=3), workers)
+    with pytest.raises(InputError, match=r"unlabelled-00003, unlabelled-00004, unlabelled-00005: 3 images did not come "):
+        list(loader)
+    assert not multiprocessing.active_children() and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_workers_that_cannot_start_are_said(monkeypatch):
+    def refuse(self):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.Process, "start", refuse)
+    loader = data.load(data.Samples(datasets.Shapes("unlabelled", 6)), data.Each(6), workers=2)
+    with pytest.raises(InputError, match="a loader worker cannot start .Resource temporarily unavailable.; lower --w"):
+        list(loader)
 
 
 def test_reading_samples_leaves_the_global_generator_alone():

@@ -196,6 +196,21 @@ def test_predictions_of_pictures_that_differ_in_their_extension_have_names_of_th
         "a.jpg.png", "a.png.png", "b.png", "x.JPG.png", "x.jpg.png"]
 
 
+def test_a_list_of_images_alone_is_predicted(script, checkpoint, tmp_path):
+    root = photos(tmp_path / "photos", "a.png", "b c.png", "d.png")
+    (tmp_path / "list.txt").write_text("d.png\nb c.png\n\n")
+    command = ["evaluate", "--checkpoint", checkpoint, "--root", root, "--list", tmp_path / "list.txt", "--workers", 0]
+    status, out, err = script(*command, "--save-predictions", tmp_path / "p")
+    assert status == 0 and "2 images predicted" in out, err
+    assert sorted(path.name for path in (tmp_path / "p" / "index").iterdir()) == ["b c.png", "d.png"]
+    status, _, err = script(*command)
+    assert status == 2 and "list.txt: names no masks, so nothing to compare with" in err and err.count("\n") == 1
+    (tmp_path / "list.txt").write_text("d.png\nnot_there.png\n")
+    (root / "classes.txt").write_text("sky\nsea\nsand\n")
+    status, _, err = script(*command, "--save-predictions", tmp_path / "q")
+    assert status == 2 and "line 1: expected `image mask`" in err and "or in all lines one image to predict" in err
+
+
 def test_predictions_are_no_pictures_and_those_of_other_flags_are_not_overwritten(script, checkpoint, folder, tmp_path):
     root = photos(tmp_path / "photos", "a.jpg", "b.png")
     command = ["evaluate", "--checkpoint", checkpoint, "--root", root, "--workers", 0, "--save-predictions", root / "pred"]
@@ -393,7 +408,9 @@ def test_predictions_stay_in_their_folder_wherever_a_list_says_that_the_images_a
     assert len(list((tmp_path / "p" / "overlay").rglob("*.png"))) == 2
 
 
-def test_other_data_than_the_fine_tunings_is_not_read_from_its_list(checkpoint, tmp_path):
+def test_other_data_than_the_fine_tunings_is_not_read_from_its_list(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "val.txt").write_text("image.png mask.png")
     content = torch.load(checkpoint, weights_only=True)
     content["args"]["val_list"] = "val.txt"
     torch.save(content, tmp_path / "listed.pt")

@@ -21,11 +21,6 @@ def test_the_rate_warms_up_and_falls_as_half_a_cosine():
     assert launch.cosine_rate(0, 100, 3.0, 0) == 3.0
 
 
-def test_micro_batches_are_the_batch_in_order():
-    parts = launch.split_batch({"x": torch.arange(7), "unreadable": []}, 3)
-    assert [part["x"].tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6]]
-
-
 def test_epochs_replace_the_recipes_steps(script, few_shapes, tmp_path):
     base = ["--width", 1 / 32, "--image-size", 32, "--encoder-weights", "random"]
     assert script("pretrain_decoder", *base, "--batch-size", 5, "--epochs", 2, "--out", tmp_path)[0] == 0
@@ -147,6 +142,31 @@ def test_a_terminal_that_is_not_utf8_ends_no_run(folder, tmp_path):
         **os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and b"h\\xe9" in done.stdout, done.stderr
     assert "h\u00e9" in json.loads((tmp_path / "o" / "metrics.json").read_text())["iou"]
+
+
+def test_what_a_process_of_a_group_waits_for_is_said(monkeypatch, capsys):
+    class Formed:  # after 20 s
+        seconds = 0
+
+        def wait(self, seconds):
+            self.seconds += seconds
+            return self.seconds > 20
+
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    launch._watch(Formed(), "process 1 waits for there:1")
+    assert capsys.readouterr().out == "process 1 waits for there:1\n"
+
+
+@pytest.mark.parametrize("error, line", [
+    (RuntimeError("DataLoader worker (pid 5) is killed by signal: Segmentation fault. \nMore"),
+     "Segmentation fault. ; repeat with --workers 0"),
+    (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), "out of memory (DataLoader worker (pid 5)"),
+    (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "`ulimit -n 4096`"),
+    (RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:11677."), "another process of the group ended"),
+    (RuntimeError("shape mismatch"), None)])
+def test_errors_of_torch_that_a_user_can_mend_are_one_line(error, line):
+    explained = launch.explain(error)
+    assert explained is None if line is None else line in explained and "\n" not in explained
 
 
 def test_default_workers_follow_the_cores_that_the_process_may_use(monkeypatch):

@@ -522,7 +522,40 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     second = Forked(tmp_path, "finetune", *flags("finetune", out))
     assert (second.wait() == [2]
             and f"another run is writing there (process {first.ranks[0].pid} on " in second.text())
+    third = Forked(tmp_path, "finetune", *flags("finetune", out), processes=2)
+    assert third.wait() == [2, 2] and "another run is writing there" in third.text()
+    assert "Traceback" not in third.text()
     assert first.wait() == [0]
+
+
+@pytest.mark.parametrize("stage, flag", [("finetune", "--init"), ("pretrain_decoder", "--encoder-weights"),
+                                         ("pretrain_decoder", "--init")])
+def test_weights_are_told_by_their_content_and_a_run_has_its_own(stage, flag, script, few_shapes, tmp_path):
+    maker = "pretrain_encoder" if flag == "--encoder-weights" else "pretrain_decoder"
+    for name, seed in (("a", 0), ("b", 1)):
+        assert script(maker, *tiny(maker), "--seed", seed, "--out", tmp_path / name)[0] == 0
+    shutil.copy(tmp_path / "a" / "last.pt", tmp_path / "copy.pt")
+    network = {"pretrain_decoder": ["--encoder", "hybrid-small"], "finetune": []}[stage]
+
+    def run(weights):
+        return script(stage, *TINY[stage], *network, flag, tmp_path / weights, "--save-every", 1, "--out", tmp_path / "out")
+
+    assert run("a/last.pt")[0] == 0
+    finished = everything(tmp_path / "out")
+    (tmp_path / "out" / "metrics.json").unlink()  # as if killed before it was finished
+    (tmp_path / "out" / "previous.pt").replace(tmp_path / "out" / "last.pt")
+    status, _, err = run("b/last.pt")
+    assert status == 2 and "weights-bytes" in err and flag in err
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "kept.pt").write_bytes((tmp_path / "out" / "last.pt").read_bytes())
+    assert run("copy.pt")[0] == 0 and same(finished, everything(tmp_path / "out"))
+    (tmp_path / "out" / "metrics.json").unlink()
+    (tmp_path / "kept.pt").replace(tmp_path / "out" / "last.pt")
+    status, out, err = run("a/last.pt")
+    assert status == 0 and "a/last.pt is gone; the run in" in out, err
+    assert same(finished, everything(tmp_path / "out"))
+    shutil.rmtree(tmp_path / "out")
+    assert run("a/last.pt")[0] == 2
 
 
 # ------------------------------------------------------------------------------------------------ disks
