@@ -133,10 +133,11 @@ def test_a_fresh_resnet50_normalises_by_the_batch_and_a_trained_one_by_what_is_s
 # ------------------------------------------------------------------------------------------------ the decoder
 
 
-def test_upsample_conv_is_nearest_upsampling_and_a_3x3_convolution():
+@pytest.mark.parametrize("upsample_conv", [model.upsample_conv_coarse, model.upsample_conv_fine])
+def test_upsample_conv_is_nearest_upsampling_and_a_3x3_convolution(upsample_conv):
     x = torch.randn(2, 5, 7, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 5, 3, 3, dtype=torch.float64, requires_grad=True)
-    ours, theirs = (model.upsample_conv(x, weight),
+    ours, theirs = (upsample_conv(x, weight),
                     F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1))
     torch.testing.assert_close(ours, theirs)
     out = torch.randn_like(ours)
@@ -155,7 +156,7 @@ def test_the_decoder_has_the_papers_five_blocks_and_the_parameters_they_need(nam
         decoder = model.UNetDecoder(channels, strides, width)
     widths = [c * width for c in (1024, 512, 256, 128, 64)]
     assert [block.conv2.out_channels for block in decoder.blocks] == widths
-    assert [block.upsample for block in decoder.blocks] == upsampling
+    assert [block.upsample_conv is not None for block in decoder.blocks] == upsampling
     skips = [0, 512, 256, 64, 0] if name == "hybrid" else [1024, 512, 256, 64, 0]
     count = 3 * widths[-1] * 9 + 3  # the head
     for inputs, skip, out in zip([channels[-1], *widths], skips, widths):
@@ -164,9 +165,10 @@ def test_the_decoder_has_the_papers_five_blocks_and_the_parameters_they_need(nam
     assert sum(p.numel() for p in decoder.parameters()) == count
 
 
-def test_a_block_is_upsample_concatenate_and_twice_conv_norm_relu():
+@pytest.mark.parametrize("upsample_conv", [model.upsample_conv_coarse, model.upsample_conv_fine])
+def test_a_block_is_upsample_concatenate_and_twice_conv_norm_relu(upsample_conv):
     torch.manual_seed(0)
-    block = model.DecoderBlock(6, 4, 8, upsample=True)
+    block = model.DecoderBlock(6, 4, 8, upsample_conv)
     x, skip = torch.randn(2, 6, 5, 3), torch.randn(2, 4, 10, 6)
     y = torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], dim=1)
     for conv, norm in ((block.conv1, block.norm1.norm), (block.conv2, block.norm2.norm)):
@@ -230,7 +232,7 @@ class SomebodysEncoder(nn.Module):
 
 def test_any_module_with_channels_and_strides_is_an_encoder():
     unet = UNet(SomebodysEncoder(), width=1 / 16, out_channels=3)
-    assert [block.upsample for block in unet.decoder.blocks] == [False, False, True, True, True]
+    assert [block.upsample_conv is not None for block in unet.decoder.blocks] == [False, False, True, True, True]
     y = unet(torch.randn(2, 3, 21, 30))
     assert y.shape == (2, 3, 21, 30)
     y.square().mean().backward()
