@@ -24,15 +24,15 @@ import tarfile
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
-from torchvision.io import decode_image
+from torchvision.io import decode_image, decode_jpeg
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -42,6 +42,7 @@ from run_folder import SIGNALS, replacing
 IGNORE = 255
 PATIENCE = 600  # seconds for a micro-batch to be read
 RANGES = {"uint8": (0, 255), "uint16": (0, 65535)}  # what becomes -1 and 1 without --pixel-range
+ORIENTATION = ExifTags.Base.Orientation
 PAGE = re.compile(r"(.*\.tiff?)#(\d+)", re.IGNORECASE | re.DOTALL)
 
 
@@ -116,7 +117,8 @@ def _read_array(source):
 
 
 def _read_picture(source, name, bands):
-    """What Pillow reads, as an array. PNGs of 16-bit colours are read by torchvision: Pillow keeps 8 bits."""
+    """What Pillow reads, as an array. Two kinds are decoded by torchvision: PNGs of 16-bit colours, of which
+    Pillow keeps 8 bits; and plain JPEGs, to the same values 1.5 times as fast."""
     path, page = split_page(name) if isinstance(source, (str, os.PathLike)) else (source, 0)
     with Image.open(path) as image:
         image.seek(page)
@@ -124,10 +126,11 @@ def _read_picture(source, name, bands):
         if depths and (len(depths) != len(image.getbands()) or len(depths) > 1 and max(depths) > 8):
             raise SampleError(f"{name}: a TIFF of {len(depths)} bands of {max(depths)} bits, of which Pillow "
                               "would drop a part; save its array (H, W, bands) as a .npy instead")
+        if image.format == "JPEG" and image.mode in ("L", "RGB") and image.getexif().get(ORIENTATION, 1) == 1:
+            with suppress(RuntimeError):  # broken: Pillow says how
+                return decode_jpeg(_content(image)).permute(1, 2, 0).numpy()
         if image.format == "PNG" and image.mode in ("RGB", "RGBA") and "16" in str(image.tile[0][3]):
-            image.fp.seek(0)
-            content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
-            values = decode_image(content, apply_exif_orientation=True).numpy()
+            values = decode_image(_content(image), apply_exif_orientation=True).numpy()
             has_alpha = len(values) in (2, 4) and len(values) != bands
             return (values[:-1] if has_alpha else values).transpose(1, 2, 0)
         image.load()
@@ -143,6 +146,15 @@ def _read_picture(source, name, bands):
     if mode in ("LA", "RGBA", "CMYK") and (kind == "TIFF" or len(mode) == bands):
         target = mode  # the last band counts
     return np.array(image if image.mode == target else image.convert(target))
+
+
+def _content(image):
+    """The bytes of the file of an open Pillow image, which stays at its place there."""
+    at = image.fp.tell()
+    image.fp.seek(0)
+    content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+    image.fp.seek(at)
+    return content
 
 
 def scale(image, pixel_range=None):

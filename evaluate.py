@@ -202,7 +202,7 @@ def evaluate(model, source, names, processes, precision="fp32", workers=0, progr
         if on_prediction is not None:
             on_prediction(index, prediction, batch["image"][0])
     model.train(was_training)
-    unread, = processes.sum_numbers(unread)
+    unread = processes.sum_numbers(unread)
     return {**scores(processes.sum(confusion).cpu(), names), "images": len(source) - int(unread)}
 
 

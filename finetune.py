@@ -247,12 +247,13 @@ def main():
 
         # One all-reduce sums them and tells whether a process got a signal: all stop at the same step.
         loss, share, stopping = processes.sum_numbers(loss, share, run.signal is not None)
-        share = share or 1.0  # all void: the loss is 0
+        share = torch.where(share > 0, share, 1.0)  # all void: the loss is 0
         loss /= share
         scaler.unscale_(optimizer)  # clipping needs the true gradient; without --clip-norm it only measures
         for parameter in trained:
             parameter.grad /= share
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_norm or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_norm or math.inf)
+        loss, norm, stopping = torch.stack([loss, norm, stopping]).tolist()  # the one wait for the device
         # Stop before a NaN reaches the weights, and list this batch's files; fp16's scaler may skip a step.
         run.require_finite(step + 1, loss, norm, scaler)
         scaler.step(optimizer)

@@ -267,9 +267,9 @@ class Processes:
         return tensor
 
     def sum_numbers(self, *numbers):
-        """The sums, as floats, of numbers, bools or scalar tensors over all processes, in one exchange."""
+        """The sums of numbers, bools or scalar tensors over all processes, in one exchange: a float32 tensor."""
         numbers = [torch.as_tensor(n, dtype=torch.float32, device=self.device) for n in numbers]
-        return self.sum(torch.stack(numbers)).tolist()
+        return self.sum(torch.stack(numbers))
 
     def gather(self, thing):
         """[thing of process 0, thing of process 1, ...]; it is pickled."""

@@ -154,7 +154,8 @@ def main(argv=None, processes=None):
         # One all-reduce sums the loss and tells whether a process got a signal: all stop at the same step.
         loss, stopping = processes.sum_numbers(loss / processes.world, run.signal is not None)
         scaler.unscale_(optimizer)  # clipping needs the true gradient; without --clip-norm it only measures
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm or math.inf)
+        loss, norm, stopping = torch.stack([loss, norm, stopping]).tolist()  # the one wait for the device
         # Stop before a NaN reaches the weights, and list this batch's files; fp16's scaler may skip a step.
         run.require_finite(step + 1, loss, norm, scaler)
         scaler.step(optimizer)

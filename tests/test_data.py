@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import imagenet21k, jpeg, png16, tiff, write_image, write_mask, write_stack, write_tar
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import tv_tensors
 
 import data
@@ -47,6 +47,25 @@ def test_every_mode_of_picture_becomes_rgb(tmp_path):
     Image.new("CMYK", (4, 4),
               (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")  # no cyan, all magenta and yellow: red
     assert data.read_image(tmp_path / "cmyk.jpg")[:, 2, 2].tolist() == pytest.approx([255, 0, 0], abs=3)
+
+
+@pytest.mark.parametrize("kind, how", [
+    ("RGB", dict(subsampling=0, quality=95)), ("RGB", dict(subsampling=1)), ("RGB", dict(subsampling=2, quality=10)),
+    ("RGB", dict(progressive=True)), ("RGB", dict(keep_rgb=True)), ("L", {}), ("L", dict(progressive=True)),
+    ("CMYK", {}), *[("RGB", dict(orientation=turn)) for turn in range(1, 9)]])
+@pytest.mark.parametrize("size", [(64, 48), (37, 53), (1, 9)])
+def test_a_jpeg_is_to_the_bit_what_pillow_makes_of_it(kind, how, size, tmp_path):
+    random, how = np.random.RandomState(0), dict(how)
+    picture = Image.fromarray(random.randint(0, 256, (8, 8, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = how.pop("orientation", 1)
+    picture.convert(kind).save(tmp_path / "a.jpg", exif=exif, **how)
+    wanted = ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")).convert("RGB")
+    assert np.array_equal(data.read_image(tmp_path / "a.jpg").permute(1, 2, 0), wanted)
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[:-len(content) // 8])
+    with pytest.raises(InputError, match="cut.jpg: not a readable image"):
+        data.read_image(tmp_path / "cut.jpg")
 
 
 @pytest.mark.parametrize("kind, pixel_range, wanted", [
