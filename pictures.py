@@ -125,14 +125,14 @@ def curves(series, x_label, y_label, size=(720, 480)):
     xs, means, deviations = np.array([point for line in series.values() for point in line], float).T
     xs = np.unique(xs)
     low = 5 * np.floor((means - deviations).min() / 5)
-    high = 5 * np.ceil((means + deviations).max() / 5)
+    high = max(low + 5, 5 * np.ceil((means + deviations).max() / 5))
     span = np.log(xs[-1] / xs[0]) or 1.0
 
     def place(x, y, shift=0):
         across = left + 40 + (right - left - 80) * np.log(x / xs[0]) / span
         return across + shift, bottom - (bottom - top) * (y - low) / (high - low)
 
-    for y in np.arange(low, high + 1, 5 if high - low <= 50 else 10):
+    for y in np.arange(low, high + 1, 5 * np.ceil((high - low) / 50)):
         level = place(xs[0], y)[1]
         draw.line([(left, level), (right, level)], LINE)
         draw.text((left - 8, level), f"{y:g}", INK, small, anchor="rm")

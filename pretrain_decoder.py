@@ -6,7 +6,7 @@
         --encoder-weights imagenet21k                                                                  # eight
 
 In: images without labels, and the weights of the encoder. Out, in --out (run_folder.py): last.pt, which
-finetune.py takes as --init; panel_start.png, panel_end.png.
+finetune.py takes as --init; panel_start.png, panel_end.png; uses.png, which encoder maps the decoder uses.
 
 DDeP (Eq. 6):  O4(phi | theta, gamma) = E_x E_e || g_phi(f_theta(sqrt(gamma) x + sqrt(1 - gamma) e)) - e ||^2
 
@@ -26,7 +26,7 @@ from data import Batches, Pixels, Samples, load, pretraining_transform, to_pixel
 from datasets import UNLABELLED, pretraining_images
 from launch import InputError, say
 from model import ENCODERS, build_unet, freeze, image_size_of, load_encoder_weights, load_strictly
-from pictures import from_pixels, sheet
+from pictures import curves, from_pixels, sheet
 from run_folder import RunFolder, initial_weights, is_finished
 
 RECIPE = {
@@ -233,10 +233,37 @@ def main():
         if stopping:
             run.stop()
 
+    rises = {}
     if processes.is_main:
         draw_panel(args, model, samples, device).save(run.path("panel_end.png"))
-    run.finish(dict(step=steps, loss=loss))
+        rises = what_the_decoder_uses(args, model, samples, device)
+        curves({args.method: [(stride, 100 * rise, 0) for stride, rise in rises.items()]},
+               "stride of the encoder map", "% more loss where the map is its mean").save(run.path("uses.png"))
+    run.finish(dict(step=steps, loss=loss, rise_of_loss_without_map=rises))
+    say("loss where one encoder map is replaced by its mean over a batch: "
+        + ", ".join(f"stride {stride} {rise:+.1%}" for stride, rise in rises.items()))
     say(f"the network for stage 3: --init {run.path('last.pt')}")
+
+
+@torch.no_grad()
+def what_the_decoder_uses(args, model, samples, device):
+    """{stride: by what share the denoising loss rises when this encoder map is its mean over 16 images}.
+
+    Near 0: the decoder learnt nothing from this map, and the blocks behind it are hardly pretrained.
+    """
+    model.eval()
+    batch = next(iter(load(samples, Batches(len(samples.source), 16, 1))))
+    x = to_pixels(batch["image"].to(device))
+    x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])
+    maps = model.encode(x_noisy)
+
+    def loss(maps):
+        prediction = model.decoder(maps, x.shape[-2:], gamma.to(device))
+        return noise.denoising_loss(prediction, eps if args.target == "noise" else x).item()
+
+    means = [map.mean(0, keepdim=True).expand_as(map) for map in maps]
+    return {stride: loss([*maps[:i], means[i], *maps[i + 1:]]) / loss(maps) - 1
+            for i, stride in enumerate(model.encoder.strides)}
 
 
 @torch.no_grad()

@@ -11,8 +11,12 @@ import pytest
 import torch
 from conftest import TINY, copy_program, flags, load, losses, same_tensors
 
+import data
+import datasets
 import launch
 import model
+import noise
+import pretrain_decoder
 
 
 def first_step(script, out, monkeypatch, *more):
@@ -179,3 +183,28 @@ def test_a_decoder_goes_on_from_a_checkpoint_of_this_stage(script, few_shapes, t
     status, _, err = script("pretrain_decoder", *TINY["pretrain_decoder"], "--init", tmp_path / "encoder" / "last.pt",
                             "--out", tmp_path / "wrong")
     assert status == 2 and "expected a checkpoint of this stage" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("used", [0, 2])
+def test_what_the_decoder_uses_is_the_rise_of_the_loss_without_each_map(used, few_shapes):
+    """A decoder made by hand: it misses the noise by 0.5, but by 1 where the map that it uses was changed. Its loss is
+    1/4, or 1, which is 3 times 1/4 more."""
+    class Net(torch.nn.Module):
+        encoder = torch.nn.Module()
+        encoder.strides = (2, 4, 8)
+
+        def encode(self, x):
+            self.x = x
+            return [torch.arange(16.0).reshape(16, 1, 1, 1).expand(16, 1, 4, 4)] * 3
+
+        def decoder(self, maps, size, gamma):
+            changed = not torch.equal(maps[used][:, 0, 0, 0], torch.arange(16.0))
+            return self.eps + (1.0 if changed else 0.5)
+
+    net, args = Net(), pretrain_decoder.parse_arguments(["--encoder-weights", "random"])
+    source = datasets.Shapes("unlabelled", 20)
+    samples = data.Samples(source, data.pretraining_transform(32), seed=0)
+    seeds = [samples[key]["noise_seed"] for key in next(iter(data.Batches(20, 16, 1)))]
+    net.eps = noise.sample_noise((16, 3, 32, 32), seeds)
+    rises = pretrain_decoder.what_the_decoder_uses(args, net, samples, torch.device("cpu"))
+    assert rises == {stride: pytest.approx(3.0 if i == used else 0, abs=1e-4) for i, stride in enumerate((2, 4, 8))}

@@ -807,7 +807,7 @@ def test_a_stage_writes_what_it_promises_and_says_when_it_is_finished(stage, scr
     assert all({"loss", "rate", "images_per_second", "waiting"} <= set(line) for line in lines
                if "loss" in line)
     pictures = {
-        "pretrain_encoder": [], "pretrain_decoder": ["panel_start.png", "panel_end.png"],
+        "pretrain_encoder": [], "pretrain_decoder": ["panel_start.png", "panel_end.png", "uses.png"],
         "finetune": ["predictions.png"]
     }
     assert all((tmp_path / name).stat().st_size > 1000 for name in pictures[stage])
