@@ -208,7 +208,7 @@ def test_a_list_of_images_alone_is_predicted(script, checkpoint, tmp_path):
     (tmp_path / "list.txt").write_text("d.png\nnot_there.png\n")
     (root / "classes.txt").write_text("sky\nsea\nsand\n")
     status, _, err = script(*command, "--save-predictions", tmp_path / "q")
-    assert status == 2 and "line 1: expected `image mask`" in err and "or in all lines one image to predict" in err
+    assert status == 2 and "list.txt, line 2: no such file: " in err and "photos/not_there.png" in err
 
 
 def test_predictions_are_no_pictures_and_those_of_other_flags_are_not_overwritten(script, checkpoint, folder, tmp_path):
