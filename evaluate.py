@@ -296,6 +296,8 @@ def parse_arguments(argv=None):
         parser.set_defaults(window=max(0, int(window)))
         made_for = {"data": data, "root": trained.get("root"),
                     "pixel_range": trained.get("pixel_range"), "huge": trained.get("huge", False)}
+        if made_for["pixel_range"] is not None:
+            made_for["pixel_range"] = list(map(float, made_for["pixel_range"]))
         if launch.peek(argv, "--root") is None and launch.peek(argv, "--split") is None:
             made_for["list"] = trained.get("val_list")
         args = launch.parse(parser, RECIPE, argv, made_for)

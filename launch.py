@@ -85,12 +85,7 @@ def run_script(main):
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        try:
-            sys.stdout.flush()
-        except OSError:  # a full disk under it: what it still holds is dropped
-            error.filename = error.filename or "the standard output"
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"{script}: error: {error.filename or 'a file'} cannot be read or written ({error.strerror}); "
+        print(f"{script}: error: {error.filename or 'a file or the output'} cannot be read or written ({error.strerror}); "
               "what was saved before is intact. Mend that or pass another folder, then repeat the command",
               file=sys.stderr)
         sys.exit(2)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from launch import NO_MEMORY, InputError, Stopped, say, torchrun_is_gone
 from model import (PUBLISHED, WeightsError, build_classifier, build_unet, image_size_of, load_strictly,
-                   published_weights, read_weights)
+                   published_weights, read_weights, recognise)
 from pictures import training_curve
 
 try:
@@ -133,7 +133,7 @@ class RunFolder:
             groups = optimizer.state_dict()["param_groups"]  # by the flags
             optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
             for parameter, state in optimizer.state.items():
-                if {parameter.shape, state["step"].shape} != {value.shape for value in state.values()}:
+                if not parameter.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
                     raise ValueError("the optimizer's state is not of these weights")
             scaler.load_state_dict(checkpoint["scaler"])
             step, loss, best = (checkpoint.get(name) for name in ("step", "loss", "best"))
@@ -439,11 +439,7 @@ def load_checkpoint(path):
     """A checkpoint of ours. Raises WeightsError where it is damaged, InputError where it is another file."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: not a file, expected a checkpoint")
-    return require_checkpoint(read_weights(path), path)
-
-
-def require_checkpoint(checkpoint, path):
-    """The checkpoint; InputError where it has not what every checkpoint of ours has."""
+    checkpoint = read_weights(path)
     model, *others = (checkpoint.get(name) for name in ("model", "model_args", "args"))
     if not isinstance(model, dict) or not all(isinstance(part, dict) for part in others):
         raise InputError(f"{path}: not a checkpoint of these scripts, which hold model, model_args and args")
@@ -471,7 +467,7 @@ def build(checkpoint, path):
     """The UNet of a checkpoint, with its weights. Raises InputError or WeightsError where they do not fit."""
     with intact(path):
         network = build_unet(**checkpoint["model_args"])
-    load_strictly(network, checkpoint["model"], f"{path}: does not fit its own model_args")
+        load_strictly(network, checkpoint["model"], f"{path}: does not fit its own model_args")
     return network
 
 
@@ -492,10 +488,13 @@ def initial_weights(source, encoder, out, processes):
                 path = published_weights(source)
         content = read_weights(path)
         if "model" in content:  # ours
-            with intact(path), torch.device("meta"):  # no memory: whether its own words describe a network
-                model_args = require_checkpoint(content, path)["model_args"]
-                (build_classifier if "num_classes" in model_args else build_unet)(**model_args)
+            with intact(path), torch.device("meta"):  # without memory: whether it describes a network
                 image_size_of(content)
+                _, state = recognise(content, path)
+                if not all(isinstance(value, torch.Tensor) for value in state.values()):
+                    raise ValueError("its model does not hold tensors alone")
+                model_args = content.get("model_args", {})
+                (build_classifier if "num_classes" in model_args else build_unet)(**model_args)
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
             return content, hashlib.blake2b(whole, digest_size=8).hexdigest()
     except WeightsError:
