@@ -37,7 +37,12 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from launch import InputError, SampleError, say
-from run_folder import SIGNALS, replacing
+from run_folder import EXTENSIONS, SIGNALS, replacing
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 IGNORE = 255
 PATIENCE = 600  # seconds for a micro-batch to be read
@@ -89,7 +94,7 @@ def read_image(source, name=None, pixels=Pixels()):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd EXIF tags
-            values = _read_array(source) if name.endswith(".npy") else _read_picture(source, name, bands)
+            values = _read_array(source) if name.lower().endswith(".npy") else _read_picture(source, name, bands)
             if values.ndim not in (2, 3) or values.size == 0:
                 raise SampleError(f"{name}: an array of shape {values.shape}, expected (H, W) or "
                                   "(H, W, bands)")
@@ -111,9 +116,28 @@ def read_image(source, name=None, pixels=Pixels()):
 def _read_array(source):
     """An array of real numbers from a .npy file."""
     values = np.load(source, mmap_mode="r" if isinstance(source, (str, os.PathLike)) else None)
+    if not isinstance(values, np.ndarray):
+        raise ValueError("a .npz archive; save one array in it as a .npy")
     if values.dtype.kind not in "buif":
         raise ValueError(f"{values.dtype} values")
     return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+
+
+def _seek(image, page, name):
+    """Go to a page of a TIFF. OSError where it is cut off, SampleError for pixels that Pillow changes."""
+    image.seek(page)
+    if image.format != "TIFF":
+        return
+    tags = image.tag_v2
+    if tags.next == tags.offset:  # not known, so that of the page before is left there
+        raise OSError("the file is cut off in this page")
+    (bits, *_), (kind, *_) = tags.get(258, (1,)), tags.get(339, (1,))
+    changed = ("signed 8-bit values" if (bits, kind) == (8, 2) else
+               "16-bit values of which 0 is white" if bits == 16 and tags.get(262) == 0 else
+               "32-bit values beyond 31 bits" if (bits, kind) == (32, 1) and (np.array(image) < 0).any() else
+               None)
+    if changed:
+        raise SampleError(f"{name}: a TIFF of {changed}, which Pillow would change; save its array as a .npy")
 
 
 def _read_picture(source, name, bands):
@@ -121,7 +145,7 @@ def _read_picture(source, name, bands):
     Pillow keeps 8 bits; and plain JPEGs, to the same values 1.5 times as fast."""
     path, page = split_page(name) if isinstance(source, (str, os.PathLike)) else (source, 0)
     with Image.open(path) as image:
-        image.seek(page)
+        _seek(image, page, name)
         depths = image.tag_v2.get(258, (1,)) if image.format == "TIFF" else ()
         if depths and (len(depths) != len(image.getbands()) or len(depths) > 1 and max(depths) > 8):
             raise SampleError(f"{name}: a TIFF of {len(depths)} bands of {max(depths)} bits, of which Pillow "
@@ -196,14 +220,36 @@ def label_map(classes, ignore_255=True):
 def mask_values(path, colours=False):
     """The values of a mask (H, W), as they are in its file; or its colours, R * 65536 + G * 256 + B."""
     file, page = split_page(str(path))
+    is_array = file.lower().endswith(".npy")
     try:
-        if file.endswith(".npy"):
-            return _read_array(file)
-        with Image.open(file) as image:
-            image.seek(page)
-            image.load()
+        if is_array:
+            values = _read_array(file)
+        else:
+            with warnings.catch_warnings(), Image.open(file) as image:
+                warnings.simplefilter("ignore")  # as in read_image
+                _seek(image, page, path)
+                depth = max(image.tag_v2.get(258, (1,))) if image.format == "TIFF" else 8
+                depth = 16 if image.format == "PNG" and "16" in str(image.tile[0][3]) else depth
+                image.load()
+    except SampleError:
+        raise
     except Exception as error:  # as in read_image
         raise SampleError(f"{path}: not a readable mask ({_reason(error)})") from None
+    if is_array and not colours:
+        if values.ndim != 2:
+            raise SampleError(f"{path}: a mask of shape {values.shape}, expected (H, W)")
+        if values.dtype.kind == "f":
+            wrong = values[~((np.abs(values) < 2 ** 31) & (values == np.rint(values)))]
+            if wrong.size:
+                raise SampleError(f"{path}: mask value {wrong[0]}, expected whole numbers")
+            values = values.astype(np.int64)
+        return values
+    if is_array or colours and (depth > 8 or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA")):
+        found = "an array" if is_array else f"{image.mode} of {depth} bits"
+        raise SampleError(f"{path}: {found}, but classes.txt has colours; expected a picture of 8 bits, RGB, "
+                          "palette or grey")
+    if colours and image.mode in ("LA", "RGBA") and image.getextrema()[-1] != (255, 255):
+        raise SampleError(f"{path}: a colour mask that is transparent in places; expected alpha 255 or none")
     if image.format == "JPEG":
         raise SampleError(f"{path}: mask is a JPEG, which changes values; expected a PNG of class indices")
     if colours:
@@ -226,11 +272,8 @@ def read_mask(path, labels):
         known = np.array(sorted(labels)) @ [65536, 256, 1]
         at = np.searchsorted(known, values).clip(max=len(known) - 1)
         mask = np.where(known[at] == values, np.array([labels[key] for key in sorted(labels)])[at], -1)
-    elif values.dtype == np.uint8:
-        mask = labels[values]
     else:
-        values = values.astype(np.int64)
-        mask = np.where((values >= 0) & (values <= 255), labels[values.clip(0, 255)], -1)
+        mask = np.where((values >= 0) & (values <= 255), labels[values.astype(np.uint8)], -1)
     if (mask < 0).any():
         known = known if colours else np.flatnonzero(labels >= 0)
         wrong, right = values_text(values[mask < 0][:1], colours), values_text(known, colours)
@@ -278,7 +321,6 @@ def digest_of_files(paths, parts=False, whole=False):
 
 # ---------------------------------------- Finding files, in folders or inside .tar files that stay unopened
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 INDEX_FOLDER = ".ddep_index"  # beside the data
 WORTH_KEEPING = 100_000  # images; fewer are listed at every start
 SYNSET = re.compile(r"n\d{8}(\.tar)?")
@@ -371,7 +413,7 @@ class ImageIndex:
             stamp = _stamp(root, name)
             if name in old and old[name][:2] == stamp:
                 return stamp, old_records[starts[name]:starts[name] + old[name][2]]
-            list_one = _list_tar if os.path.isfile(os.path.join(root, name)) else _list_folder
+            list_one = _list_folder if os.path.isdir(os.path.join(root, name)) else _list_tar
             return stamp, list_one(root, name)
 
         names = find_containers()
@@ -424,9 +466,10 @@ def _read_index(path):
         known = json.loads(head)
         dtype = np.dtype([tuple(field) for field in known["dtype"]])
         count = sum(count for _, _, count in known["containers"].values())
-        if os.path.getsize(path) == len(head) + count * dtype.itemsize:
+        right = dtype == _record(dtype["name"].itemsize)
+        if right and os.path.getsize(path) == len(head) + count * dtype.itemsize:
             return known["containers"], np.memmap(path, dtype, "r", offset=len(head), shape=(count,))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return {}, None
 
@@ -440,27 +483,30 @@ def _stamp(root, name):
     return [state.st_mtime_ns, state.st_size]
 
 
-def refuse_folder(error):
-    """For os.walk, which else leaves out folders that cannot be read."""
-    raise InputError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions")
+def walk(top):
+    """os.walk, through links too, each folder once; InputError for one that cannot be read."""
+    def refuse(error):
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions")
+
+    seen = set()
+    for folder, subfolders, files in os.walk(top, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above it
+            subfolders.clear()
+        else:
+            seen.add(real)
+            yield folder, subfolders, files
 
 
 def _folders_below(root, parts):
     found = []
     for part in parts:
-        seen = set()
-        top = os.path.join(root, part)
-        for folder, subfolders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
+        for folder, subfolders, files in walk(os.path.join(root, part)):
             subfolders[:] = sorted(name for name in subfolders if name != INDEX_FOLDER)
             if "args.json" in files:
                 say(f"{os.path.normpath(folder)}: holds args.json, so these scripts wrote it; left out")
                 subfolders.clear()
                 continue
-            real = os.path.realpath(folder)
-            if real in seen:  # a link to a folder above it
-                subfolders.clear()
-                continue
-            seen.add(real)
             found.append(os.path.relpath(folder, root))
     return found
 
@@ -479,25 +525,31 @@ def _pages(folder, name):
     """[name], or the pages of a TIFF stack, [name#0, name#1 ...], which must have one size."""
     if not name.lower().endswith((".tif", ".tiff")):
         return [name]
-    path = os.path.normpath(os.path.join(folder, name))
+    path, sizes = os.path.normpath(os.path.join(folder, name)), []
     try:
-        with Image.open(path) as image:
-            sizes = []
-            for page in range(getattr(image, "n_frames", 1)):
-                image.seek(page)
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            while True:
+                image.seek(len(sizes))
+                if image.tag_v2.next == image.tag_v2.offset:
+                    raise OSError("cut off")
                 sizes.append(image.size)
-    except Exception:  # as in read_image; it is named when it is read
-        return [name]
+    except EOFError:  # the end of the stack
+        pass
+    except Exception:  # as in read_image; the page is named when it is read
+        sizes += sizes[:1]
     if len(set(sizes)) > 1:
         page = next(page for page, size in enumerate(sizes) if size != sizes[0])
         raise InputError(f"{path}: a stack whose pages differ in size, {sizes[0][0]}x{sizes[0][1]} and, at "
                          f"page {page}, {sizes[page][0]}x{sizes[page][1]}; save them as files of their own")
-    return [name] if len(sizes) == 1 else [f"{name}#{page}" for page in range(len(sizes))]
+    return [name] if len(sizes) < 2 else [f"{name}#{page}" for page in range(len(sizes))]
 
 
 def _list_tar(root, name):
     path, rows = os.path.join(root, name), []
     try:
+        if not os.path.isfile(path):  # a link that leads nowhere, a pipe
+            raise OSError("no such file")
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members.clear()  # tarfile would keep them all
@@ -727,6 +779,13 @@ class Loader(DataLoader):
 
 def load(samples, batches, workers=0, pin_memory=False):
     """A Loader of `samples` in `batches` (Batches or Each)."""
+    if workers and resource is not None:
+        needed, (soft, hard) = 64 + 8 * workers, resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= hard < needed:  # -1: no limit
+            raise InputError(f"--workers {workers} may need {needed} open files, the limit is {hard}; raise it "
+                             f"(`ulimit -n {needed}`) or lower --workers")
+        if 0 <= soft < needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     return Loader(samples, batch_sampler=batches, num_workers=workers, collate_fn=_collate,
                   pin_memory=pin_memory, worker_init_fn=_ignore_signals)
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import launch
 import shapes
 from data import (IGNORE, RANGES, SYNSET, WORTH_KEEPING, ImageIndex, Pixels, UnreadableImage, digest_of_files,
-                  label_map, mask_values, read_image, read_mask, refuse_folder, split_page, values_text)
+                  label_map, mask_values, read_image, read_mask, split_page, values_text, walk)
 from launch import InputError, SampleError
 from pictures import palette
 
@@ -314,11 +314,7 @@ class PascalVOC(DataSet):
     def pairs(self, part):
         _, _, lists = self.folders
         list_file = os.path.join(self.base, lists, f"{part}.txt")
-        try:
-            ids = Path(list_file).read_text().split()
-        except OSError as error:
-            raise InputError(f"{list_file}: cannot be read ({error.strerror}); expected the names of the "
-                             f"images of {part}, one a line") from None
+        ids = " ".join(read_lines(list_file, "surrogateescape")).split()
         if not ids:
             raise InputError(f"{list_file}: no names in it, expected one a line")
         pairs = [self.pair(i) for i in ids]
@@ -375,7 +371,7 @@ def class_colours(data, count, source=None):
 def _files_below(folder, ending):
     """Paths relative to `folder` of the files in it and below that end so, sorted."""
     found = []
-    for place, _, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
+    for place, _, names in walk(folder):
         names = [name for name in names if name.endswith(ending)]
         found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
     if not found:
@@ -657,10 +653,15 @@ def listed_images(list_file, root, pixels=Pixels()):
     The paths are relative to root or, without one, to the file's own folder.
     """
     base = root or os.path.dirname(os.path.abspath(list_file))
-    names = [line.strip() for line in read_lines(list_file) if line.strip()]
-    if not names or not all(os.path.isfile(os.path.join(base, split_page(name)[0])) for name in names):
+    names = [line.strip() for line in read_lines(list_file, "surrogateescape")]
+    there = [os.path.isfile(os.path.join(base, split_page(name)[0])) for name in names]
+    if not any(there):
         return None
-    return Pairs(base, [(name, None) for name in names], {}, pixels=pixels)
+    missing = [i for i, name in enumerate(names) if name and not there[i]]
+    if missing:
+        raise InputError(f"{list_file}, line {missing[0] + 1}: no such file: "
+                         f"{os.path.join(base, names[missing[0]])}; other lines name an image each, to predict")
+    return Pairs(base, [(name, None) for name in names if name], {}, pixels=pixels)
 
 
 def _listed_pairs(list_file, base, pair=None):
@@ -674,7 +675,7 @@ def _listed_pairs(list_file, base, pair=None):
         return os.path.isfile(os.path.join(base, split_page(path)[0]))
 
     pairs, note = [], ""
-    for number, line in enumerate(read_lines(list_file), start=1):
+    for number, line in enumerate(read_lines(list_file, "surrogateescape"), start=1):
         separator = "\t" if "\t" in line.strip() else " "
         words = line.strip().split(separator)
         if words == [""]:
@@ -702,10 +703,15 @@ def _listed_pairs(list_file, base, pair=None):
     return pairs, note
 
 
-def read_lines(path):
-    """The lines of a text file; InputError where there is none in UTF-8."""
+def read_lines(path, errors="strict"):
+    """The lines of a text file; InputError where there is none in UTF-8.
+
+    errors: "surrogateescape" for names of files, which may be of any bytes, as write_lines keeps them.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: cannot be read (not a file); expected a text file")
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+        return Path(path).read_text(encoding="utf-8-sig", errors=errors).split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -730,7 +736,10 @@ def own_classes(root, num_classes=None):
     lines = [line.strip() for line in read_lines(path) if line.strip()]
     keys, named = [], []
     for line in lines:
-        values, name = re.fullmatch(r"((?:\d+\s+){3}|\d+\s+)?(.+)", line).groups()
+        values, name = re.fullmatch(r"((?:\d{1,9}\s+){3}|\d{1,9}\s+)?(.+)", line).groups()
+        if re.match(r"[-+]?\d+\.?\d*[,:;=)\s]", name):  # `1: sky`, `1.0 sky`, `1 2 sky`
+            raise InputError(f"{path}: {line[:40]!r}, expected `name`, `value name` or `R G B name`, in whole "
+                             "numbers from 0 to 255")
         keys.append(tuple(map(int, (values or "").split())))
         named.append(name)
         if len(keys[-1]) != len(keys[0]):
@@ -851,6 +860,8 @@ def add_subset_flags(parser):
 def fraction(text):
     """"1/8", "0.05" or "5%" in lowest terms, as a string: arguments are saved as plain values."""
     try:
+        if not re.fullmatch(r"[\d./]{1,40}%?", text):  # an exponent may take hours
+            raise ValueError
         value = Fraction(text[:-1]) / 100 if text.endswith("%") else Fraction(text)
     except (ValueError, ZeroDivisionError):
         value = Fraction(0)
@@ -891,6 +902,7 @@ def main():
         part = "training" if args.split == "train" else args.split
         text, _ = survey_masks({part: subset}, names, progress=sys.stderr.isatty())
         print(f"{len(subset)} images and masks read, no fault found\n{text}", file=sys.stderr)
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # as write_lines: names of any bytes
     for i in range(len(subset)):
         print(subset.line(i))
 

@@ -28,14 +28,15 @@ from datasets import (DATA_SETS, LABELLED, SPLITS, class_colours, labelled_parts
                       pretraining_images, segmentation_pairs, stem)
 from launch import InputError, say
 from pictures import as_picture, overlay
-from run_folder import (FREE_TO_CHANGE, build, load_checkpoint, make_folder, read_json, refuse_other_flags,
-                        write_json)
+from run_folder import (FREE_TO_CHANGE, build, intact, load_checkpoint, make_folder, read_json,
+                        refuse_other_flags, write_json)
 
 RECIPE = {  # 5.1
     "shapes": dict(scales=[1.0], flip=False, workers=0),
     "paper": dict(scales=[1.0], flip=True, workers=launch.default_workers()),
     **{name: data_set.evaluation for name, data_set in DATA_SETS.items()},
 }
+WRITTEN = {"metrics.json", "index", "overlay", "probabilities"}  # in --out and --save-predictions
 
 
 # ---------------------------------------- Scores
@@ -211,14 +212,21 @@ class Predictions:
 
     def __init__(self, folder, source, colours, average):
         self.folder, self.source, self.colours, self.average = folder, source, colours, average
-        self.stems = Counter(stem(source.name(i)) for i in range(len(source))) if folder else {}
         self.probabilities = {}  # open files by the image's index
+        names = [source.name(i) for i in range(len(source))] if folder else []
+        stems, self.places, taken = Counter(map(stem, names)), [], {}
+        for name in names:
+            place = stem(name) if stems[stem(name)] == 1 else name  # a.png.png beside a.jpg.png
+            # Always below the folder, though list files may name ../a.png or /a.png
+            self.places.append(os.path.relpath(os.path.join("/", place), "/"))
+            first = taken.setdefault(self.places[-1], name)
+            if first != name:
+                raise InputError(f"{first} and {name}: their predictions would be one file; predict them in "
+                                 "two runs, with --list and a --save-predictions for each")
 
     def place(self, kind, index, ending):
-        """The file for image `index`: always below the folder, though list files may name ../a.png or /a.png."""
-        name = self.source.name(index)
-        name = stem(name) if self.stems[stem(name)] == 1 else name  # a.png.png beside a.jpg.png
-        path = os.path.join(self.folder, kind, os.path.relpath(os.path.join("/", name), "/") + ending)
+        """The file for image `index`."""
+        path = os.path.join(self.folder, kind, self.places[index] + ending)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
 
@@ -276,18 +284,26 @@ def parse_arguments(argv=None):
     if path is None:  # --help, or a missing --checkpoint
         launch.parse(parser, RECIPE, argv)
     checkpoint = load_checkpoint(path)
-    if "class_names" not in checkpoint or "width" not in checkpoint["model_args"]:
-        raise InputError(f"{path}: not a checkpoint of finetune.py; this network was never fine-tuned for "
-                         "segmentation")
-    trained = checkpoint["args"]
-    parser.set_defaults(window=trained.get("crop_size", 0))
-    made_for = {"data": trained.get("data", "shapes"), "root": trained.get("root"),
-                "pixel_range": trained.get("pixel_range"), "huge": trained.get("huge", False)}
-    if launch.peek(argv, "--root") is None and launch.peek(argv, "--split") is None:
-        made_for["list"] = trained.get("val_list")
-    args = launch.parse(parser, RECIPE, argv, made_for)
-    if checkpoint["model_args"]["encoder"] == "resnet50" and launch.peek(argv, "--scales") is None:
-        args.scales = [1.0]  # Table 7: ResNet-50 without multi-scale
+    with intact(path):
+        if "class_names" not in checkpoint or "width" not in checkpoint["model_args"]:
+            raise InputError(f"{path}: not a checkpoint of finetune.py; this network was never fine-tuned for "
+                             "segmentation")
+        trained, names = checkpoint["args"], checkpoint["class_names"]
+        window, data = trained.get("crop_size", 0), trained.get("data", "shapes")
+        outputs = checkpoint["model_args"].get("out_channels", len(names))
+        if len({*map(str.strip, names)}) != outputs or data not in LABELLED:
+            raise ValueError(f"--data {data}, classes {names}")
+        parser.set_defaults(window=max(0, int(window)))
+        made_for = {"data": data, "root": trained.get("root"),
+                    "pixel_range": trained.get("pixel_range"), "huge": trained.get("huge", False)}
+        if made_for["pixel_range"] is not None:
+            made_for["pixel_range"] = list(map(float, made_for["pixel_range"]))
+        if launch.peek(argv, "--root") is None and launch.peek(argv, "--split") is None:
+            made_for["list"] = trained.get("val_list")
+        args = launch.parse(parser, RECIPE, argv, made_for)
+        if checkpoint["model_args"]["encoder"] == "resnet50" and launch.peek(argv, "--scales") is None:
+            args.scales = [1.0]  # Table 7: ResNet-50 without multi-scale
+        os.path.join(args.root or "", args.list or "")  # a TypeError for what is no path
     if args.stride and not args.window:
         raise InputError("--stride without --window: the whole image is one window; pass --window N too")
     if args.stride and args.stride > args.window:
@@ -313,15 +329,21 @@ def parse_arguments(argv=None):
     return args, checkpoint, labelled
 
 
-def labelled_source(args, trained, names, pixels):
-    """The pairs to evaluate on, with the classes `names` of the checkpoint. trained: its flags."""
+def labelled_source(args, checkpoint, pixels):
+    """The pairs to evaluate on, with the classes of the checkpoint."""
+    trained, names = checkpoint["args"], checkpoint["class_names"]
     without_names = args.data == "folder" and not os.path.isfile(os.path.join(args.root or "", "classes.txt"))
     by_checkpoint = without_names or (args.data == "pascal_context" and len(names) == 60)
     num_classes = len(names) if by_checkpoint else None
     held_out = trained.get("val_fraction") is not None or trained.get("folds") is not None
-    same_data = (args.data, args.root, args.list) == (trained["data"], trained["root"], None)
+    same_data = (args.data, args.root, args.list) == (trained.get("data"), trained.get("root"), None)
     if held_out and args.split == "val" and same_data:
-        _, source, own_names = labelled_parts(argparse.Namespace(**trained), pixels)
+        with intact(args.checkpoint):
+            _, source, own_names = labelled_parts(argparse.Namespace(**trained), pixels)
+        if not str(checkpoint.get("data", source.fingerprint())).endswith(source.fingerprint()):
+            listed = os.path.join(os.path.dirname(args.checkpoint), "validated.txt")
+            raise InputError(f"{args.root}: the images changed since the training, now others would be held "
+                             f"out, which it may have seen; pass --list {listed}")
     else:
         source, own_names = segmentation_pairs(args.data, args.root, args.split, num_classes, args.list,
                                                pixels)
@@ -332,6 +354,9 @@ def labelled_source(args, trained, names, pixels):
         raise InputError(f"--data {args.data} has {len(own_names)} classes ({', '.join(own_names[:3])} ...), "
                          f"{args.checkpoint} was fine-tuned for {len(names)} others ({', '.join(names[:3])} "
                          "...); pass the data it was fine-tuned for, or another checkpoint")
+    if by_checkpoint and source.meaning() not in str(trained.get("classes-of-masks", source.meaning())):
+        raise InputError(f"{args.root}: no classes.txt says which mask values are which classes, and in the "
+                         "training they were not 0, 1, 2 ...; copy the training data's classes.txt there")
     return source
 
 
@@ -348,11 +373,18 @@ def main():
     names = checkpoint["class_names"]
     pixels = Pixels(checkpoint["model_args"].get("bands", 3), args.pixel_range, args.huge)
     if labelled:
-        source = labelled_source(args, checkpoint["args"], names, pixels)
+        source = labelled_source(args, checkpoint, pixels)
     elif args.list is not None:
         source = look_at(listed_images(args.list, args.root, pixels))
     else:
         source = pretraining_images(args.data, args.root, pixels=pixels)
+
+    if "class_colours" in checkpoint:
+        with intact(args.checkpoint):
+            colours = np.array(checkpoint["class_colours"], np.uint8).reshape(len(names), 3)
+    else:
+        colours = class_colours(checkpoint["args"]["data"], len(names))
+    predictions = Predictions(args.save_predictions, source, colours, args.average)
 
     # args.json says what a folder holds: other scores or predictions are not overwritten, nor taken for data
     folders = {args.save_predictions or args.out: "--save-predictions", args.out: "--out"}
@@ -363,18 +395,13 @@ def main():
     processes.barrier()  # all have read what is there before the main one writes
     if processes.is_main:
         for folder, flag in folders.items():
-            make_folder(folder, flag)
+            make_folder(folder, flag, args.root, WRITTEN)
+        for folder in folders:
             write_json(os.path.join(folder, "args.json"), vars(args))
 
     say(f"{args.checkpoint} on {len(source)} images of {args.root or args.data}, {processes.world} x "
         f"{device.type}, {precision}")
     say(source.note)
-    if "class_colours" in checkpoint:
-        colours = np.array(checkpoint["class_colours"], np.uint8)
-    else:
-        colours = class_colours(checkpoint["args"]["data"], len(names))
-
-    predictions = Predictions(args.save_predictions, source, colours, args.average)
     metrics = evaluate(model, source, names, processes, precision, args.workers,
                        progress=processes.is_main and sys.stderr.isatty(),
                        on_prediction=predictions.write if args.save_predictions else None,

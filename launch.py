@@ -41,23 +41,38 @@ class Stopped(Exception):
     """A signal stopped the run; its state is saved."""
 
 
+def of_environment(name, default):
+    """The whole number in an environment variable; None where it holds something else."""
+    text = os.environ.get(name, str(default))
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
+
+
+def speaks(rank):
+    """Whether this process is the first of its group, or alone: then its RANK or LOCAL_RANK means nothing."""
+    return (of_environment("WORLD_SIZE", 1) or 1) == 1 or os.environ.get(rank, "0") == "0"
+
+
 def say(text):
     """Print a line, from the first process alone, above its progress bar."""
-    if text and os.environ.get("RANK", "0") == "0":
+    if text and speaks("RANK"):
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def run_script(main):
     """Call main(). A user's mistake or a disk that cannot be written is one line and status 2."""
-    script, is_main = os.path.basename(sys.argv[0]), os.environ.get("LOCAL_RANK", "0") == "0"
+    script, is_main = os.path.basename(sys.argv[0]), speaks("LOCAL_RANK")
     # Of DDP, where a 1x1 kernel's gradient lies in memory as its weight but is described in other words
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))
         if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 ends no run
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except (InputError, WeightsError) as error:
         if is_main or isinstance(error, SampleError):
             print(f"{script}: error: {error}", file=sys.stderr)
@@ -70,7 +85,7 @@ def run_script(main):
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        print(f"{script}: error: {error.filename or 'a file'} cannot be read or written ({error.strerror}); "
+        print(f"{script}: error: {error.filename or 'a file or the output'} cannot be read or written ({error.strerror}); "
               "what was saved before is intact. Mend that or pass another folder, then repeat the command",
               file=sys.stderr)
         sys.exit(2)
@@ -101,6 +116,9 @@ def explain(error):
                 f"{' or '.join(flags)}")
     if text.startswith("DataLoader worker"):
         return f"{text.splitlines()[0]}; repeat with --workers 0 to see what it failed on"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = " ".join(text.split("\n\n")[0].split())[:300]
+        return f"--compile failed: {reason}; install a C++ compiler, or drop --compile"
     if "Too many open files" in text:
         return "too many open files; raise the limit (`ulimit -n 4096`) or lower --workers"
     if "closed by peer" in text or "reset by peer" in text:
@@ -127,7 +145,16 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *args):
         Parser.known = tuple(self._option_string_actions)
-        return super().parse_args(*args)
+        args = super().parse_args(*args)
+        for name, value in vars(args).items():
+            if value == "":
+                self.error(f"--{name.replace('_', '-')} is empty, expected a value")
+        if getattr(args, "pixel_range", None) is not None:
+            low, high = torch.tensor(args.pixel_range).tolist()  # as float32, in which pixels are scaled
+            if not 1e-36 < high - low < 1e36:
+                raise InputError("--pixel-range {:g} {:g}: expected two numbers, LOW < HIGH, which differ in "
+                                 "float32".format(*args.pixel_range))
+        return args
 
     def error(self, message):
         raise InputError(f"{message} (--help lists the flags)")
@@ -188,7 +215,10 @@ def peek(argv, flag, default=None):
     """The value of one flag, before the defaults of the others are known."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(flag, nargs="?", default=default, dest="value")
-    return parser.parse_known_args(argv)[0].value
+    value = parser.parse_known_args(argv)[0].value
+    if value == "":
+        raise InputError(f"{flag} is empty, expected a value")
+    return value
 
 
 def parse(parser, recipe, argv=None, of_checkpoint=None):
@@ -207,9 +237,6 @@ def parse(parser, recipe, argv=None, of_checkpoint=None):
         if peek(argv, given) is not None:  # replaces the recipe's other one
             parser.set_defaults(**{other: None})
     args = parser.parse_args(argv)
-    if args.pixel_range is not None and not args.pixel_range[0] < args.pixel_range[1] < math.inf:
-        low, high = args.pixel_range
-        raise InputError(f"--pixel-range {low:g} {high:g}: expected two numbers, LOW < HIGH")
     if args.data == "shapes" and (args.pixel_range or getattr(args, "bands", None) not in (None, 3)):
         raise InputError("--data shapes has 3 bands of 8 bits; --bands and --pixel-range are for files")
     if args.data == "shapes" and args.root is not None:
@@ -229,12 +256,13 @@ def number(kind, allowed, expected):
     return convert
 
 
-positive_int = number(int, lambda n: n > 0, "a whole number above 0")
-non_negative_int = number(int, lambda n: n >= 0, "a whole number, 0 or more")
+positive_int = number(int, lambda n: 0 < n < 2 ** 31, "a whole number above 0, of 31 bits")
+non_negative_int = number(int, lambda n: 0 <= n < 2 ** 31, "a whole number, 0 or more, of 31 bits")
 seed_int = number(int, lambda n: 0 <= n < 2 ** 63, "a whole number of 63 bits, 0 or more")
 decoder_width = number(float, lambda x: 1 / 64 <= x <= 64, "a number from 1/64 to 64")
-positive_float = number(float, lambda x: 0 < x < math.inf, "a number above 0")
-non_negative_float = number(float, lambda x: 0 <= x < math.inf, "a number, 0 or more")
+positive_float = number(float, lambda x: 0 < x <= 1e9, "a number above 0, at most 1e9")
+non_negative_float = number(float, lambda x: 0 <= x <= 1e9, "a number, 0 or more, at most 1e9")
+noise_sigma = number(float, lambda x: 0 <= x <= 1e6, "a number from 0 to 1e6")
 unit_float = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 
@@ -286,7 +314,7 @@ class Processes:
     @contextmanager
     def one_first(self):
         """One process of each machine runs the block first: it makes a file, the others find it."""
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        first = speaks("LOCAL_RANK")
         if not first:
             self.barrier()
         try:
@@ -306,11 +334,12 @@ class Processes:
 def start_processes(device="auto"):
     """Join torchrun's process group, if there is one; choose this process's device."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    numbers = [os.environ.get(name, default) for name, default in alone.items()]
-    rank, world, local_rank = map(int, numbers) if all(map(str.isdecimal, numbers)) else (0, 0, 0)
-    has_address = {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    numbers = [of_environment(name, default) for name, default in alone.items()]
+    rank, world, local_rank = numbers if None not in numbers else (0, 0, 0)
+    has_address = "MASTER_ADDR" in os.environ and 0 < (of_environment("MASTER_PORT", 0) or 0) < 2 ** 16
     if rank >= world or (world > 1 and not has_address):
-        given = ", ".join(f"{name}={os.environ[name]}" for name in alone if name in os.environ)
+        names = [name for name in [*alone, "MASTER_PORT"] if name in os.environ]
+        given = ", ".join(f"{name}={os.environ[name]}" for name in names)
         raise InputError(f"the environment has {given}, which makes no process of a group; start it with "
                          "torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or none of them")
     mps = torch.backends.mps.is_available() and world == 1  # MPS has no collectives
@@ -323,7 +352,7 @@ def start_processes(device="auto"):
     backend = "gloo"
     if device == "cuda":
         gpus = torch.cuda.device_count()
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus:  # NCCL wants a GPU for each process
+        if (of_environment("LOCAL_WORLD_SIZE", 1) or 1) <= gpus:  # NCCL wants a GPU for each process
             backend = "nccl"
         device = f"cuda:{local_rank % gpus}"
         torch.cuda.set_device(device)
@@ -362,7 +391,7 @@ def _watch(formed, waiting):
 
 def default_workers():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(8, max(1, cores // (of_environment("LOCAL_WORLD_SIZE", 1) or 1)))
 
 
 def resolve_precision(precision, device):
@@ -385,7 +414,10 @@ def autocast(precision, device):
 
 def number_of_steps(args, images):
     """--steps, or enough for --epochs over `images` images; the last batch reaches into the next epoch."""
-    return args.steps or math.ceil(args.epochs * images / args.batch_size)
+    steps = args.steps or math.ceil(args.epochs * images / args.batch_size)
+    if steps >= 2 ** 31:
+        raise InputError(f"--epochs {args.epochs:g} are {steps} steps; expected fewer than 2 ** 31")
+    return steps
 
 
 def cosine_rate(step, steps, peak, warmup_steps):

@@ -49,7 +49,7 @@ def parse_arguments(argv=None):
     add("--gamma", type=launch.unit_float, help="gamma of Eq. 5: 1 is no noise, 0 noise alone (default: 0.95)")
     add("--gamma-range", type=launch.unit_float, nargs=2, metavar=("LOW", "HIGH"),
         help="gamma drawn from U(LOW, HIGH) for each image (Table 4: 0.9 0.95; 4.4: 0 1)")
-    add("--sigma", type=launch.non_negative_float, help="the noise level as sigma = sqrt(1/gamma - 1)")
+    add("--sigma", type=launch.noise_sigma, help="the noise level as sigma = sqrt(1/gamma - 1)")
     add("--noise", choices=("scaled", "simple"), default="scaled", help="Eq. 5 or Eq. 1")
     add("--target", choices=("noise", "image"), default="noise", help="what to predict (3.2, Table 1)")
     add("--condition", action="store_true", help="condition the decoder's norms on gamma (4.4)")

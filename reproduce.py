@@ -42,7 +42,11 @@ def parse_arguments(argv=None):
         help="steps of the three stages (default: those of the scripts)")
     add("--jobs", type=launch.positive_int, default=min(2, os.cpu_count() or 1), help="runs at a time")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, values in (("seeds", args.seeds), ("labels", args.labels)):
+        if len(set(values)) < len(values):
+            raise InputError(f"--{name} {' '.join(map(str, values))}: expected each once")
+    return args
 
 
 # ---------------------------------------- The runs
@@ -180,7 +184,7 @@ def prediction_grid(args, rows=6):
 def main():
     args = parse_arguments()
     runs = plan(args)
-    make_folder(args.out)
+    make_folder(args.out, written={"runs", "results.json", "table.md"})
     lock = lock_folder(args.out)  # noqa: F841  held until this process ends
     args_file = os.path.join(args.out, "args.json")
     if os.path.exists(args_file):

@@ -28,8 +28,9 @@ from datetime import timedelta
 import torch
 from tqdm import tqdm
 
-from launch import InputError, Stopped, say, torchrun_is_gone
-from model import PUBLISHED, WeightsError, build_unet, load_strictly, published_weights, read_weights
+from launch import NO_MEMORY, InputError, Stopped, say, torchrun_is_gone
+from model import (PUBLISHED, WeightsError, build_classifier, build_unet, image_size_of, load_strictly,
+                   published_weights, read_weights, recognise)
 from pictures import training_curve
 
 try:
@@ -42,6 +43,9 @@ except ImportError:  # Windows has no lock
 FREE_TO_CHANGE = {"out", "root", "cache", "workers", "save_every", "log_every", "device", "compile",
                   "micro_batch", "huge"}
 WEIGHTS = {"init", "encoder_weights"}  # their content is compared, too
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")  # of pictures
+WRITTEN = {"last.pt", "previous.pt", "best.pt", "last.pt.damaged", "log.jsonl", "metrics.json", "masks.txt",
+           "labelled.txt", "validated.txt"}  # and pictures
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -60,23 +64,15 @@ class RunFolder:
         self.signal, self.saved_step, self.saved_at = None, 0, time.monotonic()
         self.unreadable, self.new_unreadable = set(), []
         if processes.is_main:
-            make_folder(self.out)
+            make_folder(self.out, root=settings.get("root"), written=WRITTEN)
             self.lock = lock_folder(self.out)
         self.checkpoint, damaged = self._newest_checkpoint()
         if self.checkpoint is not None:
-            # What runs of older versions did not save
-            of_old_runs = {"bands": 3, "classes-of-masks": settings.get("classes-of-masks"),
-                           "data-bytes": settings["data-bytes"], "weights-bytes": settings.get("weights-bytes")}
-            args = self.checkpoint["args"]
-            same_weights = "weights-bytes" in args and args["weights-bytes"] == settings["weights-bytes"]
-            then = {**of_old_runs, **args, "data-content": self.checkpoint["data"]}
-            refuse_other_flags(self.out, then, {**settings, "data-content": self.data},
-                               FREE_TO_CHANGE | (WEIGHTS if same_weights else set()))
-            self.unreadable.update(self.checkpoint.get("unreadable", []))
-            self.saved_step, before = self.checkpoint["step"], self.checkpoint["processes"]
-            if before != processes.world:
-                say(f"begun on {before} processes, continued on {processes.world}: the same samples, results "
-                    "equal but for rounding")
+            with intact(self.begun):
+                self._compare_with_checkpoint()
+        elif is_finished(self.out):
+            raise InputError(f"{self.out}: metrics.json says that a run is finished, but its last.pt is gone; "
+                             "put it back, or pass another --out")
         elif os.path.exists(self.path("args.json")):
             say(f"{self.out}: a run began here and saved nothing; starting over")
         if len(set(processes.gather(self.saved_step))) > 1:  # also waits: all have read before one writes
@@ -86,6 +82,22 @@ class RunFolder:
             if damaged:
                 os.replace(self.path("last.pt"), self.path("last.pt.damaged"))
             write_json(self.path("args.json"), settings)
+
+    def _compare_with_checkpoint(self):
+        """Raise InputError where it is of other settings or data."""
+        # What runs of older versions did not save
+        now, args = self.settings, self.checkpoint["args"]
+        of_old_runs = {"bands": 3, "classes-of-masks": now.get("classes-of-masks"),
+                       "data-bytes": now["data-bytes"], "weights-bytes": now.get("weights-bytes")}
+        same_weights = "weights-bytes" in args and args["weights-bytes"] == now["weights-bytes"]
+        then = {**of_old_runs, **args, "data-content": self.checkpoint["data"]}
+        refuse_other_flags(self.out, then, {**now, "data-content": self.data},
+                           FREE_TO_CHANGE | (WEIGHTS if same_weights else set()))
+        self.unreadable.update(map(int, self.checkpoint.get("unreadable", [])))
+        self.saved_step, before = self.checkpoint["step"], self.checkpoint["processes"]
+        if before != self.processes.world:
+            say(f"begun on {before} processes, continued on {self.processes.world}: the same samples, results "
+                "equal but for rounding")
 
     def path(self, name):
         return os.path.join(self.out, name)
@@ -104,6 +116,7 @@ class RunFolder:
             if damage:
                 say(f"{damage[0]}; it is kept as last.pt.damaged, continuing from previous.pt, step "
                     f"{checkpoint['step']}")
+            self.begun = path
             return checkpoint, bool(damage)
         if damage:
             raise InputError(f"{damage[0]}; and there is no whole one before it. Remove {self.out} to start "
@@ -115,10 +128,19 @@ class RunFolder:
         checkpoint, self.checkpoint = self.checkpoint, None  # its memory is needed
         if checkpoint is None:
             return 0, None, -1.0
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        return checkpoint["step"], checkpoint["loss"], checkpoint.get("best")
+        with intact(self.begun):
+            load_strictly(model, checkpoint["model"], f"{self.begun}: does not fit the network of its flags")
+            groups = optimizer.state_dict()["param_groups"]  # by the flags
+            optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+            for parameter, state in optimizer.state.items():
+                if not parameter.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                    raise ValueError("the optimizer's state is not of these weights")
+            scaler.load_state_dict(checkpoint["scaler"])
+            step, loss, best = (checkpoint.get(name) for name in ("step", "loss", "best"))
+            if not (isinstance(step, int) and 0 < step <= self.steps
+                    and isinstance(loss, float) and isinstance(best, (float, int, type(None)))):
+                raise ValueError(f"step {step}, loss {loss}, best {best}")
+        return step, loss, best
 
     def begin(self, start):
         """After `start` steps: open the log, show the progress.
@@ -226,6 +248,7 @@ class RunFolder:
 
     def save(self, step, model, optimizer, scaler, **content):
         """Write last.pt, after `step` steps; the one before becomes previous.pt."""
+        self._require_finite_weights(step, model)
         self.saved_step, self.saved_at = step, time.monotonic()
         if self.processes.is_main:
             self._draw_curve()
@@ -247,9 +270,17 @@ class RunFolder:
             with replacing(self.path("curve.png")) as file:
                 training_curve(panels).save(file, "PNG")
 
-    def save_best(self, model, **content):
+    def save_best(self, model, step, **content):
+        self._require_finite_weights(step, model)
         if self.processes.is_main:
-            save(self.path("best.pt"), {"model": model.state_dict(), **content, "args": self.settings})
+            content.update(model=model.state_dict(), step=step, args=self.settings, data=self.data)
+            save(self.path("best.pt"), content)
+
+    def _require_finite_weights(self, step, model):
+        faults = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+        if faults:
+            raise InputError(f"the weights are not finite after step {step} ({faults[0]}): not saved, what was "
+                             "saved before is intact; lower --lr")
 
     def stop_if_told(self):
         """Raise Stopped on all processes when any of them got a signal; all must call it equally often."""
@@ -293,7 +324,21 @@ def is_finished(out):
     return os.path.exists(os.path.join(out, "metrics.json"))
 
 
-def make_folder(path, flag="--out"):
+def make_folder(path, flag="--out", root=None, written=()):
+    """Make a folder of ours. Raises InputError where what is written there would cost the user something.
+
+    root: the folder of the data: ImageIndex leaves out what has an args.json. written: the names of the files.
+    """
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "args.json")):
+        foreign = [name for name in sorted(os.listdir(path))
+                   if name in written or name.lower().endswith(EXTENSIONS)]
+        here, data = (os.path.join(os.path.realpath(place or ""), "") for place in (path, root))
+        if root is not None and data.startswith(here):
+            raise InputError(f"{path}: holds the data, which would then be taken for results; pass another "
+                             f"{flag}")
+        if foreign:
+            raise InputError(f"{path}: holds {foreign[0]} but no args.json, so no script of these made it; pass "
+                             f"another {flag}")
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -365,14 +410,20 @@ def write_json(path, content):
 
 
 def write_lines(path, lines):
-    """A text file of file names, which may not be valid UTF-8."""
+    """A text file in UTF-8, but for names of files, which may be of any bytes."""
     with replacing(path) as file:
-        file.writelines(os.fsencode(line) + b"\n" for line in lines)
+        file.writelines(f"{line}\n".encode("utf-8", "surrogateescape") for line in lines)
 
 
 def read_json(path):
-    with open(path) as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a whole JSON object; remove it, or pass another folder")
+    return content
 
 
 def save(path, checkpoint, keep=None):
@@ -386,6 +437,8 @@ def save(path, checkpoint, keep=None):
 
 def load_checkpoint(path):
     """A checkpoint of ours. Raises WeightsError where it is damaged, InputError where it is another file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: not a file, expected a checkpoint")
     checkpoint = read_weights(path)
     model, *others = (checkpoint.get(name) for name in ("model", "model_args", "args"))
     if not isinstance(model, dict) or not all(isinstance(part, dict) for part in others):
@@ -395,13 +448,26 @@ def load_checkpoint(path):
     return checkpoint
 
 
+@contextmanager
+def intact(path):
+    """Around code that takes the content of the checkpoint `path` as it is: its errors become InputErrors."""
+    try:
+        yield
+    except WeightsError:  # a ValueError, which says all
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if NO_MEMORY.search(str(error)):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: its content is not what these scripts write ({type(error).__name__}: "
+                         f"{reason}); it was altered") from None
+
+
 def build(checkpoint, path):
     """The UNet of a checkpoint, with its weights. Raises InputError or WeightsError where they do not fit."""
-    try:
+    with intact(path):
         network = build_unet(**checkpoint["model_args"])
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path}: model_args describe no network ({error}); it was altered") from None
-    load_strictly(network, checkpoint["model"], f"{path}: does not fit its own model_args")
+        load_strictly(network, checkpoint["model"], f"{path}: does not fit its own model_args")
     return network
 
 
@@ -421,12 +487,22 @@ def initial_weights(source, encoder, out, processes):
             with processes.one_first():
                 path = published_weights(source)
         content = read_weights(path)
+        if "model" in content:  # ours
+            with intact(path), torch.device("meta"):  # without memory: whether it describes a network
+                image_size_of(content)
+                _, state = recognise(content, path)
+                if not all(isinstance(value, torch.Tensor) for value in state.values()):
+                    raise ValueError("its model does not hold tensors alone")
+                model_args = content.get("model_args", {})
+                (build_classifier if "num_classes" in model_args else build_unet)(**model_args)
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
             return content, hashlib.blake2b(whole, digest_size=8).hexdigest()
     except WeightsError:
-        begun = os.path.join(out, "last.pt")
-        if not os.path.exists(begun) or source not in PUBLISHED and os.path.exists(source):
-            raise
-        say(f"{source} is gone; the run in {out} has its own weights")
-        run = load_checkpoint(begun)
-        return run, run["args"].get("weights-bytes")
+        begun = [os.path.join(out, name) for name in ("last.pt", "previous.pt")]
+        for path in [] if source not in PUBLISHED and os.path.isfile(source) else begun:
+            with suppress(InputError, WeightsError):  # RunFolder says what is wrong with it
+                run = load_checkpoint(path)
+                if source in (run["args"].get("init"), run["args"].get("encoder_weights")):
+                    say(f"{source} is gone; the run in {out} has its own weights")
+                    return run, run["args"].get("weights-bytes")
+        raise

@@ -258,6 +258,98 @@ def test_masks_may_be_pages_of_a_stack_and_arrays(tmp_path):
     assert np.array_equal(data.read_mask(tmp_path / "a.npy", THREE), pages[1])
 
 
+@pytest.mark.parametrize("values, message", [
+    (np.array([[0.5, 1]]), r"mask value 0.5, expected whole numbers"),
+    (np.array([[np.nan, 1]]), r"mask value nan, expected whole numbers"),
+    (np.array([[1e300, 1]]), r"mask value 1e\+300, expected whole numbers"),
+    (np.array([[2**63, 1]], np.uint64), r"mask value 9223372036854775808, expected 0 to 2"),
+    (np.zeros(5, np.uint8), r"a mask of shape \(5,\), expected \(H, W\)"),
+    (np.zeros((), np.uint8), r"a mask of shape \(\), expected \(H, W\)"),
+    (np.zeros((4, 5, 3), np.uint8), r"a mask of shape \(4, 5, 3\), expected \(H, W\)")])
+@pytest.mark.filterwarnings("error")
+def test_an_array_that_is_no_mask_is_refused_with_its_true_value_or_shape(values, message, tmp_path):
+    np.save(tmp_path / "a.npy", values)
+    with pytest.raises(InputError, match=f"a.npy: {message}"):
+        data.read_mask(tmp_path / "a.npy", THREE)
+
+
+def test_an_array_of_whole_floats_is_a_mask_and_upper_case_names_do(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[0.0, 2.0]]))
+    (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
+    assert data.read_mask(tmp_path / "A.NPY", THREE).tolist() == [[0, 2]]
+    assert data.read_image(tmp_path / "A.NPY").dtype == torch.float64
+    with open(tmp_path / "z.npy", "wb") as file:
+        np.savez(file, a=np.zeros((4, 5)))
+    for read in (data.read_image, lambda path: data.read_mask(path, THREE)):
+        with pytest.raises(InputError, match=r"z.npy: not a readable .* \(a .npz archive; save one array"):
+            read(tmp_path / "z.npy")
+
+
+def write_int32(path):
+    tiff(path.with_suffix(".tif"), np.zeros((2, 2, 1), np.int32))
+    return path.with_suffix(".tif")
+
+
+def write_array(path):
+    np.save(path.with_suffix(".npy"), np.zeros((2, 2), np.int64))
+    return path.with_suffix(".npy")
+
+
+def write_mode(mode, suffix=".png"):
+    def write(path):
+        Image.new(mode, (2, 2)).save(path.with_suffix(suffix))
+        return path.with_suffix(suffix)
+    return write
+
+
+def write_png16(path):
+    png16(path.with_suffix(".png"), np.zeros((2, 2, 3), np.uint16))
+    return path.with_suffix(".png")
+
+
+@pytest.mark.parametrize("write", [write_int32, write_array, write_png16, write_mode("I;16"), write_mode("CMYK", ".tif"),
+                                   write_mode("F", ".tif"), write_mode("RGBA"), write_mode("LA")])
+def test_colour_masks_are_neither_converted_nor_clipped(write, tmp_path):
+    path = write(tmp_path / "a")
+    with pytest.raises(InputError, match=r"but classes.txt has colours; expected a picture of 8 bits|transparent in places"):
+        data.read_mask(path, {(0, 0, 0): 0, (255, 0, 0): 1})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("where", ["in the entry", "before the entry"])
+def test_a_stack_that_is_cut_off_has_one_page_more_than_are_readable_and_that_one_is_named(where, tmp_path):
+    write_stack(tmp_path / "a.tif", np.random.RandomState(0).randint(0, 256, (4, 20, 30), dtype=np.uint8))
+    with Image.open(tmp_path / "a.tif") as image:
+        image.seek(2)
+        entry = image.tag_v2.offset
+    whole = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(whole[:entry + (60 if where == "in the entry" else -5)])
+    index = data.ImageIndex.of_folder(tmp_path)
+    names = [index.name(i) for i in range(len(index))]
+    assert names == ["a.tif#0", "a.tif#1", "a.tif#2"]
+    assert data.read_image(f"{tmp_path}/a.tif#1").shape == (3, 20, 30)
+    with pytest.raises(data.UnreadableImage, match="a.tif#2: not a readable image"):
+        data.read_image(f"{tmp_path}/a.tif#2")
+    with pytest.raises(InputError, match="a.tif#2: not a readable mask"):
+        data.read_mask(f"{tmp_path}/a.tif#2", THREE)
+
+
+@pytest.mark.parametrize("values, message", [
+    (np.full((2, 2, 1), -1, np.int8), "signed 8-bit values"),
+    (np.full((2, 2, 1), 2**31 + 5, np.uint32), "32-bit values beyond 31 bits"),
+    (np.full((2, 2, 1), 7, np.uint16), "16-bit values of which 0 is white")])
+def test_tiffs_that_pillow_changes_are_refused(values, message, tmp_path):
+    tiff(tmp_path / "a.tif", values)
+    if values.dtype == np.uint16:  # PhotometricInterpretation 1 becomes 0
+        content = (tmp_path / "a.tif").read_bytes()
+        tag = np.array([262, 3], "<u2").tobytes() + np.array([1], "<u4").tobytes()
+        assert content.count(tag + b"\1\0") == 1
+        (tmp_path / "a.tif").write_bytes(content.replace(tag + b"\1\0", tag + b"\0\0"))
+    for read in (data.read_image, lambda path: data.read_mask(path, THREE)):
+        with pytest.raises(InputError, match=f"a.tif: a TIFF of {message}, which Pillow would change; save its array"):
+            read(tmp_path / "a.tif")
+
+
 # ------------------------------------------------------------------------------------------------ crops
 
 
@@ -548,3 +640,30 @@ def test_a_digest_of_files_reads_a_stack_once_and_tells_bytes_apart(tmp_path, mo
     assert len(opened) == 1
     write_stack(tmp_path / "a.tif", np.ones((5, 20, 30), np.uint8))  # of the same size
     assert data.digest_of_files(pages, whole=True) != before
+
+
+def test_few_file_descriptors_are_said_before_a_worker_starts(monkeypatch):
+    raised = []
+    monkeypatch.setattr(data.resource, "getrlimit", lambda kind: (16, 90))
+    monkeypatch.setattr(data.resource, "setrlimit", lambda kind, limits: raised.append(limits))
+    samples = data.Samples(datasets.Shapes("train", 4))
+    data.load(samples, data.Each(4), workers=2)
+    assert raised == [(80, 90)]
+    with pytest.raises(InputError, match=r"--workers 4 may need 96 open files, the limit is 90; raise it \(`ulimit -n 96`"):
+        data.load(samples, data.Each(4), workers=4)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_called_tar_and_is_no_file_is_named(kind, tmp_path):
+    path = tmp_path / "n00000003.tar"
+    path.symlink_to("nowhere") if kind == "link" else os.mkfifo(path)
+    with pytest.raises(InputError, match="n00000003.tar: not a whole .tar file .no such file."):
+        data.ImageIndex.of_synsets(tmp_path)
+
+
+@pytest.mark.parametrize("head", [
+    b"[]", b'{"dtype": [["x", "<i8"]], "containers": {}}', b'{"dtype": [["name", "S4"]], "containers": []}',
+    b'{"dtype": [["name", "S4"], ["offset", "<i8"], ["size", "<i8"]], "containers": {"a": 5}}'])
+def test_an_index_of_another_structure_is_made_anew(head, tmp_path):
+    (tmp_path / "index").write_bytes(head + b"\n")
+    assert data._read_index(tmp_path / "index") == ({}, None)

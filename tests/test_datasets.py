@@ -2,18 +2,21 @@
 
 import argparse
 import os
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, imagenet21k, jpeg, tiff, write_image, write_mask, write_stack, write_tar
+from conftest import ROOT, TINY, imagenet21k, jpeg, tiff, write_image, write_mask, write_stack, write_tar
 from PIL import Image
 
 import datasets
 from datasets import classification_images, pretraining_images, segmentation_pairs
 from data import ImageIndex, Pixels
 from launch import InputError
+from run_folder import write_lines
 
 PAPER_TINY = ["--encoder", "hybrid-small", "--workers", "0"]  # a named set on the smallest network
 
@@ -116,6 +119,9 @@ def test_classes_txt_says_which_values_or_colours_the_masks_use(text, names, lab
     ("0 0 0 sky\n0 0 0 sea\n", "a mask value occurs twice, as in '0 0 0 sky'"),
     ("0 sky\n1 sky\n", "a class name occurs twice, as in '0 sky'"),
     ("0 sky\n256 sea\n", "'256 sea' has a mask value of 256, expected 0 to 255"),
+    ("0,sky\n1,sea\n", "'0,sky', expected `name`, `value name` or `R G B name`"), ("0: sky\n1: sea\n", "'0: sky', expected"),
+    ("0.0 sky\n1.0 sea\n", "'0.0 sky', expected"), ("-1 sky\n1 sea\n", "'-1 sky', expected"),
+    ("1 2 sky\n", "'1 2 sky', expected"), ("1" * 5001 + " sky\n", "'1{40}', expected"),
     ("0 sky\n1 ignore\n", "1 names besides ignore, expected 2 to 255"), ("", "0 names besides ignore"),
     ("0 sky\n1 caf\xe9\n".encode("latin-1"), "cannot be read as UTF-8; save it as UTF-8 text"),
     ("sky\nsea\n".encode("utf-16"), "cannot be read as UTF-8; save it as UTF-8 text")])
@@ -587,3 +593,42 @@ def test_subsets_of_one_seed_are_nested_and_a_function_of_the_ids():
 
 
 # ------------------------------------------------------------------------------------------------ shapes
+
+
+@pytest.mark.parametrize("text", ["1e999999999", "1e-999999999", "0.1e1", "1/0", ".", "1" * 5000])
+def test_an_odd_share_is_refused_at_once(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a share of the images"):
+        datasets.fraction(text)
+
+
+def test_names_of_any_bytes_survive_a_list(tmp_path, script):
+    odd = os.fsdecode("caf\u00e9".encode("latin-1"))
+    for kind, write in (("images", write_image), ("masks", lambda path: write_mask(path, np.zeros((40, 56))))):
+        for name in (odd, "b"):
+            write(tmp_path / kind / "train" / f"{name}.png")
+    (tmp_path / "classes.txt").write_text("sky\nsea\n")
+    with open(tmp_path / "list.txt", "wb") as file:
+        status = subprocess.run([sys.executable, ROOT / "datasets.py", "--data", "folder", "--root", tmp_path], stdout=file,
+                                env={**os.environ, "PYTHONIOENCODING": "ascii"}).returncode
+    assert status == 0
+    source, _ = segmentation_pairs("folder", str(tmp_path), "train")
+    for text in (b"", b"\xef\xbb\xbf"):  # with a byte order mark too
+        (tmp_path / "list.txt").write_bytes(text + (tmp_path / "list.txt").read_bytes())
+        listed, _ = segmentation_pairs("folder", str(tmp_path), "train", list_file=str(tmp_path / "list.txt"))
+        assert listed.pairs == source.pairs and listed.read(1)["mask"].shape == (40, 56)
+    write_lines(tmp_path / "labelled.txt", [source.line(i) for i in range(2)])
+    listed, _ = segmentation_pairs("folder", str(tmp_path), "train", list_file=str(tmp_path / "labelled.txt"))
+    assert listed.pairs == source.pairs
+
+
+def test_a_pipe_is_no_list(tmp_path):
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(InputError, match="list.txt: cannot be read .not a file."):
+        datasets.read_lines(tmp_path / "list.txt")
+
+
+def test_a_circle_of_links_in_a_named_set_is_walked_once(tmp_path):
+    root = cityscapes(tmp_path)
+    before = len(segmentation_pairs("cityscapes", str(root), "train")[0])
+    (root / "leftImg8bit/train/circle").symlink_to(root / "leftImg8bit/train")
+    assert len(segmentation_pairs("cityscapes", str(root), "train")[0]) == before

@@ -1,6 +1,7 @@
 """evaluate.py: the scores by hand, the windows one by one, the script from end to end."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -208,7 +209,7 @@ def test_a_list_of_images_alone_is_predicted(script, checkpoint, tmp_path):
     (tmp_path / "list.txt").write_text("d.png\nnot_there.png\n")
     (root / "classes.txt").write_text("sky\nsea\nsand\n")
     status, _, err = script(*command, "--save-predictions", tmp_path / "q")
-    assert status == 2 and "line 1: expected `image mask`" in err and "or in all lines one image to predict" in err
+    assert status == 2 and "list.txt, line 2: no such file: " in err and "photos/not_there.png" in err
 
 
 def test_predictions_are_no_pictures_and_those_of_other_flags_are_not_overwritten(script, checkpoint, folder, tmp_path):
@@ -245,6 +246,11 @@ def test_a_broken_picture_is_skipped_and_named_and_the_rest_predicted(workers, s
     lambda content: content.update(model=[1]), lambda content: content.update(model={"a": "text"}),
     lambda content: content.update(args="text"), lambda content: content.update(model_args=[]),
     lambda content: content["model_args"].update(width=-3), lambda content: content["model_args"].update(encoder=7),
+    lambda content: content.update(class_names=5), lambda content: content.update(class_names=["sky", "sky", "sea"]),
+    lambda content: content.update(class_names=["sky", 5, "sea"]), lambda content: content.update(class_colours=[[-1, 0, 0]] * 3),
+    lambda content: content.update(class_colours=[[0, 0, 0]]), lambda content: content["args"].update(crop_size="x"),
+    lambda content: content["args"].update(data="there"), lambda content: content["args"].update(pixel_range=[5]),
+    lambda content: content["args"].update(pixel_range="wide"),
     lambda content: content["model_args"].update(unknown=1), lambda content: content["model_args"].update(bands="x"),
     lambda content: content["model"].update({"decoder.head.bias": torch.full((3, ), float("nan"))})])
 def test_a_checkpoint_of_absurd_content_is_refused_in_one_line(spoil, script, checkpoint, folder, tmp_path):
@@ -417,3 +423,76 @@ def test_other_data_than_the_fine_tunings_is_not_read_from_its_list(checkpoint, 
     for more, wanted in (([], "val.txt"), (["--root", "elsewhere"], None), (["--split", "train"], None)):
         args, *_ = evaluate.parse_arguments(["--checkpoint", str(tmp_path / "listed.pt"), *more])
         assert args.list == wanted
+
+
+def finetuned(script, root, out, *more):
+    status, _, err = script("finetune", "--data", "folder", "--root", root, "--encoder", "hybrid-small", "--width", 1 / 32,
+                            "--crop-size", 32, "--steps", 1, "--batch-size", 2, "--workers", 0, "--out", out, *more)
+    assert status == 0, err
+
+
+def test_values_are_not_given_other_classes_where_classes_txt_is_missing(script, folder, tmp_path):
+    (folder / "classes.txt").write_text("0 sand\n1 sea\n2 sky\n255 ignore\n")
+    finetuned(script, folder, tmp_path / "same")
+    (folder / "classes.txt").write_text("2 sky\n1 sea\n0 sand\n255 ignore\n")
+    finetuned(script, folder, tmp_path / "other")
+    (folder / "classes.txt").unlink()
+    command = ["--root", folder, "--workers", 0]
+    assert script("evaluate", "--checkpoint", tmp_path / "same" / "last.pt", *command)[0] == 0
+    status, _, err = script("evaluate", "--checkpoint", tmp_path / "other" / "last.pt", *command)
+    assert status == 2 and "no classes.txt says which" in err and "copy the training data's classes.txt there" in err
+
+
+def test_other_images_than_those_held_out_are_not_taken_for_them(script, folder, tmp_path):
+    for kind in ("images", "masks"):
+        for path in (folder / kind / "val").iterdir():
+            path.rename(folder / kind / "train" / path.name)
+        (folder / kind / "val").rmdir()
+    finetuned(script, folder, tmp_path / "o", "--folds", 2)
+    for name in ("last", "best"):
+        assert script("evaluate", "--checkpoint", tmp_path / "o" / f"{name}.pt", "--workers", 0)[0] == 0
+    for i in range(4):
+        write_image(folder / "images" / "train" / f"new{i}.png")
+        write_mask(folder / "masks" / "train" / f"new{i}.png", np.zeros((40, 56)))
+    for name in ("last", "best"):
+        command = ["--checkpoint", tmp_path / "o" / f"{name}.pt", "--workers", 0, "--out", tmp_path / name]
+        status, _, err = script("evaluate", *command)
+        listed = tmp_path / "o" / "validated.txt"
+        assert status == 2 and f"the images changed since the training" in err and f"pass --list {listed}" in err
+        status, out, err = script("evaluate", *command, "--list", listed)
+        assert status == 0 and "3 images" in out, err
+
+
+@pytest.mark.parametrize("names", [["b.png", "b.jpg", "b.png.tif"], ["a.png", "../photos/a.png", "../a.png"]])
+def test_two_pictures_are_not_one_prediction(names, script, checkpoint, tmp_path):
+    photos(tmp_path / "photos", *names)
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    status, _, err = script("evaluate", "--checkpoint", checkpoint, "--data", "folder", "--root", tmp_path / "photos", "--list",
+                            tmp_path / "list.txt", "--workers", 0, "--save-predictions", tmp_path / "p")
+    assert status == 2 and f"{names[0]} and {names[2]}: their predictions would be one file" in err, err
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("flag, name", [("--out", "metrics.json"), ("--save-predictions", "index"), ("--out", "photo.JPG")])
+def test_what_is_not_ours_is_neither_overwritten_nor_hidden(flag, name, script, checkpoint, folder, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / name).write_text("a user's file")
+    status, _, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0, flag, tmp_path / "own")
+    assert status == 2 and f"own: holds {name} but no args.json" in err and f"pass another {flag}" in err, err
+    assert [path.name for path in (tmp_path / "own").iterdir()] == [name]
+    for place in (folder, folder.parent):
+        status, _, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0, flag, place)
+        assert status == 2 and f"{place}: holds the data" in err and not (place / "args.json").exists(), err
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"scales": [1', ""])
+def test_an_args_json_that_is_torn_is_one_line(text, script, checkpoint, folder, tmp_path):
+    (tmp_path / "args.json").write_text(text)
+    status, _, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0, "--out", tmp_path)
+    assert status == 2 and "args.json: not a whole JSON object" in err and err.count("\n") == 1
+
+
+def test_a_pipe_is_no_checkpoint(script, tmp_path):
+    os.mkfifo(tmp_path / "best.pt")
+    status, _, err = script("evaluate", "--checkpoint", tmp_path / "best.pt")
+    assert status == 2 and "best.pt: not a file" in err and err.count("\n") == 1

@@ -173,3 +173,59 @@ def test_default_workers_follow_the_cores_that_the_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert launch.default_workers() == 3
+
+
+@pytest.mark.parametrize("stage, more, message", [
+    ("finetune", ["--init", ""], "--init is empty"), ("finetune", ["--root="], "--root is empty"),
+    ("evaluate", ["--checkpoint", ""], "--checkpoint is empty"),
+    ("finetune", ["--steps", 2**31], "is not a whole number above 0, of 31 bits"),
+    ("finetune", ["--workers", "9" * 5000], "is not a whole number, 0 or more, of 31 bits"),
+    ("finetune", ["--lr", "1e10"], "'1e10' is not a number above 0, at most 1e9"),
+    ("finetune", ["--epochs", "1e9"], "--epochs 1e+09 are 3000000000 steps; expected fewer than 2 ** 31"),
+    ("pretrain_decoder", ["--sigma", "2e6"], "'2e6' is not a number from 0 to 1e6"),
+    ("datasets", ["--data", "folder", "--pixel-range", "5", "5"], "--pixel-range 5 5: expected two numbers, LOW < HIGH"),
+    ("datasets", ["--data", "folder", "--pixel-range", "0", "1e-40"], "--pixel-range 0 1e-40: expected"),
+    ("datasets", ["--data", "folder", "--pixel-range=-inf", "5"], ""),
+    ("datasets", ["--data", "folder", "--pixel-range", "1000000000", "1000000001"], "which differ in float32"),
+    ("reproduce", ["--seeds", "1", "1"], "--seeds 1 1: expected each once"),
+    ("reproduce", ["--labels", "8", "3", "8"], "--labels 8 3 8: expected each once")])
+def test_a_flag_without_a_sensible_value_is_refused(stage, more, message, script, few_shapes, tmp_path):
+    status, _, err = script(stage, *more, *([] if stage == "datasets" else ["--out", tmp_path / "o"]))
+    assert status == 2 and message in err and err.count("\n") == 1, err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "0", "LOCAL_RANK": "3"}, {"RANK": "7"}, {"LOCAL_WORLD_SIZE": "0"},
+                                         {"LOCAL_WORLD_SIZE": "many"}, {"WORLD_SIZE": "9" * 5000}])
+def test_an_odd_environment_silences_no_error(environment, script, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch.default_workers() >= 1
+    status, _, err = script("finetune", "--init", "nowhere.pt")
+    assert status == 2 and err.count("\n") == 1 and ("nowhere.pt: no such file" in err or "makes no process" in err)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http", "-1"])
+def test_a_port_that_is_none_is_refused(port, script, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    status, _, err = script("finetune")
+    assert status == 2 and f"MASTER_PORT={port}, which makes no process of a group" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("redirection, status, message", [(">&-", 0, ""), (">&- 2>&-", 0, ""), ("2>&-", 0, ""), (
+    ">/dev/full", 2, "datasets.py: error: a file or the output cannot be read or written (No space left on device)")])
+def test_a_closed_or_full_output_is_no_traceback(redirection, status, message):
+    done = subprocess.run(f"{sys.executable} {ROOT / 'datasets.py'} --labels 2 {redirection}", shell=True, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == status and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("\n") <= 2
+
+
+def test_a_compiler_that_is_missing_is_one_line(script, few_shapes, tmp_path, monkeypatch):
+    from torch._inductor import config
+    monkeypatch.setattr(config.cpp, "cxx", ("nowhere-g++",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    status, _, err = script("pretrain_decoder", *flags("pretrain_decoder"), "--compile", "--out", tmp_path / "o")
+    assert status == 2 and "--compile failed: " in err and "drop --compile" in err and err.count("\n") == 1, err

@@ -881,3 +881,110 @@ def test_more_than_one_unreadable_image_in_a_hundred_stops_the_run(script, tmp_p
     status, out, err = script("pretrain_decoder", *base, "--out", tmp_path / "b")
     assert (status == 2 and "2 of 150 images are unreadable, more than 1 %" in err and "100.png" in out
             and err.count("\n") == 1)
+
+
+# ------------------------------------------------------------------------------------------------ odd folders and content
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["last.pt", "log.jsonl", "metrics.json", "photo.JPG"])
+def test_a_folder_with_files_that_no_run_wrote_is_refused(stage, name, script, few_shapes, tmp_path):
+    (tmp_path / name).write_text("a user's file")
+    status, _, err = script(stage, *flags(stage, tmp_path))
+    assert status == 2 and f"{tmp_path}: holds {name} but no args.json" in err and "pass another --out" in err
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "a user's file"
+
+
+def test_a_run_does_not_hide_the_pictures_it_learns_from(script, tmp_path):
+    for i in range(4):
+        write_image(tmp_path / "photos" / "more" / f"{i}.png", seed=i)
+    command = ["pretrain_decoder", *tiny("pretrain_decoder"), "--data", "folder", "--root", tmp_path / "photos", "--encoder",
+               "hybrid-small", "--workers", 0, "--out"]
+    for place in (tmp_path / "photos", tmp_path):
+        status, _, err = script(*command, place)
+        assert status == 2 and f"{place}: holds the data" in err and not (place / "args.json").exists(), err
+    for place in (tmp_path / "photos" / "run", tmp_path / "elsewhere"):
+        place.mkdir()
+        (place / "notes.txt").write_text("unrelated")
+        status, _, err = script(*command, place)
+        assert status == 0, err
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(script, few_shapes, tmp_path):
+    assert script("finetune", *flags("finetune", tmp_path))[0] == 0
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).unlink()
+    status, _, err = script("finetune", *flags("finetune", tmp_path))
+    assert status == 2 and "metrics.json says that a run is finished, but its last.pt is gone" in err
+
+
+def test_weights_that_are_not_finite_are_not_saved(script, few_shapes, tmp_path, monkeypatch):
+    step = torch.optim.Adam.step
+
+    def spoil(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        spoil.calls += 1
+        if spoil.calls == 6:  # the last one, whose loss no other step would tell
+            self.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    spoil.calls = 0
+    monkeypatch.setattr(torch.optim.Adam, "step", spoil)
+    status, _, err = script("finetune", *flags("finetune", tmp_path))
+    assert status == 2 and "the weights are not finite after step 6 (" in err and err.count("\n") == 1
+    assert load(tmp_path / "last.pt")["step"] == 4 and not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda content: content.update(step="x"), lambda content: content.update(step=7), lambda content: content.update(step=-1),
+    lambda content: content.update(best="x"), lambda content: content.update(loss=[]), lambda content: content.update(data=5),
+    lambda content: content.update(unreadable=["x"]), lambda content: content.update(optimizer=[]),
+    lambda content: content["optimizer"].update(state={0: {}}), lambda content: content["optimizer"].update(state=5),
+    lambda content: content["optimizer"]["state"][0].update(exp_avg="x"),
+    lambda content: content["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    lambda content: content["optimizer"]["state"][0].pop("exp_avg_sq"),
+    lambda content: content["model"].pop("decoder.head.bias"), lambda content: content["model"].update({5: torch.zeros(1)}),
+    lambda content: content["args"].update({5: 5})])
+def test_an_altered_checkpoint_is_not_continued_from(spoil, script, few_shapes, finetuned, tmp_path):
+    shutil.copytree(finetuned, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "previous.pt").unlink()
+    content = load(tmp_path / "last.pt")
+    spoil(content)
+    torch.save(content, tmp_path / "last.pt")
+    status, _, err = script("finetune", *flags("finetune", tmp_path))
+    table = "holds a run with other flags or data" in err
+    assert status == 2 and str(tmp_path) in err and (table or err.count("\n") == 1), err
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda content: content.update(model=[5]), lambda content: content.update(model_args=5),
+    lambda content: content["model_args"].update(width="x"), lambda content: content["model_args"].update(bands=[]),
+    lambda content: content["model"].update({5: torch.zeros(1)}),
+    lambda content: content["model"].update({"encoder.pos_embedding": torch.zeros(())}),
+    lambda content: content["model"].update({"decoder.head.bias": "x", "encoder.pos_embedding": 5})])
+def test_altered_weights_are_not_begun_from(spoil, script, few_shapes, finetuned, tmp_path):
+    content = load(finetuned / "last.pt")
+    spoil(content)
+    torch.save(content, tmp_path / "odd.pt")
+    status, _, err = script("finetune", *flags("finetune", tmp_path / "o", "--init", tmp_path / "odd.pt"))
+    assert status == 2 and "odd.pt: " in err and err.count("\n") == 1, err
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finetuned")
+    assert Forked(out, "finetune", *flags("finetune", out / "o")).wait() == [0]
+    return out / "o"
+
+
+def test_a_run_stands_in_for_the_weights_it_began_from_and_for_no_others(script, few_shapes, finetuned, tmp_path):
+    shutil.copy(finetuned / "last.pt", tmp_path / "init.pt")
+    command = ["finetune", *flags("finetune", tmp_path / "o"), "--init"]
+    assert script(*command, tmp_path / "init.pt")[0] == 0
+    (tmp_path / "o" / "metrics.json").unlink()
+    (tmp_path / "init.pt").unlink()
+    (tmp_path / "init.pt").mkdir()
+    (tmp_path / "o" / "last.pt").write_bytes(b"PK")  # previous.pt serves
+    status, _, err = script(*command, tmp_path / "int.pt")
+    assert status == 2 and "int.pt: no such file" in err and err.count("\n") == 1
+    status, out, err = script(*command, tmp_path / "init.pt")
+    assert status == 0 and "init.pt is gone; the run in" in out and "steps 4 to 6" in out, err
