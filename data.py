@@ -94,7 +94,8 @@ def read_image(source, name=None, pixels=Pixels()):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd EXIF tags
-            values = _read_array(source) if name.lower().endswith(".npy") else _read_picture(source, name, bands)
+            is_array = name.lower().endswith(".npy")
+            values = _read_array(source) if is_array else _read_picture(source, name, bands)
             if values.ndim not in (2, 3) or values.size == 0:
                 raise SampleError(f"{name}: an array of shape {values.shape}, expected (H, W) or "
                                   "(H, W, bands)")
@@ -239,7 +240,7 @@ def mask_values(path, colours=False):
         if values.ndim != 2:
             raise SampleError(f"{path}: a mask of shape {values.shape}, expected (H, W)")
         if values.dtype.kind == "f":
-            wrong = values[~((np.abs(values) < 2 ** 31) & (values == np.rint(values)))]
+            wrong = values[~((np.abs(values) < 60_000) & (values == np.rint(values)))]
             if wrong.size:
                 raise SampleError(f"{path}: mask value {wrong[0]}, expected whole numbers")
             values = values.astype(np.int64)
@@ -272,6 +273,8 @@ def read_mask(path, labels):
         known = np.array(sorted(labels)) @ [65536, 256, 1]
         at = np.searchsorted(known, values).clip(max=len(known) - 1)
         mask = np.where(known[at] == values, np.array([labels[key] for key in sorted(labels)])[at], -1)
+    elif values.dtype == np.uint8:
+        mask = labels[values]
     else:
         mask = np.where((values >= 0) & (values <= 255), labels[values.astype(np.uint8)], -1)
     if (mask < 0).any():

@@ -110,7 +110,7 @@ def run_all(runs, args):
                 status = running.pop(name).returncode
                 if status or not finished(name):
                     output = path(args, name, "output.txt")
-                    with open(output) as file:
+                    with open(output, errors="replace") as file:
                         last = (file.read().strip() or "no output").splitlines()[-1]
                     raise InputError(f"the run {name} ended with status {status}: {last} (see {output})")
                 bar.update()

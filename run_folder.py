@@ -70,9 +70,9 @@ class RunFolder:
         if self.checkpoint is not None:
             with intact(self.begun):
                 self._compare_with_checkpoint()
-        elif is_finished(self.out):
-            raise InputError(f"{self.out}: metrics.json says that a run is finished, but its last.pt is gone; "
-                             "put it back, or pass another --out")
+        elif any(map(os.path.exists, [self.path("metrics.json"), self.path("best.pt")])):
+            raise InputError(f"{self.out}: holds metrics.json or best.pt, but last.pt is gone; put it back, or "
+                             "pass another --out")
         elif os.path.exists(self.path("args.json")):
             say(f"{self.out}: a run began here and saved nothing; starting over")
         if len(set(processes.gather(self.saved_step))) > 1:  # also waits: all have read before one writes

@@ -260,6 +260,7 @@ def test_masks_may_be_pages_of_a_stack_and_arrays(tmp_path):
 
 @pytest.mark.parametrize("values, message", [
     (np.array([[0.5, 1]]), r"mask value 0.5, expected whole numbers"),
+    (np.array([[0.5, 1]], np.float16), r"mask value 0.5, expected whole numbers"),
     (np.array([[np.nan, 1]]), r"mask value nan, expected whole numbers"),
     (np.array([[1e300, 1]]), r"mask value 1e\+300, expected whole numbers"),
     (np.array([[2**63, 1]], np.uint64), r"mask value 9223372036854775808, expected 0 to 2"),

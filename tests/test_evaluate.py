@@ -249,6 +249,7 @@ def test_a_broken_picture_is_skipped_and_named_and_the_rest_predicted(workers, s
     lambda content: content.update(class_names=5), lambda content: content.update(class_names=["sky", "sky", "sea"]),
     lambda content: content.update(class_names=["sky", 5, "sea"]), lambda content: content.update(class_colours=[[-1, 0, 0]] * 3),
     lambda content: content.update(class_colours=[[0, 0, 0]]), lambda content: content["args"].update(crop_size="x"),
+    lambda content: content["args"].update(crop_size=-5),
     lambda content: content["args"].update(data="there"), lambda content: content["args"].update(pixel_range=[5]),
     lambda content: content["args"].update(pixel_range="wide"),
     lambda content: content["model_args"].update(unknown=1), lambda content: content["model_args"].update(bands="x"),

@@ -23,6 +23,11 @@ a loss or gradient that is not finite stops the run first          test_a_gradie
 ... with fp16 the step is skipped                                  test_fp16_skips_a_step_that_overflows_and_stops_when_no_scale_will_help
 1, 2 and 4 processes, with accumulation: one curve within 1e-5     test_1_2_and_4_processes_with_and_without_accumulation_are_one_run
 ... ResNet-50's batch statistics, without accumulation             test_batch_statistics_are_those_of_all_processes
+weights that are not finite are not saved                          test_weights_that_are_not_finite_are_not_saved
+a user's files in --out are neither overwritten nor hidden         test_a_folder_with_files_that_no_run_wrote_is_refused
+                                                                   test_a_run_does_not_hide_the_pictures_it_learns_from
+an altered checkpoint or --init is one line                        test_an_altered_checkpoint_is_not_continued_from
+                                                                   test_altered_weights_are_not_begun_from
 damaged pictures are skipped, named once, and replaced             test_pretraining_runs_through_damaged_files_as_if_they_were_their_neighbours
                                                                    test_what_is_said_of_each_bad_picture
 evaluation: any number of processes, the same integers             test_the_number_of_processes_does_not_change_an_integer
@@ -915,7 +920,7 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(script, few_sh
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).unlink()
     status, _, err = script("finetune", *flags("finetune", tmp_path))
-    assert status == 2 and "metrics.json says that a run is finished, but its last.pt is gone" in err
+    assert status == 2 and "holds metrics.json or best.pt, but last.pt is gone" in err
 
 
 def test_weights_that_are_not_finite_are_not_saved(script, few_shapes, tmp_path, monkeypatch):
