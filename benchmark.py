@@ -80,7 +80,7 @@ def synchronise(device):
 
 
 def peak_memory(function, device):
-    """GB that a call adds to what the process holds, at most; None where the system does not say (Linux does)."""
+    """GB that a call adds to what the process holds, at most; None where the system does not say."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -103,7 +103,7 @@ def _status(field):
 
 
 def report(title, unit, seconds, flops=(), ceiling=None, memory=()):
-    """Print a group; return its rows. flops, memory: {name: of a unit, GB}. Ratios are to the fastest peer."""
+    """Print a group, return its rows. flops, memory: {name: of a unit, GB}. Ratios: to the fastest peer."""
     peers = [min(times) for name, times in seconds.items() if name.startswith("peer")]
     rows = []
     say(f"\n{title}: {unit}s a second, fastest and median round")

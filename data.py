@@ -747,13 +747,16 @@ class Loader(DataLoader):
         except OSError as error:
             raise InputError(f"a loader worker cannot start ({error.strerror}); lower --workers, or raise the "
                              "limit that `ulimit -a` shows") from None
-        for number in range(len(self)):
-            with self._patience(number):
-                batch = next(batches)
-            kept = self.keep_unreadable and isinstance(batch, UnreadableImage)
-            if isinstance(batch, InputError) and not kept:
-                raise batch
-            yield batch
+        try:
+            for number in range(len(self)):
+                with self._patience(number):
+                    batch = next(batches)
+                kept = self.keep_unreadable and isinstance(batch, UnreadableImage)
+                if isinstance(batch, InputError) and not kept:
+                    raise batch
+                yield batch
+        finally:
+            del batches  # ends its workers, which the traceback of an error would keep, and its process with them
 
     @contextmanager
     def _patience(self, number):

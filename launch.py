@@ -86,7 +86,8 @@ def run_script(main):
         if error.errno not in CANNOT_WRITE:
             raise
         print(f"{script}: error: {error.filename or 'a file or the output'} cannot be read or written "
-              f"({error.strerror}); what was saved before is intact. Mend that or pass another folder, then repeat the command",
+              f"({error.strerror}); what was saved before is intact. Mend that or pass another folder, "
+              "then repeat the command",
               file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:

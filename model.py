@@ -284,7 +284,7 @@ def upsample_conv_coarse(x, weight):
 
 
 def _sum_taps(taps, dim):
-    """The products of taps -1, 0, 1 with n positions along `dim` -> the 2n sums: 2i and 2i + 1 are copies of i."""
+    """Products of taps -1, 0, 1 with n positions along `dim` -> the 2n sums; 2i and 2i + 1 are copies of i."""
     before, here, after = taps
     zero = torch.zeros_like(here.narrow(dim, 0, 1))
     n = here.shape[dim]
