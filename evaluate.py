@@ -291,7 +291,7 @@ def parse_arguments(argv=None):
         trained, names = checkpoint["args"], checkpoint["class_names"]
         window, data = trained.get("crop_size", 0), trained.get("data", "shapes")
         outputs = checkpoint["model_args"].get("out_channels", len(names))
-        if len({*map(str.strip, names)}) != outputs or data not in LABELLED or window not in range(2 ** 31):
+        if len({*map(str.strip, names)}) != outputs or data not in LABELLED or not 0 <= int(window) == window:
             raise ValueError(f"--data {data}, classes {names}, window {window}")
         parser.set_defaults(window=window)
         made_for = {"data": data, "root": trained.get("root"),
