@@ -206,7 +206,7 @@ def _reason(error):
         return "cannot identify image file"
     if isinstance(error, Image.DecompressionBombError):
         return "over 179 megapixels, which a broken file may claim to have; if it has them, pass --huge"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def label_map(classes, ignore_255=True):

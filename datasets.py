@@ -843,7 +843,7 @@ def label_subset(ids, amount, seed):
 def _ranked(ids, seed):
     """The indices of `ids` in the order of a hash of seed and id."""
     def key(i):
-        return hashlib.sha256(f"{seed}/{Path(ids[i]).as_posix()}".encode()).digest()
+        return hashlib.sha256(f"{seed}/{Path(ids[i]).as_posix()}".encode("utf-8", "surrogateescape")).digest()
 
     return sorted(range(len(ids)), key=key)
 

@@ -601,6 +601,10 @@ def test_an_odd_share_is_refused_at_once(text):
         datasets.fraction(text)
 
 
+def test_names_of_any_bytes_have_a_place_in_a_label_subset():
+    assert len(datasets.label_subset(["a\udcff.png", "b.png", "c.png"], 2, seed=0)) == 2
+
+
 def test_names_of_any_bytes_survive_a_list(tmp_path, script):
     odd = os.fsdecode("caf\u00e9".encode("latin-1"))
     for kind, write in (("images", write_image), ("masks", lambda path: write_mask(path, np.zeros((40, 56))))):
