@@ -11,6 +11,7 @@ windows and mirror images one by one.
 """
 import ctypes
 import io
+import itertools
 import os
 import platform
 import statistics
@@ -43,14 +44,17 @@ WIDTHS = (1024, 512, 256, 128, 64)
 def parse_arguments(argv=None):
     parser = launch.Parser(__doc__)
     add = parser.add_argument
-    add("--only", choices=GROUPS, nargs="+", default=GROUPS, metavar="GROUP", help=f"of {', '.join(GROUPS)}")
+    add("--only", choices=GROUPS, nargs="+", metavar="GROUP",
+        help=f"of {', '.join(GROUPS)} (default: all; quick: without finetune)")
     add("--quick", action="store_true", help="two minutes: fewer and smaller cases, two rounds")
     add("--rounds", type=launch.positive_int, help="how often each case is timed (default: 5; quick: 2)")
     add("--peers", action="store_true", help="time other libraries too, where they are installed")
     add("--json", metavar="FILE", help="write all figures there, too")
-    launch.add_device_flags(parser)
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="as in the stages")
     args = parser.parse_args(argv)
     args.rounds = args.rounds or (2 if args.quick else 5)
+    args.only = args.only or [group for group in GROUPS if group != "finetune" or not args.quick]
     return args
 
 
@@ -152,18 +156,22 @@ def ceiling(args, device):
     return best, seconds, flops
 
 
-def training_step(network, batch, size, device, precision, classes=None):
-    """One step as stage 2 takes it, with a frozen encoder; with `classes`, as stage 3. A function."""
+def training_step(network, batch, size, device, precision, classes=None, loader=None):
+    """One step as stage 2 takes it, with a frozen encoder; with `classes`, as stage 3. A function.
+
+    loader: of the pictures, or None for the same ones in every step.
+    """
     layout = getattr(network, "layout", torch.channels_last)
     network.to(device, memory_format=layout).train()
-    pictures = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
+    same = {"image": torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)}
+    batches = itertools.repeat(same) if loader is None else iter(loader)
     mask = torch.randint(classes or 1, (batch, size, size), device=device)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-5, fused=device.type in ("cpu", "cuda"))
 
     def step():
         optimizer.zero_grad()
-        x = to_pixels(pictures.to(device)).contiguous(memory_format=layout)
+        x = to_pixels(next(batches)["image"].to(device, non_blocking=True)).contiguous(memory_format=layout)
         with launch.autocast(precision, device):
             if classes is None:
                 eps = noise.sample_noise(x.shape, range(batch), device)
@@ -178,16 +186,24 @@ def training_step(network, batch, size, device, precision, classes=None):
     return step
 
 
-def pretraining(batch, peers, device, precision):
-    """Group "step": (cases, FLOPs, memory) of both networks of the paper, width 1, with a frozen encoder."""
+def pretraining(batch, peers, device, precision, photos):
+    """Group "step": (cases, FLOPs, memory) of both networks of the paper, width 1, with a frozen encoder.
+
+    photos: a folder; the last case takes its pictures from there, through the loader and its workers.
+    """
     networks = {f"{encoder}, batch {batch}": build_unet(encoder) for encoder in ("resnet50", "hybrid")}
     if peers:
         networks |= {f"peer: smp resnet50, channels last, batch {batch}": PeerUnet(torch.channels_last),
                      f"peer: smp resnet50, NCHW, batch {batch}": PeerUnet(torch.contiguous_format)}
     for network in networks.values():
         freeze(network.encoder)
-    return profile({name: training_step(network, batch, 224, device, precision)
-                    for name, network in networks.items()}, batch, device)
+    steps = {name: training_step(network, batch, 224, device, precision) for name, network in networks.items()}
+    images = pretraining_images("folder", photos)
+    loader = load(Samples(images, pretraining_transform(224)), Batches(len(images), batch, 10 ** 6),
+                  launch.default_workers(), pin_memory=device.type == "cuda")
+    steps[f"hybrid, batch {batch}, with the loader"] = training_step(
+        networks[f"hybrid, batch {batch}"], batch, 224, device, precision, loader=loader)
+    return profile(steps, batch, device)
 
 
 def profile(steps, batch, device):
@@ -276,13 +292,12 @@ def one_by_one(network, x, scales, window):
 
 def loading(args, folder):
     """Group "data", on one core: (title, cases) of pretraining's pictures and of fine-tuning's."""
-    random, count = np.random.default_rng(0), 32 if args.quick else 64
-    photos, city, tars = (os.path.join(folder, name) for name in ("photos", "city", "tars"))
-    for path in (f"{photos}/n00000001", f"{city}/images/train", f"{city}/masks/train", tars):
+    random, photos = np.random.default_rng(0), write_photos(folder)
+    city, tars, count = f"{folder}/city", f"{folder}/tars", len(os.listdir(f"{photos}/n00000001"))
+    for path in (f"{city}/images/train", f"{city}/masks/train", tars):
         os.makedirs(path)
     with tarfile.open(f"{tars}/n00000001.tar", "w") as tar:
         for i in range(count):
-            picture(random, (500, 375)).save(f"{photos}/n00000001/{i}.jpg", quality=90)
             tar.add(f"{photos}/n00000001/{i}.jpg", f"n00000001_{i}.JPEG")
     for i in range(4):
         picture(random, (2048, 1024)).save(f"{city}/images/train/{i}.png")
@@ -306,6 +321,16 @@ def loading(args, folder):
     pairs, _ = segmentation_pairs("folder", city, "train", 19)
     yield "PNGs of 2048 x 1024 with masks, one core", {
         "crops of 1024": epoch(pairs, segmentation_transform(1024), 2)}
+
+
+def write_photos(folder):
+    """The folder of 64 JPEGs, written once."""
+    photos, random = os.path.join(folder, "photos"), np.random.default_rng(1)
+    if not os.path.isdir(photos):
+        os.makedirs(f"{photos}/n00000001")
+        for i in range(64):
+            picture(random, (500, 375)).save(f"{photos}/n00000001/{i}.jpg", quality=90)
+    return photos
 
 
 def picture(random, size):
@@ -363,15 +388,10 @@ def main():
         best, seconds, flops = ceiling(args, device)
         highest = best.get(precision)
         rows += report("The ceiling, the decoder's own convolutions", "image", seconds, flops)
-    if "step" in args.only:
-        for batch in [2] if args.quick else [2, 8] + ([64] if device.type == "cuda" else []):
-            cases, flops, memory = pretraining(batch, args.peers, device, precision)
-            rows += report("Decoder pretraining, 224 x 224, width 1", "image",
-                           measure(cases, args.rounds, device), flops, highest, memory)
     if "small" in args.only:
         cases = small_steps(device, precision)
         rows += report("The embedded experiment", "image", measure(cases, args.rounds, device))
-    if "finetune" in args.only and not args.quick:
+    if "finetune" in args.only:
         cases, flops, memory = fine_tuning(device, precision)
         rows += report("Fine-tuning, width 1", "image", measure(cases, args.rounds, device), flops, highest,
                        memory)
@@ -379,6 +399,11 @@ def main():
         for cases, memory in evaluation(args.peers, device, precision):
             rows += report("Evaluation", "image", measure(cases, args.rounds, device), memory=memory)
     with tempfile.TemporaryDirectory() as folder:
+        if "step" in args.only:
+            for batch in [2] if args.quick else [2, 8] + ([64] if device.type == "cuda" else []):
+                cases, flops, memory = pretraining(batch, args.peers, device, precision, write_photos(folder))
+                rows += report("Decoder pretraining, 224 x 224, width 1", "image",
+                               measure(cases, args.rounds, device), flops, highest, memory)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         if "data" in args.only:

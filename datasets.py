@@ -323,7 +323,6 @@ class PascalVOC(DataSet):
                 raise InputError(f"{os.path.join(self.base, path)}: no such file, but {list_file} names it")
         return pairs
 
-
     def pair(self, name):
         """(image, mask) of a line of the set's own lists."""
         return os.path.join("JPEGImages", f"{name}.jpg"), os.path.join(self.folders[1], f"{name}.png")

@@ -25,8 +25,7 @@ from datasets import (DATA_SETS, LABELLED, add_subset_flags, choose_labels, clas
                       survey_masks)
 from evaluate import evaluate, predict_rows, table
 from launch import InputError, say
-from model import (ENCODERS, PUBLISHED, build_unet, freeze, image_size_of, load_encoder_weights,
-                   load_strictly)
+from model import ENCODERS, PUBLISHED, build_unet, freeze, image_size_of, load_encoder_weights, load_strictly
 from pictures import as_picture, colour_mask, sheet
 from run_folder import RunFolder, initial_weights, is_finished, write_lines
 
@@ -162,9 +161,8 @@ def main():
 
     # Resume: `settings` must be those of the run. (step, last loss, best score); (0, None, -1) for a new run
     settings = {**vars(args), "precision": precision, "images-per-batch-norm": batch_norm_images,
-                "weights-bytes": digest,
                 "encoder": network["encoder"], "width": network["width"], "bands": network["bands"],
-                "classes-of-masks": f"{', '.join(names)} ({train.meaning()})"}
+                "classes-of-masks": f"{', '.join(names)} ({train.meaning()})", "weights-bytes": digest}
     run = RunFolder(settings, sources, steps, processes)
     start, loss, best = run.restore(model, optimizer, scaler)
     if is_finished(args.out):

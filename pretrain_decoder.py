@@ -261,8 +261,8 @@ def what_the_decoder_uses(args, model, samples, device):
         prediction = model.decoder(maps, x.shape[-2:], gamma.to(device))
         return noise.denoising_loss(prediction, eps if args.target == "noise" else x).item()
 
-    means = [map.mean(0, keepdim=True).expand_as(map) for map in maps]
-    return {stride: loss([*maps[:i], means[i], *maps[i + 1:]]) / loss(maps) - 1
+    whole, means = loss(maps), [values.mean(0, keepdim=True).expand_as(values) for values in maps]
+    return {stride: loss([*maps[:i], means[i], *maps[i + 1:]]) / whole - 1
             for i, stride in enumerate(model.encoder.strides)}
 
 

@@ -71,7 +71,7 @@ class RunFolder:
             with intact(self.begun):
                 self._compare_with_checkpoint()
         elif any(map(os.path.exists, [self.path("metrics.json"), self.path("best.pt")])):
-            raise InputError(f"{self.out}: holds metrics.json or best.pt, but last.pt is gone; put it back, or "
+            raise InputError(f"{self.out}: holds metrics.json or best.pt, but last.pt is gone; put it back or "
                              "pass another --out")
         elif os.path.exists(self.path("args.json")):
             say(f"{self.out}: a run began here and saved nothing; starting over")
@@ -270,17 +270,17 @@ class RunFolder:
             with replacing(self.path("curve.png")) as file:
                 training_curve(panels).save(file, "PNG")
 
-    def save_best(self, model, step, **content):
-        self._require_finite_weights(step, model)
+    def save_best(self, model, **content):
+        """Write best.pt, of the weights that last.pt has already."""
         if self.processes.is_main:
-            content.update(model=model.state_dict(), step=step, args=self.settings, data=self.data)
+            content.update(model=model.state_dict(), args=self.settings, data=self.data)
             save(self.path("best.pt"), content)
 
     def _require_finite_weights(self, step, model):
-        faults = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
-        if faults:
-            raise InputError(f"the weights are not finite after step {step} ({faults[0]}): not saved, what was "
-                             "saved before is intact; lower --lr")
+        finite = torch.stack([value.isfinite().all() for value in model.state_dict().values()])
+        if not finite.all():  # one wait for the device
+            raise InputError(f"the weights are not finite after step {step}: not saved, what was saved before "
+                             "is intact; lower --lr")
 
     def stop_if_told(self):
         """Raise Stopped on all processes when any of them got a signal; all must call it equally often."""

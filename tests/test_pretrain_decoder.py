@@ -185,6 +185,15 @@ def test_a_decoder_goes_on_from_a_checkpoint_of_this_stage(script, few_shapes, t
     assert status == 2 and "expected a checkpoint of this stage" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("stage", ["pretrain_encoder", "pretrain_decoder", "finetune"])
+def test_no_stage_loads_more_than_a_micro_batch_at_once(stage, script, few_shapes, tmp_path, monkeypatch):
+    sizes, collate = [], data._collate
+    monkeypatch.setattr(data, "_collate", lambda items: (sizes.append(len(items)), collate(items))[1])
+    more = ["--batch-size", 8, "--micro-batch", 2, "--steps", 2]
+    assert script(stage, *flags(stage), *more, "--out", tmp_path)[0] == 0
+    assert sizes[:8] == [2] * 8
+
+
 @pytest.mark.parametrize("used", [0, 2])
 def test_what_the_decoder_uses_is_the_rise_of_the_loss_without_each_map(used, few_shapes):
     """A decoder made by hand: it misses the noise by 0.5, but by 1 where the map that it uses was changed. Its loss is

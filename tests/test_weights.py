@@ -12,6 +12,7 @@ stored JAX features, the fourth what compiling does to them: no port can be aske
 
 import copy
 import http.server
+import pickle
 import re
 import threading
 from pathlib import Path
@@ -377,3 +378,10 @@ def test_offline_one_line_gives_the_address(script, monkeypatch, tmp_path):
     assert status == 2 and err.count("\n") == 1
     assert ("imagenet21k: cannot fetch http://127.0.0.1:9/R50+ViT-B_16.npz" in err
             and "pass the path of a copy" in err)
+
+
+def test_a_raw_pickle_is_refused_without_warnings_of_torch(tmp_path, recwarn):
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps({"a": [1, 2]}))
+    with pytest.raises(model.WeightsError, match="cannot be read as weights"):
+        model.read_weights(str(tmp_path / "raw.pth"))
+    assert not recwarn.list
