@@ -935,7 +935,7 @@ def test_weights_that_are_not_finite_are_not_saved(script, few_shapes, tmp_path,
     spoil.calls = 0
     monkeypatch.setattr(torch.optim.Adam, "step", spoil)
     status, _, err = script("finetune", *flags("finetune", tmp_path))
-    assert status == 2 and "the weights are not finite after step 6 (" in err and err.count("\n") == 1
+    assert status == 2 and "the weights are not finite after step 6: not saved" in err and err.count("\n") == 1
     assert load(tmp_path / "last.pt")["step"] == 4 and not (tmp_path / "metrics.json").exists()
 
 
