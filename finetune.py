@@ -31,9 +31,9 @@ from run_folder import RunFolder, initial_weights, is_finished, write_lines
 
 # 5.1 sweeps lr and weight_decay over [1e-5, 3e-4]. PAPER SILENT on what won, on batch size and steps.
 RECIPE = {
-    "shapes": dict(crop_size=64, crop="inception", min_area=0.5, steps=250, batch_size=4, micro_batch=4,
-                   lr=1e-3, warmup_steps=20, weight_decay=0.0, clip_norm=1.0, workers=0, save_every="125",
-                   eval_every=250),
+    "shapes": dict(crop_size=64, crop="inception", min_area=0.5, steps=500, batch_size=4, micro_batch=4,
+                   lr=1e-3, warmup_steps=20, weight_decay=0.0, clip_norm=1.0, workers=0, save_every="250",
+                   eval_every=500),
     "paper": dict(crop_size=512, crop="random", min_area=0.08, steps=10_000, batch_size=16, micro_batch=4,
                   lr=1e-4, warmup_steps=0, weight_decay=1e-4, workers=launch.default_workers(),
                   save_every="500", eval_every=500),
