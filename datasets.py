@@ -349,7 +349,7 @@ DATA_SETS = {"cityscapes": Cityscapes, "pascal_context": PascalContext, "ade20k"
 
 SPLITS = ("train", "val", "test")  # test: of folder alone
 LABELLED = ("shapes", "folder", *DATA_SETS)  # for stage 3 and evaluation
-UNLABELLED = (*LABELLED, "imagenet21k")  # for stage 2
+UNLABELLED = (*LABELLED, "shapes_objects", "imagenet21k")  # for stage 2; objects: the pictures of stage 1
 CLASSIFIED = ("shapes", "folder", "imagenet21k")  # for stage 1
 SHAPES_COUNTS = {"encoder_train": 4000, "encoder_val": 500, "unlabelled": 4000, "train": 512, "val": 250}
 SYNSETS = (19_167, 21_841, 10_450)  # ImageNet-21k winter21, fall11, 21k-P
@@ -396,8 +396,9 @@ def pretraining_images(data, root, cache=None, coarse=False, pixels=Pixels()):
     """
     if coarse and data != "cityscapes":
         raise InputError(f"--coarse belongs to --data cityscapes, this is {data}")
-    if data == "shapes":
-        return Shapes("unlabelled", SHAPES_COUNTS["unlabelled"])
+    if data in ("shapes", "shapes_objects"):
+        part = "unlabelled" if data == "shapes" else "encoder_train"
+        return Shapes(part, SHAPES_COUNTS[part])
     _require_folder(root)
     if data == "folder":
         if {"images", "masks"} <= set(os.listdir(root)):

@@ -230,7 +230,8 @@ def parse(parser, recipe, argv=None, of_checkpoint=None):
     """
     usual = of_checkpoint or {"data": "shapes"}
     data = peek(argv, "--data", usual["data"])
-    defaults = recipe["shapes"] if data == "shapes" else {**recipe["paper"], **recipe.get(data, {})}
+    embedded = (data or "").startswith("shapes")
+    defaults = recipe["shapes"] if embedded else {**recipe["paper"], **recipe.get(data, {})}
     parser.set_defaults(**defaults)
     if data == usual["data"]:
         parser.set_defaults(**usual)
@@ -238,10 +239,10 @@ def parse(parser, recipe, argv=None, of_checkpoint=None):
         if peek(argv, given) is not None:  # replaces the recipe's other one
             parser.set_defaults(**{other: None})
     args = parser.parse_args(argv)
-    if args.data == "shapes" and (args.pixel_range or getattr(args, "bands", None) not in (None, 3)):
-        raise InputError("--data shapes has 3 bands of 8 bits; --bands and --pixel-range are for files")
-    if args.data == "shapes" and args.root is not None:
-        raise InputError("--root given, but --data shapes is drawn by code; pass --data folder, or another "
+    if embedded and (args.pixel_range or getattr(args, "bands", None) not in (None, 3)):
+        raise InputError(f"--data {data} has 3 bands of 8 bits; --bands and --pixel-range are for files")
+    if embedded and args.root is not None:
+        raise InputError(f"--root given, but --data {data} is drawn by code; pass --data folder, or another "
                          "set")
     return args
 

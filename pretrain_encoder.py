@@ -26,9 +26,9 @@ from run_folder import RunFolder, is_finished
 
 # PAPER SILENT on all of stage 1. "paper" holds the usual figures of ViT training on ImageNet with Adam.
 RECIPE = {
-    "shapes": dict(encoder="hybrid-small", image_size=64, min_area=0.5, steps=250, batch_size=32,
+    "shapes": dict(encoder="hybrid-small", image_size=64, min_area=0.5, steps=500, batch_size=32,
                    micro_batch=32, lr=2e-3, warmup_steps=20, weight_decay=0.0, clip_norm=1.0, workers=0,
-                   save_every="100", eval_every=250),
+                   save_every="250", eval_every=500),
     "paper": dict(encoder="hybrid", image_size=224, min_area=0.08, epochs=90, batch_size=4096, micro_batch=64,
                   lr=1e-3, warmup_steps=10_000, weight_decay=0.03, decoupled_weight_decay=True,
                   workers=launch.default_workers(), save_every="1000", eval_every=5000),

@@ -1,199 +1,638 @@
-"""The paper's comparison on the embedded data: four initialisations x two label budgets x five seeds.
+"""Every table and figure of the paper is a command, and so is the same comparison on the embedded data.
 
-For each seed: stage 1 once, stage 2 twice (DDeP and DeP), then stage 3 from each initialisation with each
-number of labels. A seed is a full repetition: fresh weights in every stage, another label subset. All methods
-see the same seeds, so differences are taken in pairs. Each run is a script of its own in results/runs; a
-finished run is never repeated. The table is shown after every seed.
+    python reproduce.py                                    # the experiment on the embedded data
+    python reproduce.py list                               # all tables, and how far they are
+    python reproduce.py table6 --dry-run                   # its commands, and an estimate of the hours
+    python reproduce.py table6 --imagenet21k DIR --pascal-context DIR        # what is missing of it
+    python reproduce.py all --scale small                  # all tables on the embedded data, on two cores
 
-    python reproduce.py                # the table, with the rates that the sweep chose
-    python reproduce.py --sweep        # the sweep: nine candidates for each method, on seeds of its own
+A table is data, below: a row is how a network is initialised, a column how many labels it is fine-tuned on.
+A run is one stage in a folder of its own, OUT/runs/INITIALISATION/SETTINGS. Tables share what they have in
+common, above all the pretrainings. A run with a result is done; stop at any time, the same command goes on.
+Any number of these programs may work on one OUT at once, on one machine or many: a run is claimed first.
 
-Out: table.md (mean ± standard deviation (number of runs), differences), results.json (every run), two
-figures; sweep.md.
+Rates are chosen as in 5.1: each cell runs a grid of rates on a seed of its own, whose score does not enter
+the table, and takes the best. PAPER SILENT on the grid and on what a "task" is: here four by four values
+from 1e-5 to 3e-4, and a task is a row and a column. All repeats share one pretraining, as in the paper.
+
+Out: results.md (all tables, beside the paper's numbers), results.json (every score), curves, predictions,
+sweep_TABLE.md. Of fine-tunings only those of the first seed keep their weights.
 """
+import importlib
+import json
 import math
 import os
+import re
+import shlex
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from contextlib import suppress
+from fractions import Fraction
 from itertools import product
 from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import launch
-from data import to_pixels
-from datasets import class_colours, segmentation_pairs
+import noise
+from data import Pixels, to_pixels
+from datasets import DATA_SETS, class_colours, pretraining_images, segmentation_pairs
 from evaluate import predict
 from launch import InputError, say
 from model import build_unet
 from pictures import colour_mask, curves, from_pixels, sheet
-from run_folder import (is_finished, load_checkpoint, lock_folder, make_folder, read_json, refuse_other_flags,
-                        replacing, write_json)
+from run_folder import build, load_checkpoint, make_folder, read_json, refuse_other_flags, replacing
 
-# Student's t at 97.5 % for 1, 2, ... degrees of freedom
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12)
-HERE = os.path.dirname(os.path.abspath(__file__))
+# ---------------------------------------- The tables
 
 
 class Row(NamedTuple):
-    """An initialisation. ENCODER and DECODER in its flags are the last.pt of stage 1 and of its stage 2."""
-    stage_2: str | None  # flags of pretrain_decoder.py; None: there is no stage 2
-    stage_3: str         # flags of finetune.py
-    rates: tuple         # flags of stage 2, of stage 3: the best of the sweep
+    name: str
+    data: str           # --data of fine-tuning and evaluation
+    init: str           # NONE, SUPERVISED, or the flags of pretrain_decoder.py
+    paper: tuple = ()   # mIoU % in the paper, for each column
+    network: str = ""   # --width or --encoder, where they are not the paper's x1 and Hybrid-ViT
+    rates: tuple = ("", "")  # without a sweep: flags of stage 2 and stage 3; default: those of the scripts
 
 
-ROWS = {
-    "No pretraining": Row(None, "--init none", ("", "--lr 1e-3 --weight-decay 0")),
-    "Supervised": Row(None, "--init ENCODER", ("", "--lr 1e-3 --weight-decay 0")),
-    "DeP": Row("--method dep", "--init DECODER", ("--lr 1e-3", "--lr 1e-3")),
-    "DDeP": Row("--encoder-weights ENCODER", "--init DECODER", ("--lr 1e-3", "--lr 1e-3")),
+class Table(NamedTuple):
+    title: str
+    columns: tuple = ()  # a share of the labels, or "8 labels"
+    rows: tuple = ()
+    cited: tuple = ()    # ((name, numbers), ...) of other papers
+    curve: str = ""      # a picture: "labels" along x, or what the number at the end of a row's name is
+    pairs: tuple = ()    # rows whose differences are shown, in pairs
+
+
+NONE, SUPERVISED = "none", "supervised"
+DDEP = "--data imagenet21k --gamma 0.95"  # 100 epochs, batch 512, 224 px: the defaults of stage 2
+DEP = "--method dep --data cityscapes --coarse"
+DEP_SIGMA = f"{DEP} --noise simple --sigma 0.8"  # 3.4. PAPER SILENT on Table 1 and Figure 3: as Table 2
+LABELS_CITYSCAPES = ("100%", "1/4", "1/8", "1/30")
+LABELS = ("100%", "20%", "10%", "5%", "1%")
+
+
+def three(prefix, data, none, supervised, ddep, network=""):
+    """The three rows that most of the tables compare."""
+    return (Row(f"{prefix}No pretraining", data, NONE, none, network),
+            Row(f"{prefix}Supervised", data, SUPERVISED, supervised, network),
+            Row(f"{prefix}DDeP", data, DDEP, ddep, network))
+
+
+X1_CITYSCAPES = three("×1 ", "cityscapes", (63.47, 39.63, 34.74, 25.79), (80.36, 75.55, 72.56, 54.72),
+                      (80.72, 76.38, 73.21, 64.48))
+X2_CITYSCAPES = three("×2 ", "cityscapes", (62.25, 37.72, 33.73, 24.93), (80.50, 75.57, 72.84, 60.36),
+                      (80.91, 76.86, 73.81, 64.75), "--width 2")
+TABLES = {
+    "table1": Table("Table 1: predicting the image or the noise; DeP, Cityscapes", LABELS_CITYSCAPES, (
+        Row("predict x", "cityscapes", f"{DEP_SIGMA} --target image --epochs 6000", (70.44, 60.87, 55.44, 41.40)),
+        Row("predict ε", "cityscapes", f"{DEP_SIGMA} --epochs 6000", (75.01, 67.26, 61.94, 48.36)))),
+    "table2": Table("Table 2: denoising pretraining of the whole network; Cityscapes", ("100%", "25%", "2%", "1%"), (
+        Row("No pretraining", "cityscapes", NONE, (63.47, 39.63, 21.23, 18.52)),
+        Row("Supervised", "cityscapes", SUPERVISED, (80.36, 75.55, 41.33, 35.51)),
+        Row("DeP", "cityscapes", f"{DEP_SIGMA} --epochs 6000", (77.14, 68.87, 42.79, 37.55)))),
+    # PAPER SILENT: a curve without numbers. The last row is Table 2's DeP
+    "figure3": Table("Figure 3: length of pretraining; DeP, Cityscapes", ("25%", "1%"), tuple(
+        Row(f"epochs {epochs}", "cityscapes", f"{DEP_SIGMA} --epochs {epochs}")
+        for epochs in (100, 300, 1000, 3000, 6000)), curve="epochs of pretraining"),
+    "figure4": Table("Figure 4: an image with noise of some standard deviations"),
+    # PAPER SILENT: a curve without numbers, best at the magnitude 0.22 = sqrt(1 - gamma)
+    "figure5left": Table("Figure 5 left: noise magnitude; the mean of two data sets counts", ("1%",), tuple(
+        Row(f"{name}, magnitude {math.sqrt(1 - gamma):.2f}", data, f"--data imagenet21k --gamma {gamma}")
+        for name, data in (("Pascal Context", "pascal_context"), ("ADE20K", "ade20k"))
+        for gamma in (0.99, 0.975, 0.95, 0.9, 0.8, 0.65)), curve="noise magnitude"),
+    # PAPER SILENT on the noise of the simple one: the same ratio of noise and image, sqrt(1 / 0.95 - 1)
+    "figure5right": Table("Figure 5 right: simple or scaled noise", ("100%", "10%", "5%", "1%"), tuple(
+        Row(f"{name}, {kind}", data, init, paper) for name, data, kind, init, paper in (
+            ("Pascal Context", "pascal_context", "simple", "--data imagenet21k --noise simple --sigma 0.2294",
+             (59.64, 44.70, 39.14, 18.05)),
+            ("Pascal Context", "pascal_context", "scaled", DDEP, (60.00, 48.27, 41.93, 19.69)),
+            ("ADE20K", "ade20k", "simple", "--data imagenet21k --noise simple --sigma 0.2294",
+             (48.88, 34.21, 24.07, 9.17)),
+            ("ADE20K", "ade20k", "scaled", DDEP, (48.97, 34.99, 26.86, 10.80))))),
+    "table3": Table("Table 3: the images of decoder pretraining", ("100%", "10%", "5%"), (
+        Row("Pascal Context, from Pascal VOC", "pascal_context", "--data voc --gamma 0.95", (60.13, 49.95, 44.30)),
+        Row("Pascal Context, from ImageNet-21k", "pascal_context", DDEP, (60.57, 50.61, 45.13)),
+        Row("ADE20K, from ADE20K", "ade20k", "--data ade20k --gamma 0.95", (48.92, 36.14, 28.49)),
+        Row("ADE20K, from ImageNet-21k", "ade20k", DDEP, (49.37, 37.14, 29.74)),
+        Row("Cityscapes, from fine and coarse", "cityscapes", "--data cityscapes --coarse --gamma 0.95",
+            (80.53, 72.67, 62.23)),
+        Row("Cityscapes, from ImageNet-21k", "cityscapes", DDEP, (80.72, 73.21, 66.51)))),
+    "table4": Table("Table 4: fixed or random gamma; Pascal Context, ×3", ("100%", "20%", "10%"), (
+        Row("gamma in U(0.9, 0.95)", "pascal_context", "--data imagenet21k --gamma-range 0.9 0.95",
+            (59.71, 52.53, 49.23), "--width 3"),
+        Row("gamma = 0.95", "pascal_context", DDEP, (59.97, 53.36, 49.84), "--width 3"))),
+    # PAPER SILENT on DeP here but for scaled noise: gamma 0.95, the images and the length of Table 2
+    "figure6": Table("Figure 6: Cityscapes", LABELS_CITYSCAPES, (
+        *X1_CITYSCAPES[:2],
+        Row("×1 DeP", "cityscapes", f"{DEP} --gamma 0.95 --epochs 6000", (79.07, 74.68, 70.36, 61.79)),
+        *X1_CITYSCAPES[2:], *X2_CITYSCAPES), curve="labels"),
+    "table5": Table("Table 5: beside other methods; Cityscapes", LABELS_CITYSCAPES, X2_CITYSCAPES[2:], cited=(
+        ("AdvSemSeg", (None, 62.3, 58.8, None)), ("s4GAN", (65.8, 61.9, 59.3, None)),
+        ("DMT", (68.16, None, 63.03, 54.80)), ("ClassMix", (None, 63.63, 61.35, None)),
+        ("CutMix", (None, 68.33, 65.82, 55.71)), ("PseudoSeg", (None, 72.36, 69.81, 60.96)),
+        ("supervised baseline of PC2Seg", (74.88, 73.31, 68.72, 56.09)), ("PC2Seg", (75.99, 75.15, 72.29, 62.89)))),
+    "table6": Table("Table 6 and Figure 1 right: Pascal Context", LABELS, (
+        *three("×1 ", "pascal_context", (16.78, 7.21, 5.69, 4.53, 2.57), (59.74, 42.15, 36.28, 30.86, 12.45),
+               (60.95, 52.81, 48.64, 42.20, 19.90)),
+        *three("×3 ", "pascal_context", (17.22, 7.32, 6.16, 4.97, 2.95), (61.25, 51.49, 44.71, 37.52, 12.53),
+               (62.04, 55.28, 51.55, 46.29, 24.69), "--width 3")), curve="labels"),
+    "figure7": Table("Figure 7: ADE20K", LABELS, (
+        *three("×1 ", "ade20k", (19.43, 5.26, 4.07, 2.80, 1.87), (48.92, 40.77, 23.05, 10.84, 5.14),
+               (49.96, 42.76, 35.75, 27.29, 10.77)),
+        *three("×3 ", "ade20k", (16.67, 5.88, 4.20, 2.91, 1.90), (49.60, 41.65, 33.04, 16.40, 5.31),
+               (50.88, 43.26, 39.01, 32.30, 16.30), "--width 3")), curve="labels"),
+    "table7": Table("Table 7: ResNet-50 on Pascal Context, one scale", LABELS, three(
+        "", "pascal_context", (19.01, 8.46, 6.72, 5.30, 2.73), (45.21, 24.55, 19.27, 14.97, 6.09),
+        (46.07, 30.38, 26.39, 21.12, 9.63), "--encoder resnet50"), curve="labels"),
 }
-PAIRS = (("Supervised", "No pretraining"), ("DDeP", "Supervised"), ("DDeP", "DeP"))
+# Repeats of fine-tuning (5.1), where they are not ten. PAPER SILENT on the shares that it does not name: ten
+REPEATS = {("cityscapes", "1/8"): 6, ("cityscapes", "1/4"): 4, ("pascal_context", "20%"): 5, ("ade20k", "20%"): 5}
+GRID = tuple(("", f"--lr {rate} --weight-decay {decay}")
+             for rate, decay in product(("1e-5", "3e-5", "1e-4", "3e-4"), repeat=2))
+SWEEP_SEEDS = (100,)
 
-# The sweep: nine candidates for each method, of stage 2 and stage 3, or of stage 3 alone.
-STAGE_2_RATES = "--lr 3e-4", "--lr 1e-3", "--lr 3e-3"
-STAGE_3_RATES = "--lr 5e-4", "--lr 1e-3", "--lr 2e-3"
-WEIGHT_DECAYS = "--weight-decay 0", "--weight-decay 1e-4", "--weight-decay 1e-3"
-SWEEP_SEEDS, SWEEP_LABELS = (100, 101), 8  # no score of these enters the table
+# The embedded experiment: the four methods on the pictures of shapes.py, with the rates that its sweep chose.
+# Gamma 0.5: figures/search.md.
+SHAPES = Table("The embedded data", ("8 labels", "32 labels"), (
+    Row("No pretraining", "shapes", NONE, rates=("", "--lr 2e-3 --weight-decay 0")),
+    Row("Supervised", "shapes", SUPERVISED, rates=("", "--lr 2e-3 --weight-decay 0")),
+    Row("DeP", "shapes", "--method dep --gamma 0.5", rates=("--lr 1e-3", "--lr 2e-3 --weight-decay 0")),
+    Row("DDeP", "shapes", "--gamma 0.5", rates=("--lr 3e-4", "--lr 5e-4 --weight-decay 0"))),
+    curve="labels", pairs=(("Supervised", "No pretraining"), ("DDeP", "Supervised"), ("DDeP", "DeP")))
+SHAPES_SEEDS, SHAPES_SWEEP_SEEDS, SHAPES_SWEEP_COLUMN = range(5), (100, 101), "8 labels"
+SHAPES_RATES = ("5e-4", "1e-3", "2e-3")
+SHAPES_GRIDS = {  # nine candidates for each method
+    True: tuple((f"--lr {two}", f"--lr {three} --weight-decay 0")
+                for two, three in product(("3e-4", "1e-3", "3e-3"), SHAPES_RATES)),
+    False: tuple(("", f"--lr {rate} --weight-decay {decay}")
+                 for rate, decay in product(SHAPES_RATES, ("0", "1e-4", "1e-3")))}
+
+# --scale small: the paper on the embedded data, whose scenes stand for every labelled data set and for its own
+# images without labels, and whose single objects stand for ImageNet-21k.
+SMALL_GRID = (("", "--lr 1e-3"), ("", "--lr 2e-3"))
+SMALL_STEPS = (300, 1200, 200)  # of the three stages; 6000 epochs of the paper are 1200 steps, too
+SMALL_REPEATS = 2
+FOLDERS = ("imagenet21k", *DATA_SETS)  # --imagenet21k DIR, --cityscapes DIR, ...
+
+
+def scaled_down(table, steps):
+    """The table on the embedded data: decoders an eighth as wide."""
+    def small(row):
+        init = row.init
+        if init.startswith("--"):
+            init = re.sub("--data (cityscapes|ade20k|voc)( --coarse)?", "--data shapes", init)
+            init = init.replace("--data imagenet21k", "--data shapes_objects")
+            init = re.sub("--epochs ([0-9]+)", lambda n: f"--steps {max(1, steps[1] * int(n[1]) // 6000)}", init)
+        width = re.search("--width ([0-9]+)", row.network)
+        network = f"--width {int(width[1]) / 8 if width else 1 / 8:g}"
+        return row._replace(data="shapes", init=init,
+                            network=network + (" --encoder resnet50" if "resnet50" in row.network else ""))
+    return table._replace(rows=tuple(map(small, table.rows)))
+
+
+# ---------------------------------------- Flags
 
 
 def parse_arguments(argv=None):
     parser = launch.Parser(__doc__)
     add = parser.add_argument
-    add("--out", default="results", metavar="DIR", help="where everything goes")
-    add("--sweep", action="store_true", help="run the candidates instead of the table")
-    add("--labels", type=launch.positive_int, nargs="+", default=[8, 32], help="label budgets")
-    add("--seeds", type=launch.seed_int, nargs="+", default=[0, 1, 2, 3, 4], help="repetitions")
+    add("tables", nargs="*", default=["shapes"], metavar="TABLE",
+        help=f"shapes, {', '.join(TABLES)}; all of the paper's; or list (default: shapes)")
+    add("--out", default="results", metavar="DIR", help="where everything goes; other workers may share it")
+    add("--scale", choices=("paper", "small"), default="paper", help="small: the embedded data, on two cores")
+    for name in FOLDERS:
+        add(f"--{name.replace('_', '-')}", metavar="DIR", help=f"the folder of {name}")
+    add("--sweep", action="store_true", default=None, help="choose the rates (the default of the paper's tables)")
+    add("--no-sweep", dest="sweep", action="store_false",
+        help="take the rates of the scripts, or of an earlier sweep (the default of shapes)")
+    add("--seeds", type=launch.seed_int, nargs="+", help="of the repeats these alone")
     add("--steps", type=launch.positive_int, nargs=3, metavar=("S1", "S2", "S3"),
-        help="steps of the three stages (default: those of the scripts)")
-    add("--jobs", type=launch.positive_int, default=min(2, os.cpu_count() or 1), help="runs at a time")
+        help="steps of the three stages (default: those of the scripts, or of the scale)")
+    add("--dry-run", action="store_true", help="show the commands and an estimate of the hours, run nothing")
+    add("--seconds-per-image", type=launch.positive_float, metavar="S",
+        help="for the estimate: of decoder pretraining, hybrid, x1, as benchmark.py measures it (default: "
+             "measured there and then)")
+    add("--jobs", type=launch.positive_int, help="runs at a time (default: one for each GPU, else two)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
     args = parser.parse_args(argv)
-    for name, values in (("seeds", args.seeds), ("labels", args.labels)):
-        if len(set(values)) < len(values):
-            raise InputError(f"--{name} {' '.join(map(str, values))}: expected each once")
-    if set(args.seeds) & set(SWEEP_SEEDS):
-        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: {SWEEP_SEEDS} chose the rates, so their "
+
+    known = {"shapes": SHAPES, **TABLES}
+    args.list = args.tables == ["list"]
+    names = list(known) if args.list else list(TABLES) if args.tables == ["all"] else args.tables
+    for name in names:
+        if name not in known:
+            raise InputError(f"{name}: no such table; expected {', '.join(known)}, or all or list alone")
+    if args.scale == "small":
+        args.steps = args.steps or list(SMALL_STEPS)
+        known.update({name: scaled_down(table, args.steps) for name, table in TABLES.items()})
+    args.tables = {name: known[name] for name in dict.fromkeys(names)}
+    if args.seeds is not None and len(set(args.seeds)) < len(args.seeds):
+        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: expected each once")
+    if args.seeds is not None and set(args.seeds) & {*SWEEP_SEEDS, *SHAPES_SWEEP_SEEDS}:
+        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: 100 and 101 choose the rates, so their "
                          "scores would flatter; pass others")
+    if not (args.list or args.dry_run):
+        for name in FOLDERS:
+            users = [table for table, content in args.tables.items() if name in folders_of(content)]
+            if users and getattr(args, name) is None:
+                raise InputError(f"{users[0]} needs {name}; pass --{name.replace('_', '-')} DIR")
+            if users and not os.path.isdir(getattr(args, name)):
+                raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: no such folder")
     return args
+
+
+def folders_of(table):
+    """The data sets whose folders a table needs."""
+    return {name for row in table.rows for name in FOLDERS if name in (row.data, data_of(row.init))}
+
+
+def data_of(init):
+    return next(iter(re.findall("--data ([a-z0-9_]+)", init)), "shapes")
 
 
 # ---------------------------------------- The runs
 
 
 class Run(NamedTuple):
-    folder: str   # under OUT/runs, named by its settings
-    command: list
-    needs: list   # folders of the runs that come first
+    name: str            # its folder below OUT/runs
+    commands: list       # [[script, flag, ...], ...], one after the other
+    needs: list          # the names of runs that come first
+    result: str = "metrics.json"  # in its folder: it is finished
+    network: str = ""    # flags, for the estimate
+    wide: bool = False   # runs on all GPUs
+    keep: bool = True    # its weights
 
 
-def candidates_of(row):
-    """[(flags of stage 2, flags of stage 3)] of the sweep."""
-    if row.stage_2:
-        return list(product(STAGE_2_RATES, STAGE_3_RATES))
-    return [("", f"{rate} {decay}") for rate, decay in product(STAGE_3_RATES, WEIGHT_DECAYS)]
+class Cell(NamedTuple):
+    table: str
+    row: Row
+    column: str
 
 
-def runs_of(args, method, labels, seed, rates):
-    """The Runs of one cell of the table: stages 1 and 2 where the method has them, then the fine-tuning."""
-    row, (rates_2, rates_3) = ROWS[method], rates
-    encoder, decoder = f"seed{seed}/encoder", f"seed{seed}/{slug(method, rates_2)}"
-    steps = [f"--steps {n}" for n in args.steps] if args.steps else ["", "", ""]
-    runs = []
+class Grid:
+    """All runs of the tables: what they are, which are finished, what came out."""
 
-    def add(folder, script, *flags):
-        words = " ".join(flags).split()
-        needs = [need for word, need in (("ENCODER", encoder), ("DECODER", decoder)) if word in words]
-        checkpoints = {"ENCODER": path(args, encoder, "last.pt"), "DECODER": path(args, decoder, "last.pt")}
-        command = [sys.executable, os.path.join(HERE, script), "--out", path(args, folder), "--seed", str(seed),
-                   "--device", args.device, *(checkpoints.get(word, word) for word in words)]
-        runs.append(Run(folder, command, needs))
+    def __init__(self, args):
+        self.args, self.done, self.read = args, set(), {}
+        self.cells = [Cell(name, row, column) for name, table in args.tables.items()
+                      for row in table.rows for column in table.columns]
 
-    if "ENCODER" in f"{row.stage_2} {row.stage_3}":
-        add(encoder, "pretrain_encoder.py", steps[0])
-    if row.stage_2:
-        add(decoder, "pretrain_decoder.py", row.stage_2, rates_2, steps[1])
-    add(f"seed{seed}/{slug(method, *rates, f'{labels} labels')}", "finetune.py", row.stage_3, rates_3,
-        f"--labels {labels} --subset-seed {seed}", steps[2])
-    return runs
+    def path(self, name, *file):
+        return os.path.join(self.args.out, "runs", *name.split("/"), *file)
+
+    def finished(self, run):
+        if run.name not in self.done and os.path.exists(self.path(run.name, *run.result.split("/"))):
+            self.done.add(run.name)
+        return run.name in self.done
+
+    def miou(self, run):
+        """In percent, of a finished run; 0 where no labelled pixel was there to measure it."""
+        if run.name not in self.read:
+            path = self.path(run.name, *run.result.split("/"))
+            try:
+                self.read[run.name] = 100 * (read_json(path)["miou"] or 0)
+            except (LookupError, TypeError):
+                raise InputError(f"{path}: no mIoU in it; remove the folder, and it runs again") from None
+        return self.read[run.name]
+
+    def seeds(self, cell):
+        if self.args.seeds is not None:
+            return self.args.seeds
+        if cell.table == "shapes":
+            return SHAPES_SEEDS
+        return range(SMALL_REPEATS if self.args.scale == "small" else REPEATS.get((cell.row.data, cell.column), 10))
+
+    def sweeps(self, cell):
+        return cell.table != "shapes" if self.args.sweep is None else self.args.sweep
+
+    def chain(self, cell, seed, rates, tuning=False):
+        """The Runs that end in a fine-tuning: the pretrainings of seed 0 that it needs, then itself."""
+        row, steps, runs = cell.row, self.args.steps, []
+        device = "" if self.args.device == "auto" else f"--device {self.args.device}"
+        width = " ".join(re.findall("--width [^ ]+", row.network))
+        encoder_network = row.network.replace(width, "").strip()
+        embedded, stage_2 = row.data == "shapes", row.init.startswith("--")
+
+        def add(name, needs, *commands, **more):
+            words = [[word for part in command for word in part.split()] for command in commands]
+            words = [[script, *flags, *device.split()] for script, *flags in words]
+            words = [[self.word(word) for word in command] for command in words]
+            runs.append(Run(name, words, needs, network=row.network, **more))
+            return name
+
+        def length(stage):
+            return f"--steps {steps[stage]}" if steps else ""
+
+        encoder, needs = "imagenet1k" if "resnet50" in row.network else "imagenet21k", []
+        if embedded and row.init != NONE and "--method dep" not in row.init:
+            name = slug("encoder", encoder_network) + "/pretrain_encoder"
+            add(name, [], [f"pretrain_encoder.py --out {name}@ --seed 0", encoder_network, length(0)], wide=True)
+            encoder, needs = f"{name}@last.pt", [name]
+        init = {NONE: "none", SUPERVISED: encoder}.get(row.init)
+        folder = {NONE: NONE, SUPERVISED: slug("encoder", encoder_network)}.get(row.init)
+        if stage_2:
+            folder = slug("dep" if "--method dep" in row.init else "ddep",
+                          row.init.replace("--method dep", ""), row.network, rates[0])
+            name = f"{folder}/pretrain_decoder"
+            add(name, needs, [f"pretrain_decoder.py --out {name}@ --seed 0", row.init, root(row.init), row.network,
+                              "" if "--method dep" in row.init else f"--encoder-weights {encoder}",
+                              "" if "--steps" in row.init else length(1), rates[0]], wide=True)
+            init, needs = f"{name}@last.pt", [name]
+        labels = labels_of(cell.column)
+        name = f"{folder}/" + slug(row.data, labels, f"seed {seed}", "" if stage_2 else row.network, rates[1])
+        flags = f"--data {row.data} --init {init} {labels} --seed {seed}"
+        finetune = [f"finetune.py --out {name}@", flags, f"--subset-seed {seed}" if labels else "",
+                    root(f"--data {row.data}"), "" if stage_2 else row.network, length(2), rates[1]]
+        if embedded:  # its metrics.json is of all validation pictures already
+            add(name, needs, finetune, keep=seed == 0)
+        elif tuning:
+            add(name, needs, [*finetune, "--eval-every 1000000"], keep=False)  # at its end alone
+        else:  # evaluated as 5.1 says. PAPER SILENT: the last weights, not those that validate best
+            evaluate = [f"evaluate.py --checkpoint {name}@last.pt --out {name}@evaluate", root(f"--data {row.data}")]
+            add(name, needs, [*finetune, "--eval-every 1000000"], evaluate, result="evaluate/metrics.json",
+                keep=seed == 0)
+        return runs
+
+    def word(self, word):
+        """A word of a command: NAME@FILE is a file of a run, ROOT@NAME a folder of data."""
+        if word.startswith("ROOT@"):
+            return getattr(self.args, word[5:]) or f"{word[5:].upper()}_DIR"
+        name, at, file = word.partition("@")
+        return self.path(name, *file.split("/")).rstrip(os.sep) if at else word
+
+    def candidates(self, cell):
+        """[(rates, the chain of each sweep seed), ...] of a cell."""
+        grid, seeds = GRID, SWEEP_SEEDS
+        if cell.table == "shapes":  # all columns take the rates of one
+            grid, seeds = SHAPES_GRIDS[cell.row.init.startswith("--")], SHAPES_SWEEP_SEEDS
+            cell = cell._replace(column=SHAPES_SWEEP_COLUMN)
+        elif self.args.scale == "small":
+            grid = SMALL_GRID
+        return [(rates, [self.chain(cell, seed, rates, tuning=True) for seed in seeds]) for rates in grid]
+
+    def tuned(self, cell):
+        """[(mean mIoU, rates, scores), ...] of the finished candidates, in order."""
+        found = []
+        for rates, chains in self.candidates(cell):
+            if all(self.finished(chain[-1]) for chain in chains):
+                scores = [self.miou(chain[-1]) for chain in chains]
+                found.append((statistics.mean(scores), rates, scores))
+        return found
+
+    def rates(self, cell):
+        """The rates of a cell; None: not all its candidates have been run. Of equals the first."""
+        if not self.sweeps(cell):
+            return cell.row.rates
+        tuned = self.tuned(cell)
+        if len(tuned) < len(self.candidates(cell)):
+            return None
+        return max(tuned, key=lambda candidate: candidate[0])[1]
+
+    def scores(self, cell):
+        """{seed: mIoU %} of a cell's finished repeats."""
+        rates = self.rates(cell)
+        last = {} if rates is None else {seed: self.chain(cell, seed, rates)[-1] for seed in self.seeds(cell)}
+        return {seed: self.miou(run) for seed, run in last.items() if self.finished(run)}
+
+    def plan(self):
+        """(all Runs that are known by now, in order; how many repeats wait for their rates)."""
+        first, sweeps, repeats, unknown = {}, {}, [], set()
+        for cell in self.cells:
+            for _, chains in self.candidates(cell) if self.sweeps(cell) else ():
+                for *before, last in chains:
+                    first.update((run.name, run) for run in before)
+                    sweeps[last.name] = last
+            rates = self.rates(cell)
+            if rates is None:
+                unknown.update(self.chain(cell, seed, ("?", "?"))[-1].name for seed in self.seeds(cell))
+                continue
+            for number, seed in enumerate(self.seeds(cell)):
+                *before, last = self.chain(cell, seed, rates)
+                first.update((run.name, run) for run in before)
+                repeats.append((number, last))
+        repeats.sort(key=lambda numbered: numbered[0])  # a first number for every cell comes early
+        runs = {**first, **sweeps, **{run.name: run for _, run in repeats}}
+        return list(runs.values()), len(unknown)
+
+
+def root(flags):
+    return f"--root ROOT@{data_of(flags)}" if data_of(flags) in FOLDERS else ""
+
+
+def labels_of(column):
+    """The flags of a column: "100%" -> "", "1/8" -> "--fraction 1/8", "8 labels" -> "--labels 8"."""
+    if column.endswith(" labels"):
+        return f"--labels {column.removesuffix(' labels')}"
+    return "" if column == "100%" else f"--fraction {column}"
 
 
 def slug(*parts):
-    """A folder's name: "DDeP", "--lr 1e-3", "8 labels" -> "ddep_lr_1e-3_8_labels"."""
-    return "_".join(" ".join(parts).lower().replace("--", "").split())
+    """A folder's name: ("ddep", "--lr 1e-3", "--fraction 1/8") -> "ddep_lr_1e-3_fraction_1-8"."""
+    return "_".join(" ".join(parts).replace("--", "").replace("/", "-").split())
 
 
-def path(args, folder, *file):
-    return os.path.join(args.out, "runs", *folder.split("/"), *file)
+# ---------------------------------------- Workers
+
+SILENT = 300  # seconds without a sign of life, after which a claim is taken over
 
 
-def run_all(args, runs):
-    """Run what is not finished, --jobs at a time, each with its share of the cores. Yields after every run."""
-    def finished(folder):
-        return is_finished(path(args, folder))
+class Claims:
+    """Which runs this program has taken, and which others have.
 
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    runs = {run.folder: run for run in runs}  # each once, in order
-    waiting = {folder: run for folder, run in runs.items() if not finished(folder)}
-    running, total, started = {}, len(waiting), time.perf_counter()
-    yield  # what was finished before
-    bar = tqdm(total=len(runs), initial=len(runs) - total, unit="run", dynamic_ncols=True,
-               disable=not sys.stderr.isatty())
+    A claim is a file claim-N in the run's folder; N + 1 is made, which succeeds for one alone, where the owner
+    of N is gone: no such process on this machine, or silent for SILENT seconds of our own clock.
+    """
+
+    def __init__(self, grid):
+        self.grid, self.seen, self.mine, self.touched = grid, {}, {}, 0.0
+
+    def take(self, run):
+        """Whether the run is ours now."""
+        folder = self.grid.path(run.name)
+        os.makedirs(folder, exist_ok=True)
+        newest = max((int(name[6:]) for name in os.listdir(folder) if re.fullmatch("claim-[0-9]+", name)), default=-1)
+        if newest >= 0 and not self._abandoned(os.path.join(folder, f"claim-{newest}")):
+            return False
+        path = os.path.join(folder, f"claim-{newest + 1}")
+        try:
+            with open(path, "x") as file:
+                file.write(f"{socket.gethostname()} {os.getpid()}\n")
+        except FileExistsError:
+            return False
+        self.mine[run.name] = path
+        if self.grid.finished(run):  # in the meantime, by another
+            self.give_up(run)
+        return run.name in self.mine
+
+    def add_process(self, run, pid):
+        with open(self.mine[run.name], "a") as file:
+            file.write(f"{socket.gethostname()} {pid}\n")
+
+    def give_up(self, run):
+        newest = self.mine.pop(run.name)
+        folder, number = os.path.dirname(newest), int(newest.rpartition("-")[2])
+        for i in range(number + 1):  # ours last
+            with suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, f"claim-{i}"))
+
+    def show_life(self):
+        if time.monotonic() - self.touched > SILENT / 10:
+            self.touched = time.monotonic()
+            for path in self.mine.values():
+                with suppress(FileNotFoundError):
+                    os.utime(path)
+
+    def _abandoned(self, path):
+        try:
+            with open(path) as file:
+                owners = [line.split() for line in file.read().splitlines()]
+            changed = os.stat(path).st_mtime_ns
+        except FileNotFoundError:  # given up just now
+            return False
+        here = os.name == "posix" and owners and all(owner[:1] == [socket.gethostname()] for owner in owners)
+        if here and not any(is_alive(int(owner[1])) for owner in owners):
+            return True
+        if self.seen.get(path, (0, 0))[0] != changed:
+            self.seen[path] = changed, time.monotonic()
+        return time.monotonic() - self.seen[path][1] > SILENT
+
+
+def is_alive(pid):
     try:
-        while waiting or running:
-            ready = [run for run in waiting.values() if all(map(finished, run.needs))]
-            for run in ready[:args.jobs - len(running)]:
-                del waiting[run.folder]
-                os.makedirs(path(args, run.folder), exist_ok=True)
-                with open(path(args, run.folder, "output.txt"), "a") as output:
-                    running[run.folder] = subprocess.Popen(run.command, env=environment, stdout=output,
-                                                           stderr=subprocess.STDOUT)
-            time.sleep(0.2)  # until one of the processes ends
-            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
-                status = running.pop(folder).returncode
-                if status or not finished(folder):
-                    output = path(args, folder, "output.txt")
-                    with open(output, errors="replace") as file:
-                        last = (file.read().strip() or "no output").splitlines()[-1]
-                    raise InputError(f"the run {folder} ended with status {status}: {last} (see {output})")
-                bar.update()
-                if bar.disable:
-                    left = len(waiting) + len(running)
-                    minutes = (time.perf_counter() - started) / (total - left) * left / 60
-                    say(f"{len(runs) - left}/{len(runs)} finished: {folder}; about {minutes:.0f} min left")
-                yield
-    finally:
-        bar.close()
-        for process in running.values():  # each continues from its checkpoint next time
-            process.terminate()
-        for process in running.values():
-            process.wait()
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def gpus_of(device):
+    """The names of the GPUs to use, as in CUDA_VISIBLE_DEVICES."""
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name for name in visible.split(",") if name] or list(map(str, range(torch.cuda.device_count())))
+
+
+def command_line(command, processes=1):
+    """What is typed or run for it, without the python."""
+    if processes == 1:
+        return [os.path.join(HERE, command[0]), *command[1:]]
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+            os.path.join(HERE, command[0]), *command[1:]]
+
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class Worker:
+    """Runs what is not finished and not claimed, on this machine's GPUs or cores."""
+
+    def __init__(self, grid):
+        self.grid, self.claims, gpus = grid, Claims(grid), gpus_of(grid.args.device)
+        jobs = grid.args.jobs or len(gpus) or min(2, os.cpu_count() or 1)
+        self.gpus = gpus[:jobs] if gpus else [None] * jobs
+        self.free = list(self.gpus)
+        self.running, self.failed = {}, {}  # {name: [run, process, its GPUs, commands left]}, {name: why}
+
+    def work(self):
+        """Until all is finished or failed. Yields (all runs, unknown ones) at the start and after each run."""
+        try:
+            while True:
+                runs, unknown = self.grid.plan()
+                yield runs, unknown
+                checked = time.monotonic()
+                waits = self._start(runs)
+                if not self.running and not waits:
+                    return
+                while not self._ended():
+                    time.sleep(0.2)
+                    self.claims.show_life()
+                    if time.monotonic() - checked > 10:  # another worker may have finished one
+                        break
+        finally:
+            for _, process, *_ in self.running.values():  # each continues from its checkpoint next time
+                process.terminate()
+            for run, process, *_ in self.running.values():
+                process.wait()
+                self.claims.give_up(run)
+
+    def _start(self, runs):
+        """Start what can be; returns whether another worker's run is waited for."""
+        finished, waits = self.grid.finished, False
+        by_name = {run.name: run for run in runs}
+        for run in runs:
+            if finished(run) or run.name in self.failed or run.name in self.running:
+                continue
+            if not all(finished(by_name[need]) for need in run.needs):
+                continue
+            needed = len(self.gpus) if run.wide and self.gpus[0] is not None else 1
+            if needed > len(self.free):
+                break  # the first in order comes first, also where it needs all GPUs
+            if not self.claims.take(run):
+                waits = waits or not finished(run)
+                continue
+            gpus = [self.free.pop(0) for _ in range(needed)]
+            self.running[run.name] = [run, None, gpus, list(run.commands)]
+            self._next_command(run.name)
+        return waits
+
+    def _next_command(self, name):
+        run, _, gpus, commands = self.running[name]
+        threads = max(1, (os.cpu_count() or 1) // len(self.gpus))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        if gpus[0] is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        with open(self.grid.path(name, "output.txt"), "a") as output:
+            process = subprocess.Popen([sys.executable, *command_line(commands.pop(0), len(gpus))], env=environment,
+                                       stdout=output, stderr=subprocess.STDOUT)
+        self.running[name][1] = process
+        self.claims.add_process(run, process.pid)
+
+    def _ended(self):
+        """Whether a run ended; starts the second command of those that have one."""
+        any_ended = False
+        for name, (run, process, gpus, commands) in list(self.running.items()):
+            if process.poll() is None:
+                continue
+            if process.returncode == 0 and commands:
+                self._next_command(name)
+                continue
+            any_ended = True
+            del self.running[name]
+            self.free += gpus
+            if process.returncode or not self.grid.finished(run):
+                output = self.grid.path(name, "output.txt")
+                self.failed[name] = f"status {process.returncode}: {last_line(output)} (see {output})"
+                say(f"failed: {name}, {self.failed[name]}")
+            elif not run.keep:
+                for file in ("last.pt", "previous.pt", "best.pt"):
+                    with suppress(FileNotFoundError):
+                        os.remove(self.grid.path(name, file))
+            self.claims.give_up(run)
+        return any_ended
+
+
+def last_line(path):
+    """The error in a run's output, else its last line."""
+    with open(path, errors="replace") as file:
+        lines = file.read().split("\n")
+    lines = [line for line in lines if line.strip()] or ["no output"]
+    return next((line for line in reversed(lines) if ": error: " in line), lines[-1])
 
 
 # ---------------------------------------- The results
 
-
-def collect(args, cells):
-    """[{"method", "labels", "seed", "rates", and the content of metrics.json}] of the finished cells."""
-    return [{**keys, **read_json(path(args, runs[-1].folder, "metrics.json"))} for keys, runs in cells
-            if is_finished(path(args, runs[-1].folder))]
-
-
-def scores(results, **keys):
-    """{seed: mIoU in percent} of the results with these keys."""
-    return {result["seed"]: 100 * result["miou"] for result in results
-            if all(result[key] == value for key, value in keys.items())}
-
-
-def spread(values):
-    """(mean, standard deviation with n - 1; 0 for one value)."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+# Student's t at 97.5 % for 1, 2, ... degrees of freedom
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12)
 
 
 def interval(differences):
@@ -203,18 +642,34 @@ def interval(differences):
     return quantile * statistics.stdev(differences) / math.sqrt(n)
 
 
-def table(results, labels):
-    """Markdown: methods x budgets, then the differences, paired by seed."""
-    lines = ["| mIoU % ± standard deviation (runs) | " + " | ".join(f"{n} labels" for n in labels) + " |",
-             "|---|" + "---|" * len(labels)]
-    columns = {name: [scores(results, method=name, labels=n) for n in labels] for name in ROWS}
-    for name, cells in columns.items():
-        texts = ["{:.1f} ± {:.1f} ({})".format(*spread(cell.values()), len(cell)) if cell else ""
-                 for cell in cells]
-        lines.append(f"| {name} | {' | '.join(texts)} |")
-    for a, b in PAIRS:
+def spread(values):
+    """(mean, standard deviation with n - 1; 0 for one value)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def markdown(table, scores):
+    """A table. scores: {(row's name, column): {seed: mIoU %}}."""
+    same_data = any(row.data != "shapes" for row in table.rows)  # else a difference would mean nothing
+    beside = "; the paper's" + "; difference" * same_data if any(row.paper for row in table.rows) else ""
+    lines = [f"| mIoU %: ours ± standard deviation (runs){beside} | {' | '.join(table.columns)} |",
+             "|---|" + "---|" * len(table.columns)]
+    for row in table.rows:
         texts = []
-        for ours, theirs in zip(columns[a], columns[b]):
+        for i, column in enumerate(table.columns):
+            values = list(scores[row.name, column].values())
+            parts = ["{:.1f} ± {:.1f} ({})".format(*spread(values), len(values))] if values else ["–"] * bool(beside)
+            if row.paper:
+                parts.append(f"{row.paper[i]:.2f}")
+                parts += [f"{statistics.mean(values) - row.paper[i]:+.1f}"] if values and same_data else []
+            texts.append("; ".join(parts))
+        lines.append(f"| {row.name} | {' | '.join(texts)} |")
+    for name, numbers in table.cited:
+        texts = ["–" if number is None else f"{number:.2f}" for number in numbers]
+        lines.append(f"| {name} (cited in the paper, not run here) | {' | '.join(texts)} |")
+    for a, b in table.pairs:
+        texts = []
+        for column in table.columns:
+            ours, theirs = scores[a, column], scores[b, column]
             pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
             half = f" ± {interval(pairs):.1f}" if len(pairs) > 1 else ""
             texts.append(f"{statistics.mean(pairs):+.1f}{half}" if pairs else "")
@@ -222,81 +677,309 @@ def table(results, labels):
     return "\n".join(lines)
 
 
-def sweep_table(results):
-    """Markdown: every candidate of every method with its score for each seed; the best in bold."""
-    lines = [f"| {SWEEP_LABELS} labels | stage 2 | stage 3 | mIoU % | mean |", "|---|---|---|---|---|"]
-    for name in ROWS:
-        candidates = {rates: scores(results, method=name, rates=rates)
-                      for rates in dict.fromkeys(r["rates"] for r in results if r["method"] == name)}
-        best = max(candidates, key=lambda rates: statistics.mean(candidates[rates].values()), default=None)
-        for rates, cell in candidates.items():
-            bold = "**" if rates == best else ""
-            values = " ".join(f"{value:.1f}" for value in cell.values())
-            mean = f"{bold}{statistics.mean(cell.values()):.1f}{bold}"
-            lines.append(f"| {name} | {' | '.join(rates)} | {values} | {mean} |")
+def sweep_markdown(grid, name):
+    """All candidates of a table's cells that have been run; the chosen ones in bold."""
+    lines = ["| row | labels | stage 2 | stage 3 | mIoU % | mean |", "|---|---|---|---|---|---|"]
+    for cell in grid.cells:
+        if cell.table != name or (name == "shapes" and cell.column != SHAPES_SWEEP_COLUMN):
+            continue
+        chosen = grid.rates(cell) if grid.sweeps(cell) else None
+        for mean, rates, scores in grid.tuned(cell):
+            bold = "**" if rates == chosen else ""
+            values = " ".join(f"{score:.1f}" for score in scores)
+            lines.append(f"| {cell.row.name} | {cell.column} | {rates[0]} | {rates[1]} | {values} | "
+                         f"{bold}{mean:.1f}{bold} |")
     return "\n".join(lines)
 
 
+def share_of(column):
+    """A column as a number: labelled images, or percent of them."""
+    return float(column.split()[0]) if column.endswith(" labels") else float(100 * Fraction(column.rstrip("%"))) / (
+        100 if column.endswith("%") else 1)
+
+
+def curve(table, scores):
+    """The picture of a table that is a curve in the paper, of what is there; None: of nothing yet."""
+    series = {}
+    for row in table.rows:
+        for column in table.columns:
+            values = list(scores[row.name, column].values())
+            if not values:
+                continue
+            if table.curve == "labels":
+                series.setdefault(row.name, []).append((share_of(column), *spread(values)))
+            else:  # "Pascal Context, magnitude 0.22": the number is x, what stands before it the series
+                name, _, x = row.name.rpartition(" ")
+                series.setdefault(f"{name.rpartition(', ')[0]} {column}", []).append((float(x), *spread(values)))
+    if table.curve == "noise magnitude" and len(series) > 1:
+        lines = list(series.values())
+        series["mean"] = [(points[0][0], statistics.mean(point[1] for point in points), 0)
+                          for points in zip(*lines) if len({point[0] for point in points}) == 1]
+    unit = "labelled images" if table.columns[0].endswith("labels") else "% of the labels"
+    return curves({name: sorted(line) for name, line in series.items()},
+                  unit if table.curve == "labels" else table.curve, "mIoU %") if series else None
+
+
+def noise_panel(source):
+    """Figure 4: an image of a source with simple noise (Eq. 1) and scaled noise (Eq. 5) of the same ratio."""
+    sigmas = (0.1, 0.23, 0.5, 0.8, 1.2)
+    image = torch.as_tensor(source.image(0) if hasattr(source, "image") else source.read(0)["image"])
+    x = to_pixels(image[None])
+    x = x[..., :256, :256]
+    eps = noise.sample_noise(x.shape, [0], x.device)
+    simple = [noise.simple_additive_noise(x, eps, sigma)[0] for sigma in sigmas]
+    scaled = [noise.scaled_additive_noise(x, eps, torch.tensor([noise.sigma_to_gamma(sigma)]))[0] for sigma in sigmas]
+    rows = [[from_pixels(picture) for picture in (x[0], *pictures)] for pictures in (simple, scaled)]
+    return sheet(rows, ["image; below: scaled", *(f"sigma {sigma}" for sigma in sigmas)], 160)
+
+
 @torch.no_grad()
-def prediction_grid(args, cells, rows=6):
-    """Image, truth and the four predictions, of the first seed, with the most labels."""
-    most = max(keys["labels"] for keys, _ in cells)
-    runs = [runs[-1] for keys, runs in cells if (keys["seed"], keys["labels"]) == (args.seeds[0], most)]
-    val, names = segmentation_pairs("shapes", None, "val")
-    colours, networks = class_colours("shapes", len(names)), []
-    for run in runs:
-        checkpoint = load_checkpoint(path(args, run.folder, "last.pt"))
-        network = build_unet(**checkpoint["model_args"])
-        network.load_state_dict(checkpoint["model"])
-        networks.append(network.eval())
-    pictures = []
-    for row in range(rows):
-        sample = val.read(row * len(val) // rows)
+def prediction_grid(grid, name, pictures=6):
+    """Validation images, truth, and what each row predicts after fine-tuning on the fewest labels; or None."""
+    table, device = grid.args.tables[name], launch.start_processes(grid.args.device).device
+    if not table.columns:
+        return None
+    column = min(table.columns, key=share_of)
+    data = table.rows[0].data
+    cells = [cell for cell in grid.cells if (cell.table, cell.column, cell.row.data) == (name, column, data)]
+    networks = {}
+    for cell in cells:
+        rates = grid.rates(cell)
+        path = rates and grid.path(grid.chain(cell, grid.seeds(cell)[0], rates)[-1].name, "last.pt")
+        if rates is not None and os.path.exists(path):
+            checkpoint = load_checkpoint(path)
+            window = checkpoint["args"].get("crop_size", 0)
+            networks[cell.row.name] = build(checkpoint, path).to(device).eval(), window
+    if not networks:
+        return None
+    val, names = segmentation_pairs(data, getattr(grid.args, data, None), "val")
+    colours, rows = class_colours(data, len(names)), []
+    for number in range(pictures):
+        sample = val.read(number * len(val) // pictures)
         x = to_pixels(sample["image"].as_subclass(torch.Tensor)[None])
-        masks = [sample["mask"]] + [predict(network, x).argmax(1)[0] for network in networks]
-        pictures.append([from_pixels(x[0])] + [colour_mask(mask, colours) for mask in masks])
-    return sheet(pictures, ["image", "truth", *ROWS], 112, names, colours)
+        masks = [predict(network, x.to(device), window=window).argmax(1)[0].cpu()
+                 for network, window in networks.values()]
+        rows.append([from_pixels(x[0]), *(colour_mask(mask, colours) for mask in (sample["mask"], *masks))])
+    return sheet(rows, ["image", "truth", *(title.replace("ε", "noise") for title in networks)], 112,
+                 names if len(names) < 30 else (), colours)
+
+
+class Pages:
+    """results.md, results.json and the pictures, in OUT; written anew whenever there is something to say."""
+
+    def __init__(self, grid):
+        self.grid, self.shown = grid, dict.fromkeys(grid.args.tables, 0)
+
+    def scores(self, name):
+        return {(cell.row.name, cell.column): self.grid.scores(cell) for cell in self.grid.cells if cell.table == name}
+
+    def show(self, final=False):
+        """Print each table that has one more repeat in all of its cells; write all that is there."""
+        grid, sections, results = self.grid, [], {}
+        for name, table in grid.args.tables.items():
+            scores = self.scores(name)
+            text = markdown(table, scores)
+            complete = min(map(len, scores.values()), default=0)
+            if complete > self.shown[name]:
+                self.shown[name] = complete
+                say(f"\n{table.title}\n\n{text}\n")
+            results[name] = [{"row": row, "column": column, "seed": seed, "miou": value / 100}
+                             for (row, column), cell in scores.items() for seed, value in cell.items()]
+            sections += [f"## {table.title}", text] if scores else [f"## {table.title}"]
+            pictures = self._pictures(name, table, scores) if final else ()
+            sections += [f"![{title}]({file})" for title, file in pictures]
+            sweep = sweep_markdown(grid, name)
+            if len(sweep.splitlines()) > 2:
+                self._write(f"sweep_{name}.md", f"# The rates: {table.title}\n\n{sweep}\n")
+                sections.append(f"How the rates were chosen: [all candidates](sweep_{name}.md).")
+        scale = ""
+        if grid.args.scale == "small":
+            scale = ("Scaled down: the scenes of shapes.py stand for every labelled data set and its own images, "
+                     "single objects for ImageNet-21k; decoders an eighth as wide, a small Hybrid-ViT; "
+                     "{} / {} / {} steps of stages 1, 2 and 3; two repeats, two candidate rates. Tables that "
+                     "differ in their data set alone are the same runs.\n\n".format(*grid.args.steps))
+        self._write("results.md", f"# Results\n\n{scale}" + "\n\n".join(sections) + "\n")
+        self._write("results.json", json.dumps(results, indent=1))
+
+    def _pictures(self, name, table, scores):
+        made = {}
+        if name == "figure4":
+            folder = self.grid.args.imagenet21k
+            data = "imagenet21k" if folder and self.grid.args.scale == "paper" else "shapes"
+            made["noise"] = noise_panel(pretraining_images(data, folder if data != "shapes" else None, None, False,
+                                                           Pixels()))
+        elif table.curve:
+            made["curve"] = curve(table, scores)
+        made["predictions"] = prediction_grid(self.grid, name)
+        for kind, picture in made.items():
+            if picture is not None:
+                with ours(self.grid.args.out, f"{name}_{kind}.png") as file:
+                    picture.save(file, "PNG")
+                yield f"{table.title}: {kind}", f"{name}_{kind}.png"
+
+    def _write(self, name, text):
+        with ours(self.grid.args.out, name) as file:
+            file.write(text.encode())
+
+
+def ours(out, name):
+    """A file of OUT to write in, beside which no other worker writes."""
+    return replacing(os.path.join(out, name), beside=os.path.join(out, f"{socket.gethostname()}_{os.getpid()}.tmp"))
+
+
+# ---------------------------------------- What it will cost
+
+# Images of a set that stage 2 passes over; those that are validated, and their pixels at scale 1
+UNLABELLED = {"imagenet21k": 14_197_122, "cityscapes": 2975, "ade20k": 20_210, "voc": 1464}
+COARSE = 19_998
+VALIDATED = {"shapes": (250, 64 * 64), "cityscapes": (500, 1024 * 2048), "pascal_context": (5105, 375 * 500),
+             "ade20k": (2000, 512 * 683), "voc": (1449, 375 * 500)}
+START = 6  # seconds, of a process
+
+
+def flops_of(encoder, width, size, train_encoder=True, backward=True):
+    """Multiply-adds, times two, of a step on one square image, counted on tensors without memory."""
+    with torch.device("meta"):
+        network = build_unet(encoder=encoder, width=width, out_channels=60)
+        x = torch.empty(1, 3, size, size)
+    network.requires_grad_(backward)
+    network.encoder.requires_grad_(backward and train_encoder)
+    with FlopCounterMode(display=False) as counter:
+        y = network(x)
+        if backward:
+            y.sum().backward()
+    return counter.get_total_flops()
+
+
+def flops_of_run(run, cache):
+    """All of a run: the images that its commands pass through the network, by the flags' own parsers."""
+    def count(*key):
+        if key not in cache:
+            cache[key] = flops_of(*key)
+        return cache[key]
+
+    (script, *flags), *evaluation = run.commands
+    args = importlib.import_module(script.removesuffix(".py")).parse_arguments(flags)
+    small, words = args.data.startswith("shapes"), run.network.split()
+    network = dict(zip(words[::2], words[1::2]))
+    encoder = network.get("--encoder", "hybrid-small" if small else "hybrid")
+    width = float(network.get("--width", 1 / 4 if small else 1))
+    finetuning = script == "finetune.py"
+    size = args.crop_size if finetuning else args.image_size
+    if args.steps is None:
+        images = args.epochs * (UNLABELLED[args.data] + (COARSE if args.coarse else 0))
+    else:
+        images = args.steps * args.batch_size
+    total = images * count(encoder, width, size, getattr(args, "method", "") != "ddep")
+    if finetuning:
+        views = [1.0]  # of each validation image, by their size
+        if evaluation:
+            scales = [1.0] if encoder == "resnet50" else DATA_SETS[args.data].evaluation.get("scales", [1.0])
+            views += 2 * [scale ** 2 for scale in scales]  # mirrored, too
+        number, pixels = VALIDATED[args.data]
+        total += number * sum(views) * pixels / size ** 2 * count(encoder, width, size, True, False)
+    return total
+
+
+def reference(small):
+    """The case that is timed: (encoder, width, side, images)."""
+    return ("hybrid-small", 0.25, 64, 4) if small else ("hybrid", 1.0, 224, 4)
+
+
+def seconds_per_image(args, small):
+    """Of decoder pretraining: the fastest of three steps after one to warm up, as the stage computes."""
+    encoder, width, size, batch = reference(small)
+    device = launch.start_processes(args.device).device
+    network = build_unet(encoder=encoder, width=width, out_channels=3).to(device, memory_format=torch.channels_last)
+    network.encoder.requires_grad_(False)
+    x, times = torch.randn(batch, 3, size, size, device=device), []
+    x = x.contiguous(memory_format=torch.channels_last)
+    for _ in range(4):
+        started = time.perf_counter()
+        with launch.autocast(launch.resolve_precision("auto", device), device):
+            loss = noise.denoising_loss(network(x), x)
+        loss.backward()
+        loss.item()  # waits for a GPU
+        times.append(time.perf_counter() - started)
+    return min(times[1:]) / batch
+
+
+def dry_run(grid):
+    """Print every command in order, the number of runs, and an estimate of the hours."""
+    args, (runs, unknown) = grid.args, grid.plan()
+    missing = [run for run in runs if not grid.finished(run)]
+    gpus = gpus_of(args.device)
+    for run in missing:
+        wide = len(gpus) if run.wide and len(gpus) > 1 else 1
+        for command in run.commands:
+            start = ["torchrun", f"--nproc_per_node={wide}"] if wide > 1 else ["python"]
+            say(shlex.join([*start, *command]))
+    if unknown:
+        say(f"... and {unknown} fine-tunings with the rates that the sweep will choose")
+    say(f"{len(runs) - len(missing)} of {len(runs) + unknown} runs are finished, {len(missing) + unknown} are missing")
+    if not missing:
+        return
+    cache = {}
+    flops = sum(flops_of_run(run, cache) for run in missing)
+    for cell in grid.cells:
+        if grid.rates(cell) is None:  # it costs as much with other rates
+            flops += len(grid.seeds(cell)) * flops_of_run(grid.chain(cell, 0, ("", ""))[-1], cache)
+    small = all(row.data == "shapes" for table in args.tables.values() for row in table.rows)
+    seconds = args.seconds_per_image or seconds_per_image(args, small)
+    encoder, width, size, _ = reference(small)
+    per_flop = seconds / flops_of(encoder, width, size, False, True)
+    slots = len(Worker(grid).gpus)
+    total = flops * per_flop + START * (len(missing) + unknown)
+    how = "given" if args.seconds_per_image else "measured now"
+    say(f"about {total / slots / 3600:.1f} hours on {slots} {'GPUs' if gpus else 'cores'} of this machine, at "
+        f"{seconds:.3g} s an image of decoder pretraining ({encoder}, x{width:g}, {size} px; {how}); the others by "
+        "their multiply-adds; reading images and checkpoints not included")
+
+
+# ---------------------------------------- The program
 
 
 def main():
     args = parse_arguments()
-    labels, seeds, name = args.labels, args.seeds, "results"
-    if args.sweep:
-        labels, seeds, name = [SWEEP_LABELS], SWEEP_SEEDS, "sweep"
-    cells = [(dict(method=method, labels=n, seed=seed, rates=rates), runs_of(args, method, n, seed, rates))
-             for seed in seeds for method, row in ROWS.items()
-             for rates in (candidates_of(row) if args.sweep else [row.rates]) for n in labels]
-
-    make_folder(args.out, written={"runs", "results.json", "table.md", "sweep.json", "sweep.md"})
-    lock = lock_folder(args.out)  # noqa: F841  held until this process ends
-    args_file = os.path.join(args.out, "args.json")
+    grid, args_file = Grid(args), os.path.join(args.out, "args.json")
+    settings = {"scale": args.scale, "steps": args.steps}
     if os.path.exists(args_file):
-        refuse_other_flags(args.out, read_json(args_file), vars(args),
-                           free={"out", "jobs", "device", "seeds", "labels", "sweep"})
-    write_json(args_file, vars(args))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are stopped, and save
-    say(f"{len(cells)} fine-tunings into {args.out}/runs, {args.jobs} runs at a time; stop and start again at "
-        "any time")
-    shown = 0
-    for _ in run_all(args, [run for _, runs in cells for run in runs]):
-        results = collect(args, cells)
-        done = Counter(result["seed"] for result in results)
-        complete = sum(count == len(cells) // len(seeds) for count in done.values())
-        if complete > shown:
-            shown = complete
-            write_json(os.path.join(args.out, f"{name}.json"), results)
-            text = sweep_table(results) if args.sweep else table(results, labels)
-            with replacing(os.path.join(args.out, "sweep.md" if args.sweep else "table.md")) as file:
-                file.write(f"{text}\n".encode())
-            say(f"\n{text}\n")
-    if args.sweep:
-        return say(f"written to {args.out}: sweep.md, sweep.json")
+        refuse_other_flags(args.out, read_json(args_file), settings, free=set())
+    if args.dry_run:
+        return dry_run(grid)
+    if args.list:
+        for name, table in args.tables.items():
+            cells = [cell for cell in grid.cells if cell.table == name]
+            done = sum(len(grid.scores(cell)) for cell in cells)
+            say(f"{name:14}{table.title}: {done} of {sum(len(grid.seeds(cell)) for cell in cells)} fine-tunings")
+            if done:
+                say(f"\n{markdown(table, Pages(grid).scores(name))}\n")
+        return None
 
-    series = {method: [(n, *spread(scores(results, method=method, labels=n).values())) for n in sorted(labels)]
-              for method in ROWS}
-    curves(series, "labelled images", "mIoU %").save(os.path.join(args.out, "label_efficiency.png"))
-    prediction_grid(args, cells).save(os.path.join(args.out, "predictions.png"))
-    say(f"written to {args.out}: table.md, results.json, label_efficiency.png, predictions.png")
+    make_folder(args.out, written={"runs", "results.json", "results.md"})
+    with ours(args.out, "args.json") as file:
+        file.write(json.dumps(settings).encode())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are stopped, and save
+    worker, pages, started, before = Worker(grid), Pages(grid), time.perf_counter(), None
+    bar = tqdm(unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    for runs, unknown in worker.work():
+        done, total = sum(map(grid.finished, runs)), len(runs) + unknown
+        if before is None:
+            before = last = done
+            say(f"{total - done} of {total} runs are missing; {len(worker.gpus)} at a time, into {args.out}/runs; "
+                "stop and start again at any time")
+        if bar.disable and done > last:
+            minutes = (time.perf_counter() - started) / (done - before) * (total - done) / 60
+            say(f"{done}/{total} finished; about {minutes:.0f} min left")
+        bar.total, bar.n, last = total, done, done
+        bar.refresh()
+        pages.show()
+    bar.close()
+    pages.show(final=True)
+    say(f"written to {args.out}: results.md, results.json, and the pictures")
+    if worker.failed:
+        raise InputError(f"{len(worker.failed)} runs failed, and those that need them did not run; the first: "
+                         f"{next(iter(worker.failed.values()))}; mend it, then repeat the command")
 
 
 if __name__ == "__main__":

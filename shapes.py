@@ -1,12 +1,14 @@
 """The embedded data set: pictures of textured shapes, drawn by code.
 
-A scene holds two to four objects of six classes. An object's class shows in three uncertain cues:
+A scene holds two to four objects of six classes. An object's class shows in three cues, which never lie but
+are faint: seven tenths of an object's colour are what lies behind it, and the sensor is noisy.
 
-    texture  stripes, checks, dots ...   the class's own with probability 0.90, else any
-    outline  disc, square, cross ...     the class's own with probability 0.80, else any
-    hue      the class's hue plus noise  standard deviation 0.10; the classes are 0.17 of the circle apart
+    texture  stripes, checks, dots ...   the class's own
+    outline  disc, square, cross ...     the class's own
+    hue      the class's hue plus noise  standard deviation 0.06; the classes are 0.17 of the circle apart
 
-The background holds plain distractors of the same outlines and hues, so that no single cue decides a class.
+The background holds plain distractors of the same outlines and of all hues. Why these pictures and no others:
+figures/search.md.
 
 Picture i of a part is a function of (part, i) alone, the same on every machine: draws are uniform ones of
 NumPy's RandomState, which is frozen, and all arithmetic is + - * / on float64, which IEEE 754 fixes to the
@@ -39,16 +41,17 @@ def draw(part, index):
         label = -1
         for _ in range(rng.randint(2, 5)):
             _object(rng, image, mask, rng.randint(6), radius=rng.uniform(11, 19))
-    image += rng.uniform(-0.04, 0.04, image.shape)  # sensor noise
+    for _ in range(3):
+        image += rng.uniform(-0.065, 0.065, image.shape)  # sensor noise, standard deviation 0.065
     return np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), mask, label
 
 
 def _object(rng, image, mask, k, radius):
     """Draw an object of class k, 0 to 5."""
-    inside, y, x = _outline(rng, k if rng.uniform() < 0.80 else rng.randint(6), radius)
-    texture = _texture(rng, k if rng.uniform() < 0.90 else rng.randint(6), y, x)
-    hue = k / 6 + 0.20 * (rng.uniform() + rng.uniform() + rng.uniform() - 1.5)  # sd 0.2 sqrt(3 / 12) = 0.1
-    surface = _colour(rng, hue) + texture[..., None] * rng.uniform(0.18, 0.32)
+    inside, y, x = _outline(rng, k, radius)
+    texture = _texture(rng, k, y, x)
+    hue = k / 6 + 0.12 * (rng.uniform() + rng.uniform() + rng.uniform() - 1.5)  # sd 0.12 sqrt(3 / 12) = 0.06
+    surface = 0.7 * image + 0.3 * _colour(rng, hue) + texture[..., None] * rng.uniform(0.10, 0.18)
     image[inside] = surface[inside]
     mask[inside] = k + 1
 
