@@ -49,6 +49,8 @@ from model import build_unet
 from pictures import colour_mask, curves, from_pixels, sheet
 from run_folder import build, load_checkpoint, make_folder, read_json, refuse_other_flags, replacing
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+
 # ---------------------------------------- The tables
 
 
@@ -232,7 +234,7 @@ def parse_arguments(argv=None):
     if args.scale == "small":
         args.steps = args.steps or list(SMALL_STEPS)
         known.update({name: scaled_down(table, args.steps) for name, table in TABLES.items()})
-    args.tables = {name: known[name] for name in dict.fromkeys(names)}
+    args.known, args.tables = known, {name: known[name] for name in dict.fromkeys(names)}
     if args.seeds is not None and len(set(args.seeds)) < len(args.seeds):
         raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: expected each once")
     if args.seeds is not None and set(args.seeds) & {*SWEEP_SEEDS, *SHAPES_SWEEP_SEEDS}:
@@ -277,12 +279,13 @@ class Cell(NamedTuple):
 
 
 class Grid:
-    """All runs of the tables: what they are, which are finished, what came out."""
+    """All runs of some tables: what they are, which are finished, what came out."""
 
-    def __init__(self, args):
+    def __init__(self, args, tables):
         self.args, self.done, self.read = args, set(), {}
-        self.cells = [Cell(name, row, column) for name, table in args.tables.items()
+        self.cells = [Cell(name, row, column) for name, table in tables.items()
                       for row in table.rows for column in table.columns]
+        self.sweeps = {name: name != "shapes" if args.sweep is None else args.sweep for name in tables}
 
     def path(self, name, *file):
         return os.path.join(self.args.out, "runs", *name.split("/"), *file)
@@ -308,9 +311,6 @@ class Grid:
         if cell.table == "shapes":
             return SHAPES_SEEDS
         return range(SMALL_REPEATS if self.args.scale == "small" else REPEATS.get((cell.row.data, cell.column), 10))
-
-    def sweeps(self, cell):
-        return cell.table != "shapes" if self.args.sweep is None else self.args.sweep
 
     def chain(self, cell, seed, rates, tuning=False):
         """The Runs that end in a fine-tuning: the pretrainings of seed 0 that it needs, then itself."""
@@ -388,7 +388,7 @@ class Grid:
 
     def rates(self, cell):
         """The rates of a cell; None: not all its candidates have been run. Of equals the first."""
-        if not self.sweeps(cell):
+        if not self.sweeps[cell.table]:
             return cell.row.rates
         tuned = self.tuned(cell)
         if len(tuned) < len(self.candidates(cell)):
@@ -405,7 +405,7 @@ class Grid:
         """(all Runs that are known by now, in order; how many repeats wait for their rates)."""
         first, sweeps, repeats, unknown = {}, {}, [], set()
         for cell in self.cells:
-            for _, chains in self.candidates(cell) if self.sweeps(cell) else ():
+            for _, chains in self.candidates(cell) if self.sweeps[cell.table] else ():
                 for *before, last in chains:
                     first.update((run.name, run) for run in before)
                     sweeps[last.name] = last
@@ -523,14 +523,9 @@ def gpus_of(device):
 
 
 def command_line(command, processes=1):
-    """What is typed or run for it, without the python."""
-    if processes == 1:
-        return [os.path.join(HERE, command[0]), *command[1:]]
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-            os.path.join(HERE, command[0]), *command[1:]]
-
-
-HERE = os.path.dirname(os.path.abspath(__file__))
+    """What follows "python" in it."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [*start, os.path.join(HERE, command[0]), *command[1:]]
 
 
 class Worker:
@@ -542,6 +537,7 @@ class Worker:
         self.gpus = gpus[:jobs] if gpus else [None] * jobs
         self.free = list(self.gpus)
         self.running, self.failed = {}, {}  # {name: [run, process, its GPUs, commands left]}, {name: why}
+        self.busy = {}  # {name: when another process, such as a torchrun of the user's, was found to write there}
 
     def work(self):
         """Until all is finished or failed. Yields (all runs, unknown ones) at the start and after each run."""
@@ -573,6 +569,9 @@ class Worker:
             if finished(run) or run.name in self.failed or run.name in self.running:
                 continue
             if not all(finished(by_name[need]) for need in run.needs):
+                continue
+            if time.monotonic() - self.busy.get(run.name, -math.inf) < SILENT:
+                waits = True
                 continue
             needed = len(self.gpus) if run.wide and self.gpus[0] is not None else 1
             if needed > len(self.free):
@@ -611,8 +610,12 @@ class Worker:
             self.free += gpus
             if process.returncode or not self.grid.finished(run):
                 output = self.grid.path(name, "output.txt")
-                self.failed[name] = f"status {process.returncode}: {last_line(output)} (see {output})"
-                say(f"failed: {name}, {self.failed[name]}")
+                why = last_line(output)
+                if "another run is writing there" in why:
+                    self.busy[name] = time.monotonic()
+                else:
+                    self.failed[name] = f"status {process.returncode}: {why} (see {output})"
+                    say(f"failed: {name}, {self.failed[name]}")
             elif not run.keep:
                 for file in ("last.pt", "previous.pt", "best.pt"):
                     with suppress(FileNotFoundError):
@@ -683,7 +686,7 @@ def sweep_markdown(grid, name):
     for cell in grid.cells:
         if cell.table != name or (name == "shapes" and cell.column != SHAPES_SWEEP_COLUMN):
             continue
-        chosen = grid.rates(cell) if grid.sweeps(cell) else None
+        chosen = grid.rates(cell) if grid.sweeps[name] else None
         for mean, rates, scores in grid.tuned(cell):
             bold = "**" if rates == chosen else ""
             values = " ".join(f"{score:.1f}" for score in scores)
@@ -736,7 +739,7 @@ def noise_panel(source):
 @torch.no_grad()
 def prediction_grid(grid, name, pictures=6):
     """Validation images, truth, and what each row predicts after fine-tuning on the fewest labels; or None."""
-    table, device = grid.args.tables[name], launch.start_processes(grid.args.device).device
+    table, device = grid.args.known[name], launch.start_processes(grid.args.device).device
     if not table.columns:
         return None
     column = min(table.columns, key=share_of)
@@ -767,27 +770,38 @@ def prediction_grid(grid, name, pictures=6):
 class Pages:
     """results.md, results.json and the pictures, in OUT; written anew whenever there is something to say."""
 
-    def __init__(self, grid):
-        self.grid, self.shown = grid, dict.fromkeys(grid.args.tables, 0)
+    def __init__(self, args):
+        self.grid, self.shown = Grid(args, args.known), dict.fromkeys(args.known, 0)
 
     def scores(self, name):
         return {(cell.row.name, cell.column): self.grid.scores(cell) for cell in self.grid.cells if cell.table == name}
 
     def show(self, final=False):
-        """Print each table that has one more repeat in all of its cells; write all that is there."""
+        """Print each table that has one more repeat in all of its cells; write all that is there.
+
+        The page keeps the tables of earlier commands, with the rates that these took.
+        """
         grid, sections, results = self.grid, [], {}
-        for name, table in grid.args.tables.items():
-            scores = self.scores(name)
+        for name, table in grid.args.known.items():
+            scores, asked = self.scores(name), name in grid.args.tables
+            if not asked and not any(scores.values()):
+                grid.sweeps[name] = not grid.sweeps[name]
+                scores = self.scores(name)
+            if not asked and not any(scores.values()) and not os.path.exists(self._picture(name, "noise")):
+                continue
             text = markdown(table, scores)
             complete = min(map(len, scores.values()), default=0)
-            if complete > self.shown[name]:
+            if asked and complete > self.shown[name]:
                 self.shown[name] = complete
                 say(f"\n{table.title}\n\n{text}\n")
             results[name] = [{"row": row, "column": column, "seed": seed, "miou": value / 100}
                              for (row, column), cell in scores.items() for seed, value in cell.items()]
             sections += [f"## {table.title}", text] if scores else [f"## {table.title}"]
-            pictures = self._pictures(name, table, scores) if final else ()
-            sections += [f"![{title}]({file})" for title, file in pictures]
+            if asked and final:
+                self._draw(name, table, scores)
+            for kind in ("noise", "curve", "predictions"):
+                if os.path.exists(self._picture(name, kind)):
+                    sections.append(f"![{table.title}: {kind}]({name}_{kind}.png)")
             sweep = sweep_markdown(grid, name)
             if len(sweep.splitlines()) > 2:
                 self._write(f"sweep_{name}.md", f"# The rates: {table.title}\n\n{sweep}\n")
@@ -801,7 +815,10 @@ class Pages:
         self._write("results.md", f"# Results\n\n{scale}" + "\n\n".join(sections) + "\n")
         self._write("results.json", json.dumps(results, indent=1))
 
-    def _pictures(self, name, table, scores):
+    def _picture(self, name, kind):
+        return os.path.join(self.grid.args.out, f"{name}_{kind}.png")
+
+    def _draw(self, name, table, scores):
         made = {}
         if name == "figure4":
             folder = self.grid.args.imagenet21k
@@ -815,7 +832,6 @@ class Pages:
             if picture is not None:
                 with ours(self.grid.args.out, f"{name}_{kind}.png") as file:
                     picture.save(file, "PNG")
-                yield f"{table.title}: {kind}", f"{name}_{kind}.png"
 
     def _write(self, name, text):
         with ours(self.grid.args.out, name) as file:
@@ -941,7 +957,7 @@ def dry_run(grid):
 
 def main():
     args = parse_arguments()
-    grid, args_file = Grid(args), os.path.join(args.out, "args.json")
+    grid, args_file = Grid(args, args.tables), os.path.join(args.out, "args.json")
     settings = {"scale": args.scale, "steps": args.steps}
     if os.path.exists(args_file):
         refuse_other_flags(args.out, read_json(args_file), settings, free=set())
@@ -953,14 +969,14 @@ def main():
             done = sum(len(grid.scores(cell)) for cell in cells)
             say(f"{name:14}{table.title}: {done} of {sum(len(grid.seeds(cell)) for cell in cells)} fine-tunings")
             if done:
-                say(f"\n{markdown(table, Pages(grid).scores(name))}\n")
+                say(f"\n{markdown(table, Pages(args).scores(name))}\n")
         return None
 
     make_folder(args.out, written={"runs", "results.json", "results.md"})
     with ours(args.out, "args.json") as file:
         file.write(json.dumps(settings).encode())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are stopped, and save
-    worker, pages, started, before = Worker(grid), Pages(grid), time.perf_counter(), None
+    worker, pages, started, before = Worker(grid), Pages(args), time.perf_counter(), None
     bar = tqdm(unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
     for runs, unknown in worker.work():
         done, total = sum(map(grid.finished, runs)), len(runs) + unknown

@@ -29,7 +29,8 @@ def parse(*flags):
 
 
 def grid_of(*flags):
-    return reproduce.Grid(parse(*flags, "--dry-run"))
+    args = parse(*flags, "--dry-run")
+    return reproduce.Grid(args, args.tables)
 
 
 def cell_of(grid, table, name, column):
@@ -317,12 +318,12 @@ def worker(tmp_path):
     for stage in ("pretrain_encoder", "pretrain_decoder", "finetune"):
         (tmp_path / f"{stage}.py").write_text(FAKE)
     program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import reproduce, launch; reproduce.HERE = {str(tmp_path)!r}; "
-               "reproduce.prediction_grid = lambda *args: None; sys.argv[0] = 'reproduce.py'; launch.run_script(reproduce.main)")
+               "reproduce.SILENT = int(sys.argv.pop(1)); reproduce.prediction_grid = lambda *args: None; sys.argv[0] = 'reproduce.py'; launch.run_script(reproduce.main)")
     started = []
 
-    def start(name, *flags, **environment):
+    def start(name, *flags, silent=300, **environment):
         started.append(subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, flags), "--out", str(tmp_path / "out"), "--device", "cpu"], text=True,
+            [sys.executable, "-c", program, str(silent), *map(str, flags), "--out", str(tmp_path / "out"), "--device", "cpu"], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "RAN": str(tmp_path / "ran"), "WORKER": name, **environment}))
         return started[-1]
@@ -358,7 +359,7 @@ def test_two_workers_split_a_grid_and_no_run_runs_twice(worker, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["table4"]) == 12
     # Of fine-tunings the first seed alone keeps its weights
-    kept = [path.parent.name for path in (tmp_path / "out").rglob("last.pt") if "fraction" in path.parent.name]
+    kept = [path.parent.name for path in (tmp_path / "out").rglob("last.pt") if path.parent.name.startswith("shapes")]
     assert len(kept) == 6 and all("seed_0" in name for name in kept)
 
 
@@ -495,6 +496,28 @@ def test_pretraining_takes_all_gpus_and_each_fine_tuning_one(tmp_path, monkeypat
     worker, started[:] = reproduce.Worker(grid), []
     worker._start(runs)
     assert [(os.path.basename(command[1]), gpus) for command, gpus in started] == [("finetune.py", "2"), ("finetune.py", "5")]
+
+
+def test_a_pretraining_that_runs_under_a_torchrun_of_the_users_is_waited_for(worker, tmp_path):
+    (tmp_path / "pretrain_decoder.py").write_text(
+        "import os, sys\n"
+        "if os.path.exists(os.environ['RAN'] + '.elsewhere'):\n"
+        "    os.remove(os.environ['RAN'] + '.elsewhere')\n"
+        "    sys.exit('pretrain_decoder.py: error: out: another run is writing there (process 1 on node2); wait for its end')\n" + FAKE)
+    (tmp_path / "ran.elsewhere").touch()
+    process = worker("one", "shapes", "--seeds", 0, silent=0)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and len(ran(tmp_path)) == 3 + 8, errors
+
+
+def test_the_page_keeps_the_tables_of_earlier_commands(worker, tmp_path):
+    for flags in (("table5", "--scale", "small", "--no-sweep"), ("figure4", "--scale", "small"), ("figure3", "--scale", "small")):
+        assert worker("one", *flags).wait(timeout=300) == 0
+    page = (tmp_path / "out" / "results.md").read_text()
+    titles = [line.removeprefix("## ").split(":")[0] for line in page.splitlines() if line.startswith("## ")]
+    # Table 2 shares its 25 % and 1 % with Figure 3, Figure 6 its x2 DDeP with Table 5
+    assert titles == ["Table 2", "Figure 3", "Figure 4", "Figure 6", "Table 5"]
+    assert "| ×2 DDeP | 50.0 ± 0.0 (2); 80.91 |" in page and "(figure4_noise.png)" in page and "(figure3_curve.png)" in page
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
