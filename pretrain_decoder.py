@@ -29,9 +29,9 @@ from model import ENCODERS, build_unet, freeze, image_size_of, load_encoder_weig
 from pictures import curves, from_pixels, sheet
 from run_folder import RunFolder, initial_weights, is_finished
 
-RECIPE = {
+RECIPE = {  # shapes: the rate that the sweep of reproduce.py chose for DDeP (figures/sweep.md)
     "shapes": dict(encoder="hybrid-small", width=1 / 4, image_size=64, min_area=0.5, steps=1600, batch_size=4,
-                   micro_batch=4, lr=1e-3, warmup_steps=20, clip_norm=1.0, workers=0, save_every="400"),
+                   micro_batch=4, lr=3e-3, warmup_steps=20, clip_norm=1.0, workers=0, save_every="400"),
     "paper": dict(encoder="hybrid", width=1.0, image_size=224, min_area=0.08, epochs=100, batch_size=512,
                   micro_batch=64, warmup_steps=0, workers=launch.default_workers(), save_every="1000"),
 }

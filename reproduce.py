@@ -164,9 +164,9 @@ SWEEP_SEEDS = (100,)
 # Gamma 0.5: figures/search.md.
 SHAPES = Table("The embedded data", ("8 labels", "32 labels"), (
     Row("No pretraining", "shapes", NONE, rates=("", "--lr 2e-3 --weight-decay 0")),
-    Row("Supervised", "shapes", SUPERVISED, rates=("", "--lr 2e-3 --weight-decay 0")),
-    Row("DeP", "shapes", "--method dep --gamma 0.5", rates=("--lr 1e-3", "--lr 2e-3 --weight-decay 0")),
-    Row("DDeP", "shapes", "--gamma 0.5", rates=("--lr 3e-4", "--lr 5e-4 --weight-decay 0"))),
+    Row("Supervised", "shapes", SUPERVISED, rates=("", "--lr 1e-3 --weight-decay 0")),
+    Row("DeP", "shapes", "--method dep --gamma 0.5", rates=("--lr 3e-4", "--lr 2e-3 --weight-decay 0")),
+    Row("DDeP", "shapes", "--gamma 0.5", rates=("--lr 3e-3", "--lr 2e-3 --weight-decay 0"))),
     curve="labels", pairs=(("Supervised", "No pretraining"), ("DDeP", "Supervised"), ("DDeP", "DeP")))
 SHAPES_SEEDS, SHAPES_SWEEP_SEEDS, SHAPES_SWEEP_COLUMN = range(5), (100, 101), "8 labels"
 SHAPES_RATES = ("5e-4", "1e-3", "2e-3")
@@ -178,7 +178,7 @@ SHAPES_GRIDS = {  # nine candidates for each method
 
 # --scale small: the paper on the embedded data, whose scenes stand for every labelled data set and for its own
 # images without labels, and whose single objects stand for ImageNet-21k.
-SMALL_GRID = (("", "--lr 1e-3"), ("", "--lr 2e-3"))
+SMALL_GRID = (("--lr 1e-3", "--lr 1e-3"), ("--lr 1e-3", "--lr 2e-3"))
 SMALL_STEPS = (300, 1200, 200)  # of the three stages; 6000 epochs of the paper are 1200 steps, too
 SMALL_REPEATS = 2
 FOLDERS = ("imagenet21k", *DATA_SETS)  # --imagenet21k DIR, --cityscapes DIR, ...
@@ -194,7 +194,7 @@ def scaled_down(table, steps):
             init = re.sub("--epochs ([0-9]+)", lambda n: f"--steps {max(1, steps[1] * int(n[1]) // 6000)}", init)
         width = re.search("--width ([0-9]+)", row.network)
         network = f"--width {int(width[1]) / 8 if width else 1 / 8:g}"
-        return row._replace(data="shapes", init=init,
+        return row._replace(data="shapes", init=init, rates=SMALL_GRID[0],
                             network=network + (" --encoder resnet50" if "resnet50" in row.network else ""))
     return table._replace(rows=tuple(map(small, table.rows)))
 
@@ -314,58 +314,56 @@ class Grid:
 
     def chain(self, cell, seed, rates, tuning=False):
         """The Runs that end in a fine-tuning: the pretrainings of seed 0 that it needs, then itself."""
-        row, steps, runs = cell.row, self.args.steps, []
+        row, embedded = cell.row, cell.row.data == "shapes"
+        folder, init, runs = self.initialisation(row, rates[0])
+        labels, network = labels_of(cell.column), "" if row.init.startswith("--") else row.network
+        name = f"{folder}/" + slug(row.data, labels, f"seed {seed}", network, rates[1])
+        finetune = self.command("finetune.py", name, f"--data {row.data} --init {init} {labels} --seed {seed}",
+                                f"--subset-seed {seed}" if labels else "", root(row.data), network,
+                                self.length(2), rates[1], "" if embedded else "--eval-every 1000000")  # at its end
+        commands, result, needs = [finetune], "metrics.json", [run.name for run in runs[-1:]]
+        if not (embedded or tuning):  # as 5.1 says. PAPER SILENT: the last weights, not those that validate best
+            commands.append(self.command("evaluate.py", f"{name}/evaluate", f"--checkpoint {name}@", root(row.data)))
+            result = "evaluate/metrics.json"
+        keep = not tuning and seed == self.seeds(cell)[0]
+        return [*runs, Run(name, commands, needs, result, row.network, keep=keep)]
+
+    def initialisation(self, row, rates):
+        """(folder of its fine-tunings, their --init, the Runs that make it) of a row."""
+        if row.init == NONE:
+            return NONE, "none", []
+        runs, dep, encoder = [], "--method dep" in row.init, "imagenet21k"
+        own = " ".join(re.findall("--encoder [^ ]+", row.network))
+        if own:
+            encoder = "imagenet1k"  # ResNet-50's
+        if row.data == "shapes" and not dep:  # stage 1
+            name = slug("encoder", own) + "/pretrain_encoder"
+            command, encoder = self.command("pretrain_encoder.py", name, "--seed 0", own, self.length(0)), f"{name}@"
+            runs.append(Run(name, [command], [], network=row.network, wide=True))
+        if row.init == SUPERVISED:
+            return slug("encoder", own), encoder, runs
+        folder = slug("dep" if dep else "ddep", row.init.replace("--method dep", ""), row.network, rates)
+        name = f"{folder}/pretrain_decoder"
+        command = self.command("pretrain_decoder.py", name, "--seed 0", row.init, root(data_of(row.init)),
+                               "" if dep else f"--encoder-weights {encoder}", row.network,
+                               "" if "--steps" in row.init else self.length(1), rates)
+        runs.append(Run(name, [command], [run.name for run in runs], network=row.network, wide=True))
+        return folder, f"{name}@", runs
+
+    def length(self, stage):
+        return f"--steps {self.args.steps[stage]}" if self.args.steps else ""
+
+    def command(self, script, name, *flags):
+        """[script, "--out", folder, flag, ...]. In flags NAME@ is the last.pt of a run, ROOT@SET a folder of data."""
         device = "" if self.args.device == "auto" else f"--device {self.args.device}"
-        width = " ".join(re.findall("--width [^ ]+", row.network))
-        encoder_network = row.network.replace(width, "").strip()
-        embedded, stage_2 = row.data == "shapes", row.init.startswith("--")
-
-        def add(name, needs, *commands, **more):
-            words = [[word for part in command for word in part.split()] for command in commands]
-            words = [[script, *flags, *device.split()] for script, *flags in words]
-            words = [[self.word(word) for word in command] for command in words]
-            runs.append(Run(name, words, needs, network=row.network, **more))
-            return name
-
-        def length(stage):
-            return f"--steps {steps[stage]}" if steps else ""
-
-        encoder, needs = "imagenet1k" if "resnet50" in row.network else "imagenet21k", []
-        if embedded and row.init != NONE and "--method dep" not in row.init:
-            name = slug("encoder", encoder_network) + "/pretrain_encoder"
-            add(name, [], [f"pretrain_encoder.py --out {name}@ --seed 0", encoder_network, length(0)], wide=True)
-            encoder, needs = f"{name}@last.pt", [name]
-        init = {NONE: "none", SUPERVISED: encoder}.get(row.init)
-        folder = {NONE: NONE, SUPERVISED: slug("encoder", encoder_network)}.get(row.init)
-        if stage_2:
-            folder = slug("dep" if "--method dep" in row.init else "ddep",
-                          row.init.replace("--method dep", ""), row.network, rates[0])
-            name = f"{folder}/pretrain_decoder"
-            add(name, needs, [f"pretrain_decoder.py --out {name}@ --seed 0", row.init, root(row.init), row.network,
-                              "" if "--method dep" in row.init else f"--encoder-weights {encoder}",
-                              "" if "--steps" in row.init else length(1), rates[0]], wide=True)
-            init, needs = f"{name}@last.pt", [name]
-        labels = labels_of(cell.column)
-        name = f"{folder}/" + slug(row.data, labels, f"seed {seed}", "" if stage_2 else row.network, rates[1])
-        flags = f"--data {row.data} --init {init} {labels} --seed {seed}"
-        finetune = [f"finetune.py --out {name}@", flags, f"--subset-seed {seed}" if labels else "",
-                    root(f"--data {row.data}"), "" if stage_2 else row.network, length(2), rates[1]]
-        if embedded:  # its metrics.json is of all validation pictures already
-            add(name, needs, finetune, keep=seed == 0)
-        elif tuning:
-            add(name, needs, [*finetune, "--eval-every 1000000"], keep=False)  # at its end alone
-        else:  # evaluated as 5.1 says. PAPER SILENT: the last weights, not those that validate best
-            evaluate = [f"evaluate.py --checkpoint {name}@last.pt --out {name}@evaluate", root(f"--data {row.data}")]
-            add(name, needs, [*finetune, "--eval-every 1000000"], evaluate, result="evaluate/metrics.json",
-                keep=seed == 0)
-        return runs
-
-    def word(self, word):
-        """A word of a command: NAME@FILE is a file of a run, ROOT@NAME a folder of data."""
-        if word.startswith("ROOT@"):
-            return getattr(self.args, word[5:]) or f"{word[5:].upper()}_DIR"
-        name, at, file = word.partition("@")
-        return self.path(name, *file.split("/")).rstrip(os.sep) if at else word
+        words = []
+        for word in " ".join([*flags, device]).split():
+            if word.startswith("ROOT@"):
+                word = getattr(self.args, word[5:]) or f"{word[5:].upper()}_DIR"
+            elif word.endswith("@"):
+                word = self.path(word[:-1], "last.pt")
+            words.append(word)
+        return [script, "--out", self.path(name), *words]
 
     def candidates(self, cell):
         """[(rates, the chain of each sweep seed), ...] of a cell."""
@@ -403,27 +401,26 @@ class Grid:
 
     def plan(self):
         """(all Runs that are known by now, in order; how many repeats wait for their rates)."""
-        first, sweeps, repeats, unknown = {}, {}, [], set()
+        chains, repeats, unknown = [], [], set()
         for cell in self.cells:
-            for _, chains in self.candidates(cell) if self.sweeps[cell.table] else ():
-                for *before, last in chains:
-                    first.update((run.name, run) for run in before)
-                    sweeps[last.name] = last
+            if self.sweeps[cell.table]:
+                chains += [chain for _, chains_of_rates in self.candidates(cell) for chain in chains_of_rates]
             rates = self.rates(cell)
-            if rates is None:
-                unknown.update(self.chain(cell, seed, ("?", "?"))[-1].name for seed in self.seeds(cell))
-                continue
             for number, seed in enumerate(self.seeds(cell)):
-                *before, last = self.chain(cell, seed, rates)
-                first.update((run.name, run) for run in before)
-                repeats.append((number, last))
+                if rates is None:
+                    unknown.add(self.chain(cell, seed, ("?", "?"))[-1].name)
+                else:
+                    repeats.append((number, self.chain(cell, seed, rates)))
         repeats.sort(key=lambda numbered: numbered[0])  # a first number for every cell comes early
-        runs = {**first, **sweeps, **{run.name: run for _, run in repeats}}
-        return list(runs.values()), len(unknown)
+        runs = {run.name: run for chain in chains + [chain for _, chain in repeats] for run in chain}  # each once
+        order = list(runs.values())
+        if gpus_of(self.args.device):  # what needs all of them first: later it would wait for the last to be free
+            order.sort(key=lambda run: not run.wide)
+        return order, len(unknown)
 
 
-def root(flags):
-    return f"--root ROOT@{data_of(flags)}" if data_of(flags) in FOLDERS else ""
+def root(data):
+    return f"--root ROOT@{data}" if data in FOLDERS else ""
 
 
 def labels_of(column):
@@ -528,6 +525,14 @@ def command_line(command, processes=1):
     return [*start, os.path.join(HERE, command[0]), *command[1:]]
 
 
+class Active(NamedTuple):
+    run: Run
+    gpus: list
+    process: subprocess.Popen
+    commands: list  # that come after
+    begins: int     # where its output begins in output.txt
+
+
 class Worker:
     """Runs what is not finished and not claimed, on this machine's GPUs or cores."""
 
@@ -536,7 +541,7 @@ class Worker:
         jobs = grid.args.jobs or len(gpus) or min(2, os.cpu_count() or 1)
         self.gpus = gpus[:jobs] if gpus else [None] * jobs
         self.free = list(self.gpus)
-        self.running, self.failed = {}, {}  # {name: [run, process, its GPUs, commands left]}, {name: why}
+        self.running, self.failed = {}, {}  # {name: Active}, {name: why}
         self.busy = {}  # {name: when another process, such as a torchrun of the user's, was found to write there}
 
     def work(self):
@@ -555,11 +560,11 @@ class Worker:
                     if time.monotonic() - checked > 10:  # another worker may have finished one
                         break
         finally:
-            for _, process, *_ in self.running.values():  # each continues from its checkpoint next time
-                process.terminate()
-            for run, process, *_ in self.running.values():
-                process.wait()
-                self.claims.give_up(run)
+            for active in self.running.values():  # each continues from its checkpoint next time
+                active.process.terminate()
+            for active in self.running.values():
+                active.process.wait()
+                self.claims.give_up(active.run)
 
     def _start(self, runs):
         """Start what can be; returns whether another worker's run is waited for."""
@@ -579,38 +584,36 @@ class Worker:
             if not self.claims.take(run):
                 waits = waits or not finished(run)
                 continue
-            gpus = [self.free.pop(0) for _ in range(needed)]
-            self.running[run.name] = [run, None, gpus, list(run.commands)]
-            self._next_command(run.name)
+            self._start_command(run, [self.free.pop(0) for _ in range(needed)], run.commands)
         return waits
 
-    def _next_command(self, name):
-        run, _, gpus, commands = self.running[name]
+    def _start_command(self, run, gpus, commands):
         threads = max(1, (os.cpu_count() or 1) // len(self.gpus))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         if gpus[0] is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        with open(self.grid.path(name, "output.txt"), "a") as output:
-            process = subprocess.Popen([sys.executable, *command_line(commands.pop(0), len(gpus))], env=environment,
+        with open(self.grid.path(run.name, "output.txt"), "a") as output:
+            begins = os.stat(output.name).st_size
+            process = subprocess.Popen([sys.executable, *command_line(commands[0], len(gpus))], env=environment,
                                        stdout=output, stderr=subprocess.STDOUT)
-        self.running[name][1] = process
+        self.running[run.name] = Active(run, gpus, process, commands[1:], begins)
         self.claims.add_process(run, process.pid)
 
     def _ended(self):
         """Whether a run ended; starts the second command of those that have one."""
         any_ended = False
-        for name, (run, process, gpus, commands) in list(self.running.items()):
+        for name, (run, gpus, process, commands, begins) in list(self.running.items()):
             if process.poll() is None:
                 continue
             if process.returncode == 0 and commands:
-                self._next_command(name)
+                self._start_command(run, gpus, commands)
                 continue
             any_ended = True
             del self.running[name]
             self.free += gpus
             if process.returncode or not self.grid.finished(run):
                 output = self.grid.path(name, "output.txt")
-                why = last_line(output)
+                why = last_line(output, begins)
                 if "another run is writing there" in why:
                     self.busy[name] = time.monotonic()
                 else:
@@ -624,10 +627,11 @@ class Worker:
         return any_ended
 
 
-def last_line(path):
+def last_line(path, begins):
     """The error in a run's output, else its last line."""
-    with open(path, errors="replace") as file:
-        lines = file.read().split("\n")
+    with open(path, "rb") as file:
+        file.seek(begins)
+        lines = file.read().decode(errors="replace").split("\n")
     lines = [line for line in lines if line.strip()] or ["no output"]
     return next((line for line in reversed(lines) if ": error: " in line), lines[-1])
 
@@ -660,7 +664,7 @@ def markdown(table, scores):
         texts = []
         for i, column in enumerate(table.columns):
             values = list(scores[row.name, column].values())
-            parts = ["{:.1f} ± {:.1f} ({})".format(*spread(values), len(values))] if values else ["–"] * bool(beside)
+            parts = ["{:.1f} ± {:.1f} ({})".format(*spread(values), len(values)) if values else "–"]
             if row.paper:
                 parts.append(f"{row.paper[i]:.2f}")
                 parts += [f"{statistics.mean(values) - row.paper[i]:+.1f}"] if values and same_data else []
@@ -772,12 +776,15 @@ class Pages:
 
     def __init__(self, args):
         self.grid, self.shown = Grid(args, args.known), dict.fromkeys(args.known, 0)
+        self.last_shown = time.monotonic()
 
     def scores(self, name):
         return {(cell.row.name, cell.column): self.grid.scores(cell) for cell in self.grid.cells if cell.table == name}
 
     def show(self, final=False):
         """Print each table that has one more repeat in all of its cells; write all that is there.
+
+        Before its first full repeat a table is printed every three minutes, as far as it is.
 
         The page keeps the tables of earlier commands, with the rates that these took.
         """
@@ -791,8 +798,9 @@ class Pages:
                 continue
             text = markdown(table, scores)
             complete = min(map(len, scores.values()), default=0)
-            if asked and complete > self.shown[name]:
-                self.shown[name] = complete
+            first = complete == 0 and any(scores.values()) and time.monotonic() - self.last_shown > 180
+            if asked and (complete > self.shown[name] or first):
+                self.shown[name], self.last_shown = complete, time.monotonic()
                 say(f"\n{table.title}\n\n{text}\n")
             results[name] = [{"row": row, "column": column, "seed": seed, "miou": value / 100}
                              for (row, column), cell in scores.items() for seed, value in cell.items()]

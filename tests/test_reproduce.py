@@ -139,8 +139,8 @@ def test_the_stages_take_the_flags_of_every_command(flags, tmp_path, monkeypatch
             if script == "evaluate.py":  # it reads the checkpoint first
                 torch.save(dict(model={}, model_args=dict(encoder="hybrid", width=1.0, out_channels=2), class_names=["a", "b"],
                                 args=dict(data=args.data, root=args.root, crop_size=args.crop_size)), checkpoint)
-                assert command[1] == grid.path(name, "last.pt")
-                evaluation, _, _ = stage.parse_arguments(["--checkpoint", str(checkpoint), *command[2:]])
+                assert command[:4] == ["--out", grid.path(name, "evaluate"), "--checkpoint", grid.path(name, "last.pt")]
+                evaluation, _, _ = stage.parse_arguments(["--checkpoint", str(checkpoint), *command[4:]])
                 assert (evaluation.data, evaluation.root, evaluation.flip) == (args.data, args.root, True)
                 # 5.1: Cityscapes in halves of 1024, the others at six scales
                 assert len(evaluation.scales) == (1 if args.data == "cityscapes" else 6)
@@ -156,13 +156,13 @@ def test_a_paper_scale_chain_reads_as_the_paper_does():
     pretraining, finetuning = grid.chain(cell_of(grid, "table6", "×3 DDeP", "5%"), 7, ("", "--lr 1e-4"))
     folder = os.path.join("R", "runs", "ddep_data_imagenet21k_gamma_0.95_width_3")
     assert pretraining.commands == [shlex.split(
-        f"pretrain_decoder.py --out {folder}/pretrain_decoder --seed 0 --data imagenet21k --gamma 0.95 --root IN --width 3 "
-        "--encoder-weights imagenet21k")]
+        f"pretrain_decoder.py --out {folder}/pretrain_decoder --seed 0 --data imagenet21k --gamma 0.95 --root IN "
+        "--encoder-weights imagenet21k --width 3")]
     run = f"{folder}/pascal_context_fraction_5%_seed_7_lr_1e-4"
     assert finetuning.commands == [shlex.split(
         f"finetune.py --out {run} --data pascal_context --init {folder}/pretrain_decoder/last.pt --fraction 5% --seed 7 "
         "--subset-seed 7 --root PC --lr 1e-4 --eval-every 1000000"),
-        shlex.split(f"evaluate.py --checkpoint {run}/last.pt --out {run}/evaluate --root PC")]
+        shlex.split(f"evaluate.py --out {run}/evaluate --checkpoint {run}/last.pt --root PC")]
     for init, flags in (("×3 Supervised", "--init imagenet21k"), ("×3 No pretraining", "--init none")):
         run, = grid.chain(cell_of(grid, "table6", init, "5%"), 0, ("", ""))
         assert flags in " ".join(run.commands[0]) and "--width 3" in " ".join(run.commands[0])
@@ -220,7 +220,7 @@ def test_the_rates_with_the_best_mean_are_chosen_of_equals_the_first_and_none_be
     lines = reproduce.sweep_markdown(grid, "shapes").splitlines()
     assert lines[2] == "| DDeP | 8 labels | --lr 3e-4 | --lr 5e-4 --weight-decay 0 | 30.0 80.0 | 55.0 |"
     assert lines[5] == "| DDeP | 8 labels | --lr 1e-3 | --lr 5e-4 --weight-decay 0 | 50.0 61.0 | **55.5** |"
-    assert grid_of("shapes", "--out", tmp_path).rates(cell) == ("--lr 3e-4", "--lr 5e-4 --weight-decay 0")  # no sweep
+    assert grid_of("shapes", "--out", tmp_path).rates(cell) == cell.row.rates  # no sweep
 
 
 def test_scores_of_the_sweep_never_enter_the_table():
@@ -299,7 +299,7 @@ import json, os, sys, time
 out = sys.argv[sys.argv.index("--out") + 1]
 needs = [word for word in sys.argv if word.endswith("last.pt")]
 assert all(map(os.path.exists, needs)), needs
-if "--lr 2e-3" in " ".join(sys.argv) and os.environ.get("FAIL") and "dep" in out:
+if os.environ.get("FAIL") and "finetune" in sys.argv[0] and f"{os.sep}dep_" in out:
     sys.exit("finetune.py: error: a fault of this run")
 with open(os.environ["RAN"], "a") as file:
     file.write(f"{os.environ['WORKER']} {out}\\n")
@@ -348,7 +348,7 @@ def until(condition):
 
 def test_two_workers_split_a_grid_and_no_run_runs_twice(worker, tmp_path):
     flags = ("table4", "--scale", "small", "--jobs", 2)
-    processes = [worker(name, *flags) for name in ("one", "two")]
+    processes = [worker(name, *flags, SECONDS="0.7") for name in ("one", "two")]  # neither is done before the other begins
     answers = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(map("\n".join, answers))
     folders = collections.Counter(out for _, out in ran(tmp_path))
@@ -471,6 +471,15 @@ def test_a_run_that_another_finished_meanwhile_is_not_taken(tmp_path):
     assert not claims.take(run) and not claims.mine and not list(tmp_path.rglob("claim-*"))
 
 
+def test_the_last_line_of_a_run_is_of_its_last_attempt(tmp_path):
+    output = tmp_path / "output.txt"
+    output.write_text("finetune.py: error: of the first attempt\n")
+    begins = output.stat().st_size
+    assert reproduce.last_line(output, begins) == "no output"
+    output.write_text(output.read_text() + "finetune.py: error: a full disk\nW1125 torchrun says more\n\n")
+    assert reproduce.last_line(output, begins) == "finetune.py: error: a full disk"
+
+
 def test_pretraining_takes_all_gpus_and_each_fine_tuning_one(tmp_path, monkeypatch):
     class Process:
         returncode, pid = None, 1
@@ -581,7 +590,7 @@ def test_the_experiment_can_be_stopped_and_runs_everything_once_and_reports_what
     page = (tmp_path / "results.md").read_text()
     for run in results:
         if run["row"] == "DeP" and run["column"] == "8 labels":
-            folder = "dep_gamma_0.5_lr_1e-3/shapes_labels_8_seed_0_lr_2e-3_weight-decay_0"
+            folder = "dep_gamma_0.5_lr_3e-4/shapes_labels_8_seed_0_lr_2e-3_weight-decay_0"
             scores = json.loads((tmp_path / "runs" / folder / "metrics.json").read_text())
             assert run["miou"] == pytest.approx(scores["miou"]) and f"| DeP | {100 * scores['miou']:.1f} ± 0.0 (1) |" in page
     table = page[page.index("| mIoU"):page.index("\n\n![")]
