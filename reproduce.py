@@ -4,7 +4,7 @@
     python reproduce.py list                               # all tables, and how far they are
     python reproduce.py table6 --dry-run                   # its commands, and an estimate of the hours
     python reproduce.py table6 --imagenet21k DIR --pascal-context DIR        # what is missing of it
-    python reproduce.py all --scale small                  # all tables on the embedded data, on two cores
+    python reproduce.py all --scale small --out small      # all tables on the embedded data, on two cores
 
 A table is data, below: a row is how a network is initialised, a column how many labels it is fine-tuned on.
 A run is one stage in a folder of its own, OUT/runs/INITIALISATION/SETTINGS. Tables share what they have in
@@ -18,6 +18,7 @@ from 1e-5 to 3e-4, and a task is a row and a column. All repeats share one pretr
 Out: results.md (all tables, beside the paper's numbers), results.json (every score), curves, predictions,
 sweep_TABLE.md. Of fine-tunings only those of the first seed keep their weights.
 """
+import argparse
 import importlib
 import json
 import math
@@ -41,17 +42,21 @@ from tqdm import tqdm
 
 import launch
 import noise
-from data import Pixels, to_pixels
+from data import to_pixels
 from datasets import DATA_SETS, class_colours, pretraining_images, segmentation_pairs
 from evaluate import predict
 from launch import InputError, say
-from model import build_unet
+from model import WeightsError, build_unet
 from pictures import colour_mask, curves, from_pixels, sheet
 from run_folder import build, load_checkpoint, make_folder, read_json, refuse_other_flags, replacing
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---------------------------------------- The tables
+
+# Learning rate and weight decay (5.1)
+GRID = tuple(("", f"--lr {rate} --weight-decay {decay}")
+             for rate, decay in product(("1e-5", "3e-5", "1e-4", "3e-4"), repeat=2))
 
 
 class Row(NamedTuple):
@@ -61,6 +66,7 @@ class Row(NamedTuple):
     paper: tuple = ()   # mIoU % in the paper, for each column
     network: str = ""   # --width or --encoder, where they are not the paper's x1 and Hybrid-ViT
     rates: tuple = ("", "")  # without a sweep: flags of stage 2 and stage 3; default: those of the scripts
+    grid: tuple = GRID  # the sweep's candidates for them
 
 
 class Table(NamedTuple):
@@ -70,6 +76,10 @@ class Table(NamedTuple):
     cited: tuple = ()    # ((name, numbers), ...) of other papers
     curve: str = ""      # a picture: "labels" along x, or what the number at the end of a row's name is
     pairs: tuple = ()    # rows whose differences are shown, in pairs
+    repeats: int = 10    # of each fine-tuning, where REPEATS has no other number
+    sweep: bool = True   # whether the rates are chosen if no flag says otherwise
+    sweep_seeds: tuple = (100,)  # no score of these enters the table
+    sweep_column: str = ""       # where all columns take the rates of one
 
 
 NONE, SUPERVISED = "none", "supervised"
@@ -155,37 +165,33 @@ TABLES = {
         (46.07, 30.38, 26.39, 21.12, 9.63), "--encoder resnet50"), curve="labels"),
 }
 # Repeats of fine-tuning (5.1), where they are not ten. PAPER SILENT on the shares that it does not name: ten
-REPEATS = {("cityscapes", "1/8"): 6, ("cityscapes", "1/4"): 4, ("pascal_context", "20%"): 5, ("ade20k", "20%"): 5}
-GRID = tuple(("", f"--lr {rate} --weight-decay {decay}")
-             for rate, decay in product(("1e-5", "3e-5", "1e-4", "3e-4"), repeat=2))
-SWEEP_SEEDS = (100,)
+REPEATS = {("cityscapes", "1/8"): 6, ("cityscapes", "1/4"): 4, ("cityscapes", "25%"): 4,
+           ("pascal_context", "20%"): 5, ("ade20k", "20%"): 5}
 
 # The embedded experiment: the four methods on the pictures of shapes.py, with the rates that its sweep chose.
 # Gamma 0.5: figures/search.md.
+RATES = ("5e-4", "1e-3", "2e-3")
+STAGE_3 = tuple(("", f"--lr {rate} --weight-decay {decay}") for rate, decay in product(RATES, ("0", "1e-4", "1e-3")))
+STAGES_2_AND_3 = tuple((f"--lr {two}", f"--lr {rate} --weight-decay 0")
+                       for two, rate in product(("3e-4", "1e-3", "3e-3"), RATES))
 SHAPES = Table("The embedded data", ("8 labels", "32 labels"), (
-    Row("No pretraining", "shapes", NONE, rates=("", "--lr 2e-3 --weight-decay 0")),
-    Row("Supervised", "shapes", SUPERVISED, rates=("", "--lr 1e-3 --weight-decay 0")),
-    Row("DeP", "shapes", "--method dep --gamma 0.5", rates=("--lr 3e-4", "--lr 2e-3 --weight-decay 0")),
-    Row("DDeP", "shapes", "--gamma 0.5", rates=("--lr 3e-3", "--lr 2e-3 --weight-decay 0"))),
-    curve="labels", pairs=(("Supervised", "No pretraining"), ("DDeP", "Supervised"), ("DDeP", "DeP")))
-SHAPES_SEEDS, SHAPES_SWEEP_SEEDS, SHAPES_SWEEP_COLUMN = range(5), (100, 101), "8 labels"
-SHAPES_RATES = ("5e-4", "1e-3", "2e-3")
-SHAPES_GRIDS = {  # nine candidates for each method
-    True: tuple((f"--lr {two}", f"--lr {three} --weight-decay 0")
-                for two, three in product(("3e-4", "1e-3", "3e-3"), SHAPES_RATES)),
-    False: tuple(("", f"--lr {rate} --weight-decay {decay}")
-                 for rate, decay in product(SHAPES_RATES, ("0", "1e-4", "1e-3")))}
+    Row("No pretraining", "shapes", NONE, rates=("", "--lr 2e-3 --weight-decay 0"), grid=STAGE_3),
+    Row("Supervised", "shapes", SUPERVISED, rates=("", "--lr 1e-3 --weight-decay 0"), grid=STAGE_3),
+    Row("DeP", "shapes", "--method dep --gamma 0.5", rates=("--lr 3e-4", "--lr 2e-3 --weight-decay 0"),
+        grid=STAGES_2_AND_3),
+    Row("DDeP", "shapes", "--gamma 0.5", rates=("--lr 3e-3", "--lr 2e-3 --weight-decay 0"), grid=STAGES_2_AND_3)),
+    curve="labels", pairs=(("Supervised", "No pretraining"), ("DDeP", "Supervised"), ("DDeP", "DeP")),
+    repeats=5, sweep=False, sweep_seeds=(100, 101), sweep_column="8 labels")
 
 # --scale small: the paper on the embedded data, whose scenes stand for every labelled data set and for its own
 # images without labels, and whose single objects stand for ImageNet-21k.
 SMALL_GRID = (("--lr 1e-3", "--lr 1e-3"), ("--lr 1e-3", "--lr 2e-3"))
 SMALL_STEPS = (300, 1200, 200)  # of the three stages; 6000 epochs of the paper are 1200 steps, too
-SMALL_REPEATS = 2
 FOLDERS = ("imagenet21k", *DATA_SETS)  # --imagenet21k DIR, --cityscapes DIR, ...
 
 
 def scaled_down(table, steps):
-    """The table on the embedded data: decoders an eighth as wide."""
+    """The table on the embedded data: decoders an eighth as wide, two repeats, two candidate rates."""
     def small(row):
         init = row.init
         if init.startswith("--"):
@@ -194,9 +200,9 @@ def scaled_down(table, steps):
             init = re.sub("--epochs ([0-9]+)", lambda n: f"--steps {max(1, steps[1] * int(n[1]) // 6000)}", init)
         width = re.search("--width ([0-9]+)", row.network)
         network = f"--width {int(width[1]) / 8 if width else 1 / 8:g}"
-        return row._replace(data="shapes", init=init, rates=SMALL_GRID[0],
+        return row._replace(data="shapes", init=init, rates=SMALL_GRID[0], grid=SMALL_GRID,
                             network=network + (" --encoder resnet50" if "resnet50" in row.network else ""))
-    return table._replace(rows=tuple(map(small, table.rows)))
+    return table._replace(rows=tuple(map(small, table.rows)), repeats=2)
 
 
 # ---------------------------------------- Flags
@@ -214,14 +220,14 @@ def parse_arguments(argv=None):
     add("--sweep", action="store_true", default=None, help="choose the rates (the default of the paper's tables)")
     add("--no-sweep", dest="sweep", action="store_false",
         help="take the rates of the scripts, or of an earlier sweep (the default of shapes)")
-    add("--seeds", type=launch.seed_int, nargs="+", help="of the repeats these alone")
+    add("--repeats", type=launch.positive_int, metavar="N", help="of the repeats the first N alone")
     add("--steps", type=launch.positive_int, nargs=3, metavar=("S1", "S2", "S3"),
         help="steps of the three stages (default: those of the scripts, or of the scale)")
     add("--dry-run", action="store_true", help="show the commands and an estimate of the hours, run nothing")
     add("--seconds-per-image", type=launch.positive_float, metavar="S",
         help="for the estimate: of decoder pretraining, hybrid, x1, as benchmark.py measures it (default: "
              "measured there and then)")
-    add("--jobs", type=launch.positive_int, help="runs at a time (default: one for each GPU, else two)")
+    add("--jobs", type=launch.positive_int, help="runs at a time, on GPUs at most one each (default: that, else two)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
     args = parser.parse_args(argv)
 
@@ -231,22 +237,19 @@ def parse_arguments(argv=None):
     for name in names:
         if name not in known:
             raise InputError(f"{name}: no such table; expected {', '.join(known)}, or all or list alone")
+    if args.scale == "small" and "shapes" in names and not args.list:
+        raise InputError("--scale small is for the paper's tables; shapes is small already, drop the flag")
     if args.scale == "small":
         args.steps = args.steps or list(SMALL_STEPS)
         known.update({name: scaled_down(table, args.steps) for name, table in TABLES.items()})
     args.known, args.tables = known, {name: known[name] for name in dict.fromkeys(names)}
-    if args.seeds is not None and len(set(args.seeds)) < len(args.seeds):
-        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: expected each once")
-    if args.seeds is not None and set(args.seeds) & {*SWEEP_SEEDS, *SHAPES_SWEEP_SEEDS}:
-        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: 100 and 101 choose the rates, so their "
-                         "scores would flatter; pass others")
-    if not (args.list or args.dry_run):
-        for name in FOLDERS:
-            users = [table for table, content in args.tables.items() if name in folders_of(content)]
-            if users and getattr(args, name) is None:
-                raise InputError(f"{users[0]} needs {name}; pass --{name.replace('_', '-')} DIR")
-            if users and not os.path.isdir(getattr(args, name)):
-                raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: no such folder")
+    for name in FOLDERS if not (args.list or args.dry_run) else ():
+        flag = f"--{name.replace('_', '-')}"
+        users = [key for key, table in args.tables.items() if name in folders_of(table)]
+        if getattr(args, name) is not None and not os.path.isdir(getattr(args, name)):
+            raise InputError(f"{flag} {getattr(args, name)}: no such folder")
+        if users and getattr(args, name) is None:
+            raise InputError(f"{users[0]} needs {name}; pass {flag} DIR")
     return args
 
 
@@ -268,7 +271,7 @@ class Run(NamedTuple):
     needs: list          # the names of runs that come first
     result: str = "metrics.json"  # in its folder: it is finished
     network: str = ""    # flags, for the estimate
-    wide: bool = False   # runs on all GPUs
+    batch: int = 1       # more: it runs on as many GPUs as divide this
     keep: bool = True    # its weights
 
 
@@ -281,11 +284,11 @@ class Cell(NamedTuple):
 class Grid:
     """All runs of some tables: what they are, which are finished, what came out."""
 
-    def __init__(self, args, tables):
-        self.args, self.done, self.read = args, set(), {}
+    def __init__(self, args, tables, sweeps):
+        """sweeps: {table: whether its rates are chosen by a sweep}."""
+        self.args, self.tables, self.sweeps, self.done, self.read = args, tables, sweeps, set(), {}
         self.cells = [Cell(name, row, column) for name, table in tables.items()
                       for row in table.rows for column in table.columns]
-        self.sweeps = {name: name != "shapes" if args.sweep is None else args.sweep for name in tables}
 
     def path(self, name, *file):
         return os.path.join(self.args.out, "runs", *name.split("/"), *file)
@@ -306,11 +309,8 @@ class Grid:
         return self.read[run.name]
 
     def seeds(self, cell):
-        if self.args.seeds is not None:
-            return self.args.seeds
-        if cell.table == "shapes":
-            return SHAPES_SEEDS
-        return range(SMALL_REPEATS if self.args.scale == "small" else REPEATS.get((cell.row.data, cell.column), 10))
+        repeats = REPEATS.get((cell.row.data, cell.column), self.tables[cell.table].repeats)
+        return range(min(repeats, self.args.repeats or repeats))
 
     def chain(self, cell, seed, rates, tuning=False):
         """The Runs that end in a fine-tuning: the pretrainings of seed 0 that it needs, then itself."""
@@ -325,7 +325,7 @@ class Grid:
         if not (embedded or tuning):  # as 5.1 says. PAPER SILENT: the last weights, not those that validate best
             commands.append(self.command("evaluate.py", f"{name}/evaluate", f"--checkpoint {name}@", root(row.data)))
             result = "evaluate/metrics.json"
-        keep = not tuning and seed == self.seeds(cell)[0]
+        keep = not tuning and seed == 0
         return [*runs, Run(name, commands, needs, result, row.network, keep=keep)]
 
     def initialisation(self, row, rates):
@@ -339,15 +339,17 @@ class Grid:
         if row.data == "shapes" and not dep:  # stage 1
             name = slug("encoder", own) + "/pretrain_encoder"
             command, encoder = self.command("pretrain_encoder.py", name, "--seed 0", own, self.length(0)), f"{name}@"
-            runs.append(Run(name, [command], [], network=row.network, wide=True))
+            runs.append(Run(name, [command], [], network=row.network))
         if row.init == SUPERVISED:
             return slug("encoder", own), encoder, runs
         folder = slug("dep" if dep else "ddep", row.init.replace("--method dep", ""), row.network, rates)
         name = f"{folder}/pretrain_decoder"
-        command = self.command("pretrain_decoder.py", name, "--seed 0", row.init, root(data_of(row.init)),
+        flags = re.sub("--epochs [^ ]+", "", row.init) if self.args.steps else row.init
+        command = self.command("pretrain_decoder.py", name, "--seed 0", flags, root(data_of(row.init)),
                                "" if dep else f"--encoder-weights {encoder}", row.network,
                                "" if "--steps" in row.init else self.length(1), rates)
-        runs.append(Run(name, [command], [run.name for run in runs], network=row.network, wide=True))
+        needs, batch = [run.name for run in runs], 1 if row.data == "shapes" else 512
+        runs.append(Run(name, [command], needs, network=row.network, batch=batch))
         return folder, f"{name}@", runs
 
     def length(self, stage):
@@ -367,13 +369,10 @@ class Grid:
 
     def candidates(self, cell):
         """[(rates, the chain of each sweep seed), ...] of a cell."""
-        grid, seeds = GRID, SWEEP_SEEDS
-        if cell.table == "shapes":  # all columns take the rates of one
-            grid, seeds = SHAPES_GRIDS[cell.row.init.startswith("--")], SHAPES_SWEEP_SEEDS
-            cell = cell._replace(column=SHAPES_SWEEP_COLUMN)
-        elif self.args.scale == "small":
-            grid = SMALL_GRID
-        return [(rates, [self.chain(cell, seed, rates, tuning=True) for seed in seeds]) for rates in grid]
+        table = self.tables[cell.table]
+        cell = cell._replace(column=table.sweep_column or cell.column)
+        return [(rates, [self.chain(cell, seed, rates, tuning=True) for seed in table.sweep_seeds])
+                for rates in cell.row.grid]
 
     def tuned(self, cell):
         """[(mean mIoU, rates, scores), ...] of the finished candidates, in order."""
@@ -415,7 +414,7 @@ class Grid:
         runs = {run.name: run for chain in chains + [chain for _, chain in repeats] for run in chain}  # each once
         order = list(runs.values())
         if gpus_of(self.args.device):  # what needs all of them first: later it would wait for the last to be free
-            order.sort(key=lambda run: not run.wide)
+            order.sort(key=lambda run: run.batch == 1)
         return order, len(unknown)
 
 
@@ -427,7 +426,7 @@ def labels_of(column):
     """The flags of a column: "100%" -> "", "1/8" -> "--fraction 1/8", "8 labels" -> "--labels 8"."""
     if column.endswith(" labels"):
         return f"--labels {column.removesuffix(' labels')}"
-    return "" if column == "100%" else f"--fraction {column}"
+    return "" if column == "100%" else f"--fraction {column.replace('25%', '1/4')}"  # the same subset
 
 
 def slug(*parts):
@@ -452,12 +451,10 @@ class Claims:
 
     def take(self, run):
         """Whether the run is ours now."""
-        folder = self.grid.path(run.name)
-        os.makedirs(folder, exist_ok=True)
-        newest = max((int(name[6:]) for name in os.listdir(folder) if re.fullmatch("claim-[0-9]+", name)), default=-1)
-        if newest >= 0 and not self._abandoned(os.path.join(folder, f"claim-{newest}")):
+        newest = self._newest(run)
+        if not self.may_take(run, newest):
             return False
-        path = os.path.join(folder, f"claim-{newest + 1}")
+        path = os.path.join(self.grid.path(run.name), f"claim-{newest + 1}")
         try:
             with open(path, "x") as file:
                 file.write(f"{socket.gethostname()} {os.getpid()}\n")
@@ -468,14 +465,24 @@ class Claims:
             self.give_up(run)
         return run.name in self.mine
 
+    def may_take(self, run, newest=None):
+        newest = self._newest(run) if newest is None else newest
+        return newest < 0 or self._abandoned(os.path.join(self.grid.path(run.name), f"claim-{newest}"))
+
+    def _newest(self, run):
+        folder = self.grid.path(run.name)
+        os.makedirs(folder, exist_ok=True)
+        return max((int(name[6:]) for name in os.listdir(folder) if re.fullmatch("claim-[0-9]+", name)), default=-1)
+
     def add_process(self, run, pid):
         with open(self.mine[run.name], "a") as file:
             file.write(f"{socket.gethostname()} {pid}\n")
 
-    def give_up(self, run):
+    def give_up(self, run, alone=False):
+        """alone: leave the claim that we took over, its owner turned out to be there."""
         newest = self.mine.pop(run.name)
         folder, number = os.path.dirname(newest), int(newest.rpartition("-")[2])
-        for i in range(number + 1):  # ours last
+        for i in range(number if alone else 0, number + 1):  # ours last
             with suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, f"claim-{i}"))
 
@@ -545,15 +552,19 @@ class Worker:
         self.busy = {}  # {name: when another process, such as a torchrun of the user's, was found to write there}
 
     def work(self):
-        """Until all is finished or failed. Yields (all runs, unknown ones) at the start and after each run."""
+        """Until all is finished or failed. Yields (all runs, unknown ones), at least every ten seconds."""
         try:
             while True:
                 runs, unknown = self.grid.plan()
+                known = len(self.grid.done)
                 yield runs, unknown
                 checked = time.monotonic()
                 waits = self._start(runs)
+                self.claims.show_life()
                 if not self.running and not waits:
-                    return
+                    if len(self.grid.done) == known:
+                        return
+                    continue  # another worker finished one meanwhile, on which more may depend
                 while not self._ended():
                     time.sleep(0.2)
                     self.claims.show_life()
@@ -578,14 +589,18 @@ class Worker:
             if time.monotonic() - self.busy.get(run.name, -math.inf) < SILENT:
                 waits = True
                 continue
-            needed = len(self.gpus) if run.wide and self.gpus[0] is not None else 1
-            if needed > len(self.free):
-                break  # the first in order comes first, also where it needs all GPUs
-            if not self.claims.take(run):
+            needed = self.processes(run)
+            if needed > len(self.free) and (not self.free or self.claims.may_take(run)):
+                break  # the first in order comes first, also where it must wait for GPUs
+            if needed > len(self.free) or not self.claims.take(run):
                 waits = waits or not finished(run)
                 continue
             self._start_command(run, [self.free.pop(0) for _ in range(needed)], run.commands)
         return waits
+
+    def processes(self, run):
+        """On how many GPUs it runs: as many as its batch divides over."""
+        return max(n for n in range(1, len(self.gpus) + 1) if run.batch % n == 0) if self.gpus[0] is not None else 1
 
     def _start_command(self, run, gpus, commands):
         threads = max(1, (os.cpu_count() or 1) // len(self.gpus))
@@ -608,22 +623,25 @@ class Worker:
             if process.returncode == 0 and commands:
                 self._start_command(run, gpus, commands)
                 continue
-            any_ended = True
+            any_ended, busy = True, False
             del self.running[name]
             self.free += gpus
             if process.returncode or not self.grid.finished(run):
                 output = self.grid.path(name, "output.txt")
                 why = last_line(output, begins)
-                if "another run is writing there" in why:
+                busy = "another run is writing there" in why
+                if busy:
                     self.busy[name] = time.monotonic()
                 else:
+                    with suppress(FileNotFoundError):  # of an evaluation that left images out
+                        os.remove(self.grid.path(name, "evaluate", "metrics.json"))
                     self.failed[name] = f"status {process.returncode}: {why} (see {output})"
                     say(f"failed: {name}, {self.failed[name]}")
             elif not run.keep:
                 for file in ("last.pt", "previous.pt", "best.pt"):
                     with suppress(FileNotFoundError):
                         os.remove(self.grid.path(name, file))
-            self.claims.give_up(run)
+            self.claims.give_up(run, alone=busy)
         return any_ended
 
 
@@ -688,13 +706,14 @@ def sweep_markdown(grid, name):
     """All candidates of a table's cells that have been run; the chosen ones in bold."""
     lines = ["| row | labels | stage 2 | stage 3 | mIoU % | mean |", "|---|---|---|---|---|---|"]
     for cell in grid.cells:
-        if cell.table != name or (name == "shapes" and cell.column != SHAPES_SWEEP_COLUMN):
+        if cell.table != name or grid.tables[name].sweep_column not in ("", cell.column):
             continue
         chosen = grid.rates(cell) if grid.sweeps[name] else None
         for mean, rates, scores in grid.tuned(cell):
             bold = "**" if rates == chosen else ""
             values = " ".join(f"{score:.1f}" for score in scores)
-            lines.append(f"| {cell.row.name} | {cell.column} | {rates[0]} | {rates[1]} | {values} | "
+            stage_2 = rates[0] if cell.row.init.startswith("--") else ""
+            lines.append(f"| {cell.row.name} | {cell.column} | {stage_2} | {rates[1]} | {values} | "
                          f"{bold}{mean:.1f}{bold} |")
     return "\n".join(lines)
 
@@ -719,9 +738,10 @@ def curve(table, scores):
                 name, _, x = row.name.rpartition(" ")
                 series.setdefault(f"{name.rpartition(', ')[0]} {column}", []).append((float(x), *spread(values)))
     if table.curve == "noise magnitude" and len(series) > 1:
-        lines = list(series.values())
-        series["mean"] = [(points[0][0], statistics.mean(point[1] for point in points), 0)
-                          for points in zip(*lines) if len({point[0] for point in points}) == 1]
+        lines = [{x: mean for x, mean, _ in line} for line in series.values()]
+        common = [x for x in lines[0] if all(x in line for line in lines)]
+        if common:
+            series["mean"] = [(x, statistics.mean(line[x] for line in lines), 0) for x in common]
     unit = "labelled images" if table.columns[0].endswith("labels") else "% of the labels"
     return curves({name: sorted(line) for name, line in series.items()},
                   unit if table.curve == "labels" else table.curve, "mIoU %") if series else None
@@ -743,9 +763,7 @@ def noise_panel(source):
 @torch.no_grad()
 def prediction_grid(grid, name, pictures=6):
     """Validation images, truth, and what each row predicts after fine-tuning on the fewest labels; or None."""
-    table, device = grid.args.known[name], launch.start_processes(grid.args.device).device
-    if not table.columns:
-        return None
+    table, device = grid.tables[name], launch.start_processes(grid.args.device).device
     column = min(table.columns, key=share_of)
     data = table.rows[0].data
     cells = [cell for cell in grid.cells if (cell.table, cell.column, cell.row.data) == (name, column, data)]
@@ -771,78 +789,82 @@ def prediction_grid(grid, name, pictures=6):
                  names if len(names) < 30 else (), colours)
 
 
-class Pages:
-    """results.md, results.json and the pictures, in OUT; written anew whenever there is something to say."""
+SMALL_NOTE = """Scaled down: the scenes of shapes.py stand for every labelled data set and its own images, single
+objects for ImageNet-21k; decoders an eighth as wide, a small Hybrid-ViT; {} / {} / {} steps of stages 1, 2 and 3; two
+repeats, two candidate rates. Tables that differ in their data set alone are the same runs.
 
-    def __init__(self, args):
-        self.grid, self.shown = Grid(args, args.known), dict.fromkeys(args.known, 0)
-        self.last_shown = time.monotonic()
+"""
+
+
+class Pages:
+    """results.md and results.json, of this command's tables and of earlier ones', and the pictures."""
+
+    def __init__(self, args, sweeps):
+        self.args, self.known, self.asked, self.out = args, args.known, args.tables, args.out
+        self.grid = Grid(argparse.Namespace(**{**vars(args), "repeats": None}), args.known, sweeps)
+        self.printed, self.last_printed, self.complete = {}, time.monotonic(), {}
 
     def scores(self, name):
         return {(cell.row.name, cell.column): self.grid.scores(cell) for cell in self.grid.cells if cell.table == name}
 
-    def show(self, final=False):
-        """Print each table that has one more repeat in all of its cells; write all that is there.
+    def update(self, final=False):
+        """Write the pages, print what is new; final: draw the pictures, too."""
+        scores = {name: self.scores(name) for name in self.known}
+        self._print(scores, final)
+        self._write_pages(scores)
+        for name in self.asked if final else ():
+            try:
+                self._draw(name, scores[name])
+            except (InputError, WeightsError) as error:  # of a file that is gone or damaged since
+                say(f"{name}: no picture: {error}")
+        if final:  # with the pictures
+            self._write_pages(scores)
 
-        Before its first full repeat a table is printed every three minutes, as far as it is.
+    def _print(self, scores, final):
+        """Each table that has one more repeat in all cells; before the first, every three minutes what is there."""
+        for name in self.asked:
+            complete, text = min(map(len, scores[name].values()), default=0), markdown(self.known[name], scores[name])
+            early = complete == 0 and time.monotonic() - self.last_printed > 180
+            if (complete > self.complete.get(name, 0) or early or final) and any(scores[name].values()) \
+                    and text != self.printed.get(name):
+                self.complete[name], self.printed[name], self.last_printed = complete, text, time.monotonic()
+                say(f"\n{self.known[name].title}\n\n{text}\n")
 
-        The page keeps the tables of earlier commands, with the rates that these took.
-        """
-        grid, sections, results = self.grid, [], {}
-        for name, table in grid.args.known.items():
-            scores, asked = self.scores(name), name in grid.args.tables
-            if not asked and not any(scores.values()):
-                grid.sweeps[name] = not grid.sweeps[name]
-                scores = self.scores(name)
-            if not asked and not any(scores.values()) and not os.path.exists(self._picture(name, "noise")):
+    def _write_pages(self, scores):
+        sections, results = [], {}
+        for name, table in self.known.items():
+            pictures = [f"![{table.title}: {kind}]({name}_{kind}.png)" for kind in ("noise", "curve", "predictions")
+                        if os.path.exists(os.path.join(self.out, f"{name}_{kind}.png"))]
+            if not (any(scores[name].values()) or pictures or name in self.asked):
                 continue
-            text = markdown(table, scores)
-            complete = min(map(len, scores.values()), default=0)
-            first = complete == 0 and any(scores.values()) and time.monotonic() - self.last_shown > 180
-            if asked and (complete > self.shown[name] or first):
-                self.shown[name], self.last_shown = complete, time.monotonic()
-                say(f"\n{table.title}\n\n{text}\n")
-            results[name] = [{"row": row, "column": column, "seed": seed, "miou": value / 100}
-                             for (row, column), cell in scores.items() for seed, value in cell.items()]
-            sections += [f"## {table.title}", text] if scores else [f"## {table.title}"]
-            if asked and final:
-                self._draw(name, table, scores)
-            for kind in ("noise", "curve", "predictions"):
-                if os.path.exists(self._picture(name, kind)):
-                    sections.append(f"![{table.title}: {kind}]({name}_{kind}.png)")
-            sweep = sweep_markdown(grid, name)
+            sections += [f"## {table.title}", *([markdown(table, scores[name])] if table.rows else []), *pictures]
+            sweep = sweep_markdown(self.grid, name)
             if len(sweep.splitlines()) > 2:
                 self._write(f"sweep_{name}.md", f"# The rates: {table.title}\n\n{sweep}\n")
                 sections.append(f"How the rates were chosen: [all candidates](sweep_{name}.md).")
-        scale = ""
-        if grid.args.scale == "small":
-            scale = ("Scaled down: the scenes of shapes.py stand for every labelled data set and its own images, "
-                     "single objects for ImageNet-21k; decoders an eighth as wide, a small Hybrid-ViT; "
-                     "{} / {} / {} steps of stages 1, 2 and 3; two repeats, two candidate rates. Tables that "
-                     "differ in their data set alone are the same runs.\n\n".format(*grid.args.steps))
-        self._write("results.md", f"# Results\n\n{scale}" + "\n\n".join(sections) + "\n")
+            results[name] = [{"row": row, "column": column, "seed": seed, "miou": value / 100}
+                             for (row, column), cell in scores[name].items() for seed, value in cell.items()]
+        note = SMALL_NOTE.format(*self.args.steps) if self.args.scale == "small" else ""
+        self._write("results.md", f"# Results\n\n{note}" + "\n\n".join(sections) + "\n")
         self._write("results.json", json.dumps(results, indent=1))
 
-    def _picture(self, name, kind):
-        return os.path.join(self.grid.args.out, f"{name}_{kind}.png")
-
-    def _draw(self, name, table, scores):
-        made = {}
+    def _draw(self, name, scores):
+        table, pictures = self.known[name], {}
         if name == "figure4":
-            folder = self.grid.args.imagenet21k
-            data = "imagenet21k" if folder and self.grid.args.scale == "paper" else "shapes"
-            made["noise"] = noise_panel(pretraining_images(data, folder if data != "shapes" else None, None, False,
-                                                           Pixels()))
-        elif table.curve:
-            made["curve"] = curve(table, scores)
-        made["predictions"] = prediction_grid(self.grid, name)
-        for kind, picture in made.items():
+            folder = self.args.imagenet21k
+            data = "imagenet21k" if folder and self.args.scale == "paper" else "shapes"
+            pictures["noise"] = noise_panel(pretraining_images(data, None if data == "shapes" else folder))
+        if table.curve:
+            pictures["curve"] = curve(table, scores)
+        if table.rows:
+            pictures["predictions"] = prediction_grid(self.grid, name)
+        for kind, picture in pictures.items():
             if picture is not None:
-                with ours(self.grid.args.out, f"{name}_{kind}.png") as file:
+                with ours(self.out, f"{name}_{kind}.png") as file:
                     picture.save(file, "PNG")
 
     def _write(self, name, text):
-        with ours(self.grid.args.out, name) as file:
+        with ours(self.out, name) as file:
             file.write(text.encode())
 
 
@@ -854,7 +876,7 @@ def ours(out, name):
 # ---------------------------------------- What it will cost
 
 # Images of a set that stage 2 passes over; those that are validated, and their pixels at scale 1
-UNLABELLED = {"imagenet21k": 14_197_122, "cityscapes": 2975, "ade20k": 20_210, "voc": 1464}
+UNLABELLED = {"imagenet21k": 14_197_122, "cityscapes": 2975, "ade20k": 20_210, "voc": 17_125}
 COARSE = 19_998
 VALIDATED = {"shapes": (250, 64 * 64), "cityscapes": (500, 1024 * 2048), "pascal_context": (5105, 375 * 500),
              "ade20k": (2000, 512 * 683), "voc": (1449, 375 * 500)}
@@ -930,79 +952,90 @@ def seconds_per_image(args, small):
 
 def dry_run(grid):
     """Print every command in order, the number of runs, and an estimate of the hours."""
-    args, (runs, unknown) = grid.args, grid.plan()
+    args, worker, (runs, unknown) = grid.args, Worker(grid), grid.plan()
     missing = [run for run in runs if not grid.finished(run)]
-    gpus = gpus_of(args.device)
     for run in missing:
-        wide = len(gpus) if run.wide and len(gpus) > 1 else 1
+        count = worker.processes(run)
         for command in run.commands:
-            start = ["torchrun", f"--nproc_per_node={wide}"] if wide > 1 else ["python"]
-            say(shlex.join([*start, *command]))
+            say(shlex.join([*(["torchrun", f"--nproc_per_node={count}"] if count > 1 else ["python"]), *command]))
     if unknown:
         say(f"... and {unknown} fine-tunings with the rates that the sweep will choose")
     say(f"{len(runs) - len(missing)} of {len(runs) + unknown} runs are finished, {len(missing) + unknown} are missing")
     if not missing:
         return
-    cache = {}
-    flops = sum(flops_of_run(run, cache) for run in missing)
+    later = {}  # fine-tunings that cost as much with other rates
     for cell in grid.cells:
-        if grid.rates(cell) is None:  # it costs as much with other rates
-            flops += len(grid.seeds(cell)) * flops_of_run(grid.chain(cell, 0, ("", ""))[-1], cache)
+        if grid.rates(cell) is None:
+            later.update((run.name, run) for seed in grid.seeds(cell) for run in grid.chain(cell, seed, ("?", ""))[-1:])
+    cache, slots = {}, len(worker.gpus)
+    flops = sum(flops_of_run(run, cache) for run in [*missing, *later.values()])
     small = all(row.data == "shapes" for table in args.tables.values() for row in table.rows)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // slots))  # as each run has
     seconds = args.seconds_per_image or seconds_per_image(args, small)
     encoder, width, size, _ = reference(small)
-    per_flop = seconds / flops_of(encoder, width, size, False, True)
-    slots = len(Worker(grid).gpus)
-    total = flops * per_flop + START * (len(missing) + unknown)
-    how = "given" if args.seconds_per_image else "measured now"
-    say(f"about {total / slots / 3600:.1f} hours on {slots} {'GPUs' if gpus else 'cores'} of this machine, at "
-        f"{seconds:.3g} s an image of decoder pretraining ({encoder}, x{width:g}, {size} px; {how}); the others by "
-        "their multiply-adds; reading images and checkpoints not included")
+    hours = (flops * seconds / flops_of(encoder, width, size, False) + START * (len(missing) + unknown)) / slots / 3600
+    say(f"about {hours:.1f} hours with {slots} runs at a time on {'GPUs' if worker.gpus[0] else 'the CPU'} of this "
+        f"machine, at {seconds:.3g} s an image of decoder pretraining ({encoder}, x{width:g}, {size} px; "
+        f"{'given' if args.seconds_per_image else 'measured now'}); others by their multiply-adds; reading images and "
+        "checkpoints not included")
 
 
 # ---------------------------------------- The program
 
 
+def show_list(grid, pages):
+    """Each table's state, and what there is of it."""
+    for name, table in grid.tables.items():
+        scores = pages.scores(name)
+        total = sum(len(grid.seeds(cell)) for cell in grid.cells if cell.table == name)
+        say(f"{name:14}{table.title}: {sum(map(len, scores.values()))} of {total} fine-tunings")
+        if any(scores.values()):
+            say(f"\n{markdown(table, scores)}\n")
+
+
 def main():
     args = parse_arguments()
-    grid, args_file = Grid(args, args.tables), os.path.join(args.out, "args.json")
+    args_file, sweeps = os.path.join(args.out, "args.json"), {}
     settings = {"scale": args.scale, "steps": args.steps}
     if os.path.exists(args_file):
-        refuse_other_flags(args.out, read_json(args_file), settings, free=set())
+        before = read_json(args_file)
+        sweeps = before.pop("sweeps", {})
+        refuse_other_flags(args.out, before, settings, free=set())
+    for name, table in args.known.items():  # of other tables: as in the command that ran them
+        if not args.list and name in args.tables or name not in sweeps:
+            sweeps[name] = table.sweep if args.sweep is None else args.sweep
+    grid = Grid(args, args.tables, sweeps)
     if args.dry_run:
         return dry_run(grid)
+    pages = Pages(args, sweeps)
     if args.list:
-        for name, table in args.tables.items():
-            cells = [cell for cell in grid.cells if cell.table == name]
-            done = sum(len(grid.scores(cell)) for cell in cells)
-            say(f"{name:14}{table.title}: {done} of {sum(len(grid.seeds(cell)) for cell in cells)} fine-tunings")
-            if done:
-                say(f"\n{markdown(table, Pages(args).scores(name))}\n")
-        return None
+        return show_list(grid, pages)
 
     make_folder(args.out, written={"runs", "results.json", "results.md"})
     with ours(args.out, "args.json") as file:
-        file.write(json.dumps(settings).encode())
+        file.write(json.dumps({**settings, "sweeps": sweeps}).encode())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are stopped, and save
-    worker, pages, started, before = Worker(grid), Pages(args), time.perf_counter(), None
+    worker, started, begun, last = Worker(grid), time.perf_counter(), None, None
     bar = tqdm(unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
     for runs, unknown in worker.work():
         done, total = sum(map(grid.finished, runs)), len(runs) + unknown
-        if before is None:
-            before = last = done
+        if begun is None:
+            begun = done
             say(f"{total - done} of {total} runs are missing; {len(worker.gpus)} at a time, into {args.out}/runs; "
                 "stop and start again at any time")
-        if bar.disable and done > last:
-            minutes = (time.perf_counter() - started) / (done - before) * (total - done) / 60
+        if done == last:
+            continue
+        if bar.disable and done > begun:
+            minutes = (time.perf_counter() - started) / (done - begun) * (total - done) / 60
             say(f"{done}/{total} finished; about {minutes:.0f} min left")
         bar.total, bar.n, last = total, done, done
         bar.refresh()
-        pages.show()
+        pages.update()
     bar.close()
-    pages.show(final=True)
+    pages.update(final=True)
     say(f"written to {args.out}: results.md, results.json, and the pictures")
     if worker.failed:
-        raise InputError(f"{len(worker.failed)} runs failed, and those that need them did not run; the first: "
+        raise InputError(f"{len(worker.failed)} runs failed, and what needs them did not run; the first: "
                          f"{next(iter(worker.failed.values()))}; mend it, then repeat the command")
 
 

@@ -187,7 +187,7 @@ def test_default_workers_follow_the_cores_that_the_process_may_use(monkeypatch):
     ("datasets", ["--data", "folder", "--pixel-range", "0", "1e-40"], "--pixel-range 0 1e-40: expected"),
     ("datasets", ["--data", "folder", "--pixel-range=-inf", "5"], ""),
     ("datasets", ["--data", "folder", "--pixel-range", "1000000000", "1000000001"], "which differ in float32"),
-    ("reproduce", ["--seeds", "1", "1"], "--seeds 1 1: expected each once")])
+    ("reproduce", ["--repeats", "0"], "'0' is not a whole number above 0")])
 def test_a_flag_without_a_sensible_value_is_refused(stage, more, message, script, few_shapes, tmp_path):
     status, _, err = script(stage, *more, *([] if stage == "datasets" else ["--out", tmp_path / "o"]))
     assert status == 2 and message in err and err.count("\n") == 1, err
