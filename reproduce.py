@@ -19,6 +19,7 @@ Out: results.md (all tables, beside the paper's numbers), results.json (every sc
 sweep_TABLE.md. Of fine-tunings only those of the first seed keep their weights.
 """
 import argparse
+import functools
 import importlib
 import json
 import math
@@ -65,7 +66,7 @@ class Row(NamedTuple):
     init: str           # NONE, SUPERVISED, or the flags of pretrain_decoder.py
     paper: tuple = ()   # mIoU % in the paper, for each column
     network: str = ""   # --width or --encoder, where they are not the paper's x1 and Hybrid-ViT
-    rates: tuple = ("", "")  # without a sweep: flags of stage 2 and stage 3; default: those of the scripts
+    rates: tuple = (("", ""),)  # without a sweep, for each column or for all: flags of stage 2 and of stage 3
     grid: tuple = GRID  # the sweep's candidates for them
 
 
@@ -79,7 +80,6 @@ class Table(NamedTuple):
     repeats: int = 10    # of each fine-tuning, where REPEATS has no other number
     sweep: bool = True   # whether the rates are chosen if no flag says otherwise
     sweep_seeds: tuple = (100,)  # no score of these enters the table
-    sweep_column: str = ""       # where all columns take the rates of one
 
 
 NONE, SUPERVISED = "none", "supervised"
@@ -103,9 +103,10 @@ X2_CITYSCAPES = three("×2 ", "cityscapes", (62.25, 37.72, 33.73, 24.93), (80.50
                       (80.91, 76.86, 73.81, 64.75), "--width 2")
 TABLES = {
     "table1": Table("Table 1: predicting the image or the noise; DeP, Cityscapes", LABELS_CITYSCAPES, (
-        Row("predict x", "cityscapes", f"{DEP_SIGMA} --target image --epochs 6000", (70.44, 60.87, 55.44, 41.40)),
+        Row("predict x", "cityscapes", f"{DEP_SIGMA} --target image --epochs 6000",
+            (70.44, 60.87, 55.44, 41.40)),
         Row("predict ε", "cityscapes", f"{DEP_SIGMA} --epochs 6000", (75.01, 67.26, 61.94, 48.36)))),
-    "table2": Table("Table 2: denoising pretraining of the whole network; Cityscapes", ("100%", "25%", "2%", "1%"), (
+    "table2": Table("Table 2: denoising the whole network; Cityscapes", ("100%", "25%", "2%", "1%"), (
         Row("No pretraining", "cityscapes", NONE, (63.47, 39.63, 21.23, 18.52)),
         Row("Supervised", "cityscapes", SUPERVISED, (80.36, 75.55, 41.33, 35.51)),
         Row("DeP", "cityscapes", f"{DEP_SIGMA} --epochs 6000", (77.14, 68.87, 42.79, 37.55)))),
@@ -129,7 +130,8 @@ TABLES = {
              (48.88, 34.21, 24.07, 9.17)),
             ("ADE20K", "ade20k", "scaled", DDEP, (48.97, 34.99, 26.86, 10.80))))),
     "table3": Table("Table 3: the images of decoder pretraining", ("100%", "10%", "5%"), (
-        Row("Pascal Context, from Pascal VOC", "pascal_context", "--data voc --gamma 0.95", (60.13, 49.95, 44.30)),
+        Row("Pascal Context, from Pascal VOC", "pascal_context", "--data voc --gamma 0.95",
+            (60.13, 49.95, 44.30)),
         Row("Pascal Context, from ImageNet-21k", "pascal_context", DDEP, (60.57, 50.61, 45.13)),
         Row("ADE20K, from ADE20K", "ade20k", "--data ade20k --gamma 0.95", (48.92, 36.14, 28.49)),
         Row("ADE20K, from ImageNet-21k", "ade20k", DDEP, (49.37, 37.14, 29.74)),
@@ -149,7 +151,8 @@ TABLES = {
         ("AdvSemSeg", (None, 62.3, 58.8, None)), ("s4GAN", (65.8, 61.9, 59.3, None)),
         ("DMT", (68.16, None, 63.03, 54.80)), ("ClassMix", (None, 63.63, 61.35, None)),
         ("CutMix", (None, 68.33, 65.82, 55.71)), ("PseudoSeg", (None, 72.36, 69.81, 60.96)),
-        ("supervised baseline of PC2Seg", (74.88, 73.31, 68.72, 56.09)), ("PC2Seg", (75.99, 75.15, 72.29, 62.89)))),
+        ("supervised baseline of PC2Seg", (74.88, 73.31, 68.72, 56.09)),
+        ("PC2Seg", (75.99, 75.15, 72.29, 62.89)))),
     "table6": Table("Table 6 and Figure 1 right: Pascal Context", LABELS, (
         *three("×1 ", "pascal_context", (16.78, 7.21, 5.69, 4.53, 2.57), (59.74, 42.15, 36.28, 30.86, 12.45),
                (60.95, 52.81, 48.64, 42.20, 19.90)),
@@ -171,17 +174,21 @@ REPEATS = {("cityscapes", "1/8"): 6, ("cityscapes", "1/4"): 4, ("cityscapes", "2
 # The embedded experiment: the four methods on the pictures of shapes.py, with the rates that its sweep chose.
 # Gamma 0.5: figures/search.md.
 RATES = ("5e-4", "1e-3", "2e-3")
-STAGE_3 = tuple(("", f"--lr {rate} --weight-decay {decay}") for rate, decay in product(RATES, ("0", "1e-4", "1e-3")))
+STAGE_3 = tuple(("", f"--lr {rate} --weight-decay {decay}")
+                for rate, decay in product(RATES, ("0", "1e-4", "1e-3")))
 STAGES_2_AND_3 = tuple((f"--lr {two}", f"--lr {rate} --weight-decay 0")
                        for two, rate in product(("3e-4", "1e-3", "3e-3"), RATES))
 SHAPES = Table("The embedded data", ("8 labels", "32 labels"), (
-    Row("No pretraining", "shapes", NONE, rates=("", "--lr 2e-3 --weight-decay 0"), grid=STAGE_3),
-    Row("Supervised", "shapes", SUPERVISED, rates=("", "--lr 1e-3 --weight-decay 0"), grid=STAGE_3),
-    Row("DeP", "shapes", "--method dep --gamma 0.5", rates=("--lr 3e-4", "--lr 2e-3 --weight-decay 0"),
-        grid=STAGES_2_AND_3),
-    Row("DDeP", "shapes", "--gamma 0.5", rates=("--lr 3e-3", "--lr 2e-3 --weight-decay 0"), grid=STAGES_2_AND_3)),
+    Row("No pretraining", "shapes", NONE, grid=STAGE_3,
+        rates=(("", "--lr 2e-3 --weight-decay 0"), ("", "--lr 2e-3 --weight-decay 0"))),
+    Row("Supervised", "shapes", SUPERVISED, grid=STAGE_3,
+        rates=(("", "--lr 1e-3 --weight-decay 0"), ("", "--lr 2e-3 --weight-decay 0"))),
+    Row("DeP", "shapes", "--method dep --gamma 0.5", grid=STAGES_2_AND_3,
+        rates=(("--lr 3e-4", "--lr 2e-3 --weight-decay 0"), ("--lr 3e-4", "--lr 2e-3 --weight-decay 0"))),
+    Row("DDeP", "shapes", "--gamma 0.5", grid=STAGES_2_AND_3,
+        rates=(("--lr 3e-3", "--lr 2e-3 --weight-decay 0"), ("--lr 3e-3", "--lr 2e-3 --weight-decay 0")))),
     curve="labels", pairs=(("Supervised", "No pretraining"), ("DDeP", "Supervised"), ("DDeP", "DeP")),
-    repeats=5, sweep=False, sweep_seeds=(100, 101), sweep_column="8 labels")
+    repeats=5, sweep=False, sweep_seeds=(100, 101))
 
 # --scale small: the paper on the embedded data, whose scenes stand for every labelled data set and for its own
 # images without labels, and whose single objects stand for ImageNet-21k.
@@ -197,10 +204,11 @@ def scaled_down(table, steps):
         if init.startswith("--"):
             init = re.sub("--data (cityscapes|ade20k|voc)( --coarse)?", "--data shapes", init)
             init = init.replace("--data imagenet21k", "--data shapes_objects")
-            init = re.sub("--epochs ([0-9]+)", lambda n: f"--steps {max(1, steps[1] * int(n[1]) // 6000)}", init)
+            init = re.sub("--epochs ([0-9]+)",
+                          lambda epochs: f"--steps {max(1, steps[1] * int(epochs[1]) // 6000)}", init)
         width = re.search("--width ([0-9]+)", row.network)
         network = f"--width {int(width[1]) / 8 if width else 1 / 8:g}"
-        return row._replace(data="shapes", init=init, rates=SMALL_GRID[0], grid=SMALL_GRID,
+        return row._replace(data="shapes", init=init, rates=SMALL_GRID[:1], grid=SMALL_GRID,
                             network=network + (" --encoder resnet50" if "resnet50" in row.network else ""))
     return table._replace(rows=tuple(map(small, table.rows)), repeats=2)
 
@@ -217,7 +225,8 @@ def parse_arguments(argv=None):
     add("--scale", choices=("paper", "small"), default="paper", help="small: the embedded data, on two cores")
     for name in FOLDERS:
         add(f"--{name.replace('_', '-')}", metavar="DIR", help=f"the folder of {name}")
-    add("--sweep", action="store_true", default=None, help="choose the rates (the default of the paper's tables)")
+    add("--sweep", action="store_true", default=None,
+        help="choose the rates (the default of the paper's tables)")
     add("--no-sweep", dest="sweep", action="store_false",
         help="take the rates of the scripts, or of an earlier sweep (the default of shapes)")
     add("--repeats", type=launch.positive_int, metavar="N", help="of the repeats the first N alone")
@@ -227,7 +236,8 @@ def parse_arguments(argv=None):
     add("--seconds-per-image", type=launch.positive_float, metavar="S",
         help="for the estimate: of decoder pretraining, hybrid, x1, as benchmark.py measures it (default: "
              "measured there and then)")
-    add("--jobs", type=launch.positive_int, help="runs at a time, on GPUs at most one each (default: that, else two)")
+    add("--jobs", type=launch.positive_int,
+        help="runs at a time, on GPUs at most one each (default: that, else two)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
     args = parser.parse_args(argv)
 
@@ -318,12 +328,13 @@ class Grid:
         folder, init, runs = self.initialisation(row, rates[0])
         labels, network = labels_of(cell.column), "" if row.init.startswith("--") else row.network
         name = f"{folder}/" + slug(row.data, labels, f"seed {seed}", network, rates[1])
+        at_its_end = "" if embedded else "--eval-every 1000000"
         finetune = self.command("finetune.py", name, f"--data {row.data} --init {init} {labels} --seed {seed}",
                                 f"--subset-seed {seed}" if labels else "", root(row.data), network,
-                                self.length(2), rates[1], "" if embedded else "--eval-every 1000000")  # at its end
+                                self.length(2), rates[1], at_its_end)
         commands, result, needs = [finetune], "metrics.json", [run.name for run in runs[-1:]]
-        if not (embedded or tuning):  # as 5.1 says. PAPER SILENT: the last weights, not those that validate best
-            commands.append(self.command("evaluate.py", f"{name}/evaluate", f"--checkpoint {name}@", root(row.data)))
+        if not (embedded or tuning):  # as 5.1. PAPER SILENT: the last weights, not those that validate best
+            commands += [self.command("evaluate.py", f"{name}/evaluate", f"--checkpoint {name}@", root(row.data))]
             result = "evaluate/metrics.json"
         keep = not tuning and seed == 0
         return [*runs, Run(name, commands, needs, result, row.network, keep=keep)]
@@ -338,8 +349,9 @@ class Grid:
             encoder = "imagenet1k"  # ResNet-50's
         if row.data == "shapes" and not dep:  # stage 1
             name = slug("encoder", own) + "/pretrain_encoder"
-            command, encoder = self.command("pretrain_encoder.py", name, "--seed 0", own, self.length(0)), f"{name}@"
+            command = self.command("pretrain_encoder.py", name, "--seed 0", own, self.length(0))
             runs.append(Run(name, [command], [], network=row.network))
+            encoder = f"{name}@"
         if row.init == SUPERVISED:
             return slug("encoder", own), encoder, runs
         folder = slug("dep" if dep else "ddep", row.init.replace("--method dep", ""), row.network, rates)
@@ -356,7 +368,7 @@ class Grid:
         return f"--steps {self.args.steps[stage]}" if self.args.steps else ""
 
     def command(self, script, name, *flags):
-        """[script, "--out", folder, flag, ...]. In flags NAME@ is the last.pt of a run, ROOT@SET a folder of data."""
+        """[script, "--out", folder, flag, ...]. In flags RUN@ is its last.pt, ROOT@SET a folder of data."""
         device = "" if self.args.device == "auto" else f"--device {self.args.device}"
         words = []
         for word in " ".join([*flags, device]).split():
@@ -369,9 +381,8 @@ class Grid:
 
     def candidates(self, cell):
         """[(rates, the chain of each sweep seed), ...] of a cell."""
-        table = self.tables[cell.table]
-        cell = cell._replace(column=table.sweep_column or cell.column)
-        return [(rates, [self.chain(cell, seed, rates, tuning=True) for seed in table.sweep_seeds])
+        seeds = self.tables[cell.table].sweep_seeds
+        return [(rates, [self.chain(cell, seed, rates, tuning=True) for seed in seeds])
                 for rates in cell.row.grid]
 
     def tuned(self, cell):
@@ -386,7 +397,8 @@ class Grid:
     def rates(self, cell):
         """The rates of a cell; None: not all its candidates have been run. Of equals the first."""
         if not self.sweeps[cell.table]:
-            return cell.row.rates
+            rates = cell.row.rates
+            return rates[self.tables[cell.table].columns.index(cell.column) if len(rates) > 1 else 0]
         tuned = self.tuned(cell)
         if len(tuned) < len(self.candidates(cell)):
             return None
@@ -411,9 +423,9 @@ class Grid:
                 else:
                     repeats.append((number, self.chain(cell, seed, rates)))
         repeats.sort(key=lambda numbered: numbered[0])  # a first number for every cell comes early
-        runs = {run.name: run for chain in chains + [chain for _, chain in repeats] for run in chain}  # each once
-        order = list(runs.values())
-        if gpus_of(self.args.device):  # what needs all of them first: later it would wait for the last to be free
+        chains += [chain for _, chain in repeats]
+        order = list({run.name: run for chain in chains for run in chain}.values())  # each once
+        if gpus_of(self.args.device):  # first what needs many: later it would wait until they are free
             order.sort(key=lambda run: run.batch == 1)
         return order, len(unknown)
 
@@ -472,7 +484,8 @@ class Claims:
     def _newest(self, run):
         folder = self.grid.path(run.name)
         os.makedirs(folder, exist_ok=True)
-        return max((int(name[6:]) for name in os.listdir(folder) if re.fullmatch("claim-[0-9]+", name)), default=-1)
+        claims = [name for name in os.listdir(folder) if re.fullmatch("claim-[0-9]+", name)]
+        return max((int(name.removeprefix("claim-")) for name in claims), default=-1)
 
     def add_process(self, run, pid):
         with open(self.mine[run.name], "a") as file:
@@ -528,8 +541,8 @@ def gpus_of(device):
 
 def command_line(command, processes=1):
     """What follows "python" in it."""
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [*start, os.path.join(HERE, command[0]), *command[1:]]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*(torchrun if processes > 1 else []), os.path.join(HERE, command[0]), *command[1:]]
 
 
 class Active(NamedTuple):
@@ -549,7 +562,7 @@ class Worker:
         self.gpus = gpus[:jobs] if gpus else [None] * jobs
         self.free = list(self.gpus)
         self.running, self.failed = {}, {}  # {name: Active}, {name: why}
-        self.busy = {}  # {name: when another process, such as a torchrun of the user's, was found to write there}
+        self.busy = {}  # {name: when another process was found to write there, as a torchrun of the user's}
 
     def work(self):
         """Until all is finished or failed. Yields (all runs, unknown ones), at least every ten seconds."""
@@ -600,7 +613,8 @@ class Worker:
 
     def processes(self, run):
         """On how many GPUs it runs: as many as its batch divides over."""
-        return max(n for n in range(1, len(self.gpus) + 1) if run.batch % n == 0) if self.gpus[0] is not None else 1
+        most = len(self.gpus) if self.gpus[0] is not None else 1
+        return max(n for n in range(1, most + 1) if run.batch % n == 0)
 
     def _start_command(self, run, gpus, commands):
         threads = max(1, (os.cpu_count() or 1) // len(self.gpus))
@@ -609,8 +623,8 @@ class Worker:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         with open(self.grid.path(run.name, "output.txt"), "a") as output:
             begins = os.stat(output.name).st_size
-            process = subprocess.Popen([sys.executable, *command_line(commands[0], len(gpus))], env=environment,
-                                       stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen([sys.executable, *command_line(commands[0], len(gpus))],
+                                       env=environment, stdout=output, stderr=subprocess.STDOUT)
         self.running[run.name] = Active(run, gpus, process, commands[1:], begins)
         self.claims.add_process(run, process.pid)
 
@@ -706,7 +720,7 @@ def sweep_markdown(grid, name):
     """All candidates of a table's cells that have been run; the chosen ones in bold."""
     lines = ["| row | labels | stage 2 | stage 3 | mIoU % | mean |", "|---|---|---|---|---|---|"]
     for cell in grid.cells:
-        if cell.table != name or grid.tables[name].sweep_column not in ("", cell.column):
+        if cell.table != name:
             continue
         chosen = grid.rates(cell) if grid.sweeps[name] else None
         for mean, rates, scores in grid.tuned(cell):
@@ -720,8 +734,9 @@ def sweep_markdown(grid, name):
 
 def share_of(column):
     """A column as a number: labelled images, or percent of them."""
-    return float(column.split()[0]) if column.endswith(" labels") else float(100 * Fraction(column.rstrip("%"))) / (
-        100 if column.endswith("%") else 1)
+    if column.endswith((" labels", "%")):
+        return float(column.removesuffix(" labels").removesuffix("%"))
+    return float(100 * Fraction(column))
 
 
 def curve(table, scores):
@@ -736,7 +751,8 @@ def curve(table, scores):
                 series.setdefault(row.name, []).append((share_of(column), *spread(values)))
             else:  # "Pascal Context, magnitude 0.22": the number is x, what stands before it the series
                 name, _, x = row.name.rpartition(" ")
-                series.setdefault(f"{name.rpartition(', ')[0]} {column}", []).append((float(x), *spread(values)))
+                name = f"{name.rpartition(', ')[0]} {column}".strip()
+                series.setdefault(name, []).append((float(x), *spread(values)))
     if table.curve == "noise magnitude" and len(series) > 1:
         lines = [{x: mean for x, mean, _ in line} for line in series.values()]
         common = [x for x in lines[0] if all(x in line for line in lines)]
@@ -755,7 +771,8 @@ def noise_panel(source):
     x = x[..., :256, :256]
     eps = noise.sample_noise(x.shape, [0], x.device)
     simple = [noise.simple_additive_noise(x, eps, sigma)[0] for sigma in sigmas]
-    scaled = [noise.scaled_additive_noise(x, eps, torch.tensor([noise.sigma_to_gamma(sigma)]))[0] for sigma in sigmas]
+    gammas = [torch.tensor([noise.sigma_to_gamma(sigma)]) for sigma in sigmas]
+    scaled = [noise.scaled_additive_noise(x, eps, gamma)[0] for gamma in gammas]
     rows = [[from_pixels(picture) for picture in (x[0], *pictures)] for pictures in (simple, scaled)]
     return sheet(rows, ["image; below: scaled", *(f"sigma {sigma}" for sigma in sigmas)], 160)
 
@@ -789,11 +806,14 @@ def prediction_grid(grid, name, pictures=6):
                  names if len(names) < 30 else (), colours)
 
 
-SMALL_NOTE = """Scaled down: the scenes of shapes.py stand for every labelled data set and its own images, single
-objects for ImageNet-21k; decoders an eighth as wide, a small Hybrid-ViT; {} / {} / {} steps of stages 1, 2 and 3; two
-repeats, two candidate rates. Tables that differ in their data set alone are the same runs.
+SMALL_NOTE = """Scaled down: the scenes of shapes.py stand for every labelled data set and its own images,
+single objects for ImageNet-21k; decoders an eighth as wide, a small Hybrid-ViT; {} / {} / {} steps of stages
+1, 2 and 3; two repeats, two candidate rates. Tables that differ in their data set alone are the same runs.
 
 """
+
+
+KINDS = ("noise", "curve", "predictions")  # of pictures
 
 
 class Pages:
@@ -805,7 +825,8 @@ class Pages:
         self.printed, self.last_printed, self.complete = {}, time.monotonic(), {}
 
     def scores(self, name):
-        return {(cell.row.name, cell.column): self.grid.scores(cell) for cell in self.grid.cells if cell.table == name}
+        cells = [cell for cell in self.grid.cells if cell.table == name]
+        return {(cell.row.name, cell.column): self.grid.scores(cell) for cell in cells}
 
     def update(self, final=False):
         """Write the pages, print what is new; final: draw the pictures, too."""
@@ -821,23 +842,25 @@ class Pages:
             self._write_pages(scores)
 
     def _print(self, scores, final):
-        """Each table that has one more repeat in all cells; before the first, every three minutes what is there."""
+        """Each table with one more repeat in all cells; before the first, every three minutes what is there."""
         for name in self.asked:
-            complete, text = min(map(len, scores[name].values()), default=0), markdown(self.known[name], scores[name])
+            text = markdown(self.known[name], scores[name])
+            complete = min(map(len, scores[name].values()), default=0)
             early = complete == 0 and time.monotonic() - self.last_printed > 180
-            if (complete > self.complete.get(name, 0) or early or final) and any(scores[name].values()) \
-                    and text != self.printed.get(name):
+            due = complete > self.complete.get(name, 0) or early or final
+            if due and any(scores[name].values()) and text != self.printed.get(name):
                 self.complete[name], self.printed[name], self.last_printed = complete, text, time.monotonic()
                 say(f"\n{self.known[name].title}\n\n{text}\n")
 
     def _write_pages(self, scores):
         sections, results = [], {}
         for name, table in self.known.items():
-            pictures = [f"![{table.title}: {kind}]({name}_{kind}.png)" for kind in ("noise", "curve", "predictions")
+            pictures = [f"![{table.title}: {kind}]({name}_{kind}.png)" for kind in KINDS
                         if os.path.exists(os.path.join(self.out, f"{name}_{kind}.png"))]
             if not (any(scores[name].values()) or pictures or name in self.asked):
                 continue
-            sections += [f"## {table.title}", *([markdown(table, scores[name])] if table.rows else []), *pictures]
+            text = [markdown(table, scores[name])] if table.rows else []
+            sections += [f"## {table.title}", *text, *pictures]
             sweep = sweep_markdown(self.grid, name)
             if len(sweep.splitlines()) > 2:
                 self._write(f"sweep_{name}.md", f"# The rates: {table.title}\n\n{sweep}\n")
@@ -870,7 +893,8 @@ class Pages:
 
 def ours(out, name):
     """A file of OUT to write in, beside which no other worker writes."""
-    return replacing(os.path.join(out, name), beside=os.path.join(out, f"{socket.gethostname()}_{os.getpid()}.tmp"))
+    beside = f"{socket.gethostname()}_{os.getpid()}.tmp"
+    return replacing(os.path.join(out, name), beside=os.path.join(out, beside))
 
 
 # ---------------------------------------- What it will cost
@@ -883,6 +907,7 @@ VALIDATED = {"shapes": (250, 64 * 64), "cityscapes": (500, 1024 * 2048), "pascal
 START = 6  # seconds, of a process
 
 
+@functools.cache
 def flops_of(encoder, width, size, train_encoder=True, backward=True):
     """Multiply-adds, times two, of a step on one square image, counted on tensors without memory."""
     with torch.device("meta"):
@@ -897,13 +922,8 @@ def flops_of(encoder, width, size, train_encoder=True, backward=True):
     return counter.get_total_flops()
 
 
-def flops_of_run(run, cache):
+def flops_of_run(run):
     """All of a run: the images that its commands pass through the network, by the flags' own parsers."""
-    def count(*key):
-        if key not in cache:
-            cache[key] = flops_of(*key)
-        return cache[key]
-
     (script, *flags), *evaluation = run.commands
     args = importlib.import_module(script.removesuffix(".py")).parse_arguments(flags)
     small, words = args.data.startswith("shapes"), run.network.split()
@@ -916,14 +936,14 @@ def flops_of_run(run, cache):
         images = args.epochs * (UNLABELLED[args.data] + (COARSE if args.coarse else 0))
     else:
         images = args.steps * args.batch_size
-    total = images * count(encoder, width, size, getattr(args, "method", "") != "ddep")
+    total = images * flops_of(encoder, width, size, getattr(args, "method", "") != "ddep")
     if finetuning:
         views = [1.0]  # of each validation image, by their size
         if evaluation:
             scales = [1.0] if encoder == "resnet50" else DATA_SETS[args.data].evaluation.get("scales", [1.0])
             views += 2 * [scale ** 2 for scale in scales]  # mirrored, too
         number, pixels = VALIDATED[args.data]
-        total += number * sum(views) * pixels / size ** 2 * count(encoder, width, size, True, False)
+        total += number * sum(views) * pixels / size ** 2 * flops_of(encoder, width, size, True, False)
     return total
 
 
@@ -936,7 +956,8 @@ def seconds_per_image(args, small):
     """Of decoder pretraining: the fastest of three steps after one to warm up, as the stage computes."""
     encoder, width, size, batch = reference(small)
     device = launch.start_processes(args.device).device
-    network = build_unet(encoder=encoder, width=width, out_channels=3).to(device, memory_format=torch.channels_last)
+    network = build_unet(encoder=encoder, width=width, out_channels=3)
+    network.to(device, memory_format=torch.channels_last)
     network.encoder.requires_grad_(False)
     x, times = torch.randn(batch, 3, size, size, device=device), []
     x = x.contiguous(memory_format=torch.channels_last)
@@ -957,27 +978,29 @@ def dry_run(grid):
     for run in missing:
         count = worker.processes(run)
         for command in run.commands:
-            say(shlex.join([*(["torchrun", f"--nproc_per_node={count}"] if count > 1 else ["python"]), *command]))
+            start = ["torchrun", f"--nproc_per_node={count}"] if count > 1 else ["python"]
+            say(shlex.join([*start, *command]))
     if unknown:
         say(f"... and {unknown} fine-tunings with the rates that the sweep will choose")
-    say(f"{len(runs) - len(missing)} of {len(runs) + unknown} runs are finished, {len(missing) + unknown} are missing")
+    count = len(missing) + unknown
+    say(f"{len(runs) - len(missing)} of {len(runs) + unknown} runs are finished, {count} are missing")
     if not missing:
         return
     later = {}  # fine-tunings that cost as much with other rates
     for cell in grid.cells:
         if grid.rates(cell) is None:
-            later.update((run.name, run) for seed in grid.seeds(cell) for run in grid.chain(cell, seed, ("?", ""))[-1:])
-    cache, slots = {}, len(worker.gpus)
-    flops = sum(flops_of_run(run, cache) for run in [*missing, *later.values()])
+            last = [grid.chain(cell, seed, ("?", ""))[-1] for seed in grid.seeds(cell)]
+            later.update((run.name, run) for run in last)
+    slots, flops = len(worker.gpus), sum(map(flops_of_run, [*missing, *later.values()]))
     small = all(row.data == "shapes" for table in args.tables.values() for row in table.rows)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // slots))  # as each run has
     seconds = args.seconds_per_image or seconds_per_image(args, small)
     encoder, width, size, _ = reference(small)
-    hours = (flops * seconds / flops_of(encoder, width, size, False) + START * (len(missing) + unknown)) / slots / 3600
-    say(f"about {hours:.1f} hours with {slots} runs at a time on {'GPUs' if worker.gpus[0] else 'the CPU'} of this "
-        f"machine, at {seconds:.3g} s an image of decoder pretraining ({encoder}, x{width:g}, {size} px; "
-        f"{'given' if args.seconds_per_image else 'measured now'}); others by their multiply-adds; reading images and "
-        "checkpoints not included")
+    hours = (flops * seconds / flops_of(encoder, width, size, False) + START * count) / slots / 3600
+    say(f"about {hours:.1f} hours with {slots} runs at a time on {'GPUs' if worker.gpus[0] else 'the CPU'} of "
+        f"this machine, at {seconds:.3g} s an image of decoder pretraining ({encoder}, x{width:g}, {size} px; "
+        f"{'given' if args.seconds_per_image else 'measured now'}); others by their multiply-adds; reading "
+        "images and checkpoints not included")
 
 
 # ---------------------------------------- The program
@@ -1021,8 +1044,8 @@ def main():
         done, total = sum(map(grid.finished, runs)), len(runs) + unknown
         if begun is None:
             begun = done
-            say(f"{total - done} of {total} runs are missing; {len(worker.gpus)} at a time, into {args.out}/runs; "
-                "stop and start again at any time")
+            say(f"{total - done} of {total} runs are missing; {len(worker.gpus)} at a time, into "
+                f"{args.out}/runs; stop and start again at any time")
         if done == last:
             continue
         if bar.disable and done > begun:
