@@ -80,6 +80,7 @@ class Table(NamedTuple):
     repeats: int = 10    # of each fine-tuning, where REPEATS has no other number
     sweep: bool = True   # whether the rates are chosen if no flag says otherwise
     sweep_seeds: tuple = (100,)  # no score of these enters the table
+    sweep_column: str = ""       # where all columns take the rates of one
 
 
 NONE, SUPERVISED = "none", "supervised"
@@ -198,7 +199,7 @@ FOLDERS = ("imagenet21k", *DATA_SETS)  # --imagenet21k DIR, --cityscapes DIR, ..
 
 
 def scaled_down(table, steps):
-    """The table on the embedded data: decoders an eighth as wide, two repeats, two candidate rates."""
+    """The table on the embedded data: decoders an eighth as wide, two repeats, two candidate rates a row."""
     def small(row):
         init = row.init
         if init.startswith("--"):
@@ -210,7 +211,7 @@ def scaled_down(table, steps):
         network = f"--width {int(width[1]) / 8 if width else 1 / 8:g}"
         return row._replace(data="shapes", init=init, rates=SMALL_GRID[:1], grid=SMALL_GRID,
                             network=network + (" --encoder resnet50" if "resnet50" in row.network else ""))
-    return table._replace(rows=tuple(map(small, table.rows)), repeats=2)
+    return table._replace(rows=tuple(map(small, table.rows)), repeats=2, sweep_column="".join(table.columns[-1:]))
 
 
 # ---------------------------------------- Flags
@@ -382,6 +383,7 @@ class Grid:
     def candidates(self, cell):
         """[(rates, the chain of each sweep seed), ...] of a cell."""
         seeds = self.tables[cell.table].sweep_seeds
+        cell = cell._replace(column=self.tables[cell.table].sweep_column or cell.column)
         return [(rates, [self.chain(cell, seed, rates, tuning=True) for seed in seeds])
                 for rates in cell.row.grid]
 
@@ -720,7 +722,7 @@ def sweep_markdown(grid, name):
     """All candidates of a table's cells that have been run; the chosen ones in bold."""
     lines = ["| row | labels | stage 2 | stage 3 | mIoU % | mean |", "|---|---|---|---|---|---|"]
     for cell in grid.cells:
-        if cell.table != name:
+        if cell.table != name or grid.tables[name].sweep_column not in ("", cell.column):
             continue
         chosen = grid.rates(cell) if grid.sweeps[name] else None
         for mean, rates, scores in grid.tuned(cell):
@@ -808,7 +810,8 @@ def prediction_grid(grid, name, pictures=6):
 
 SMALL_NOTE = """Scaled down: the scenes of shapes.py stand for every labelled data set and its own images,
 single objects for ImageNet-21k; decoders an eighth as wide, a small Hybrid-ViT; {} / {} / {} steps of stages
-1, 2 and 3; two repeats, two candidate rates. Tables that differ in their data set alone are the same runs.
+1, 2 and 3; two repeats; two candidate rates, tried in the last column for the whole row. Tables that differ
+in their data set alone are the same runs.
 
 """
 

@@ -298,6 +298,8 @@ needs = [word for word in sys.argv if word.endswith("last.pt")]
 assert all(map(os.path.exists, needs)), needs
 if os.environ.get("FAIL") and "finetune" in sys.argv[0] and f"{os.sep}dep_" in out:
     sys.exit("finetune.py: error: a fault of this run")
+while not all(os.path.exists(os.environ["RAN"] + "." + name) for name in os.environ.get("TOGETHER", "").split()):
+    time.sleep(0.1)  # until these workers have begun
 with open(os.environ["RAN"], "a") as file:
     file.write(f"{os.environ['WORKER']} {out}\\n")
 time.sleep(float(os.environ.get("SECONDS", 0.02)))
@@ -321,7 +323,8 @@ def fake_stages(tmp_path):
 def worker(tmp_path, fake_stages):
     """worker(name, flag, ...) starts reproduce.py on fake stages in a process of its own."""
     program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import reproduce, launch; reproduce.HERE = {str(tmp_path)!r}; "
-               "reproduce.prediction_grid = lambda *args: None; sys.argv[0] = 'reproduce.py'; launch.run_script(reproduce.main)")
+               "reproduce.prediction_grid = lambda *args: None; sys.argv[0] = 'reproduce.py'; "
+               "import os; open(os.environ['RAN'] + '.' + os.environ['WORKER'], 'w').close(); launch.run_script(reproduce.main)")
     started = []
 
     def start(name, *flags, **environment):
@@ -360,12 +363,12 @@ def until(condition):
 
 def test_two_workers_split_a_grid_and_no_run_runs_twice(worker, tmp_path):
     flags = ("table4", "--scale", "small", "--jobs", 2)
-    processes = [worker(name, *flags, SECONDS="0.7") for name in ("one", "two")]  # neither is done before the other begins
+    processes = [worker(name, *flags, TOGETHER="one two", SECONDS="0.3") for name in ("one", "two")]
     answers = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(map("\n".join, answers))
     folders = collections.Counter(out for _, out in ran(tmp_path))
-    # 1 encoder, 2 decoders; 6 cells with 2 candidates and 2 repeats each
-    assert len(folders) == 3 + 6 * 4 and set(folders.values()) == {1}
+    # 1 encoder, 2 decoders; 2 rows with 2 candidates each, 6 cells with 2 repeats each
+    assert len(folders) == 3 + 2 * 2 + 6 * 2 and set(folders.values()) == {1}
     assert {name for name, _ in ran(tmp_path)} == {"one", "two"}
     assert not list((tmp_path / "out").rglob("claim-*")) and not list((tmp_path / "out").glob("*.tmp"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -384,7 +387,7 @@ def test_a_worker_that_was_killed_is_replaced_once_its_run_has_ended(worker, tmp
     _, errors = second.communicate(timeout=300)
     assert second.returncode == 0, errors
     folders = collections.Counter(out for _, out in ran(tmp_path))
-    assert len(folders) == 3 + 6 * 4 and set(folders.values()) == {1}  # the orphan's was waited for, not repeated
+    assert len(folders) == 3 + 2 * 2 + 6 * 2 and set(folders.values()) == {1}  # the orphan's was waited for, not repeated
 
 
 def test_a_failed_run_is_reported_with_its_last_line_the_others_go_on_and_the_command_tries_it_again(run_here, tmp_path, monkeypatch):
