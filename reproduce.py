@@ -451,6 +451,7 @@ def slug(*parts):
 # ---------------------------------------- Workers
 
 SILENT = 300  # seconds without a sign of life, after which a claim is taken over
+LOOK = 10  # seconds after which a worker looks for what others have finished
 
 
 class Claims:
@@ -567,7 +568,7 @@ class Worker:
         self.busy = {}  # {name: when another process was found to write there, as a torchrun of the user's}
 
     def work(self):
-        """Until all is finished or failed. Yields (all runs, unknown ones), at least every ten seconds."""
+        """Until all is finished or failed. Yields (all runs, unknown ones), at least every LOOK seconds."""
         try:
             while True:
                 runs, unknown = self.grid.plan()
@@ -583,7 +584,7 @@ class Worker:
                 while not self._ended():
                     time.sleep(0.2)
                     self.claims.show_life()
-                    if time.monotonic() - checked > 10:  # another worker may have finished one
+                    if time.monotonic() - checked > LOOK:
                         break
         finally:
             for active in self.running.values():  # each continues from its checkpoint next time

@@ -322,7 +322,7 @@ def fake_stages(tmp_path):
 @pytest.fixture
 def worker(tmp_path, fake_stages):
     """worker(name, flag, ...) starts reproduce.py on fake stages in a process of its own."""
-    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import reproduce, launch; reproduce.HERE = {str(tmp_path)!r}; "
+    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import reproduce, launch; reproduce.HERE = {str(tmp_path)!r}; reproduce.LOOK = 0.5; "
                "reproduce.prediction_grid = lambda *args: None; sys.argv[0] = 'reproduce.py'; "
                "import os; open(os.environ['RAN'] + '.' + os.environ['WORKER'], 'w').close(); launch.run_script(reproduce.main)")
     started = []
