@@ -128,7 +128,7 @@ def commands_of(*flags):
     return grid, {run.name: run for run in runs}
 
 
-@pytest.mark.parametrize("flags", [("all", "--no-sweep"), ("all", "--scale", "small"), ("shapes", "--sweep")])
+@pytest.mark.parametrize("flags", [("all", "--no-sweep", "--repeats", 1), ("all", "--scale", "small"), ("shapes", "--sweep")])
 def test_the_stages_take_the_flags_of_every_command(flags, tmp_path, monkeypatch):
     grid, runs = commands_of(*flags, "--out", tmp_path)
     checkpoint = tmp_path / "fine-tuned.pt"
