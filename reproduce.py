@@ -181,13 +181,13 @@ STAGES_2_AND_3 = tuple((f"--lr {two}", f"--lr {rate} --weight-decay 0")
                        for two, rate in product(("3e-4", "1e-3", "3e-3"), RATES))
 SHAPES = Table("The embedded data", ("8 labels", "32 labels"), (
     Row("No pretraining", "shapes", NONE, grid=STAGE_3,
-        rates=(("", "--lr 2e-3 --weight-decay 0"), ("", "--lr 2e-3 --weight-decay 0"))),
+        rates=(("", "--lr 2e-3 --weight-decay 0"), ("", "--lr 2e-3 --weight-decay 1e-3"))),
     Row("Supervised", "shapes", SUPERVISED, grid=STAGE_3,
-        rates=(("", "--lr 1e-3 --weight-decay 0"), ("", "--lr 2e-3 --weight-decay 0"))),
+        rates=(("", "--lr 1e-3 --weight-decay 0"), ("", "--lr 2e-3 --weight-decay 1e-3"))),
     Row("DeP", "shapes", "--method dep --gamma 0.5", grid=STAGES_2_AND_3,
-        rates=(("--lr 3e-4", "--lr 2e-3 --weight-decay 0"), ("--lr 3e-4", "--lr 2e-3 --weight-decay 0"))),
+        rates=(("--lr 3e-4", "--lr 2e-3 --weight-decay 0"),)),
     Row("DDeP", "shapes", "--gamma 0.5", grid=STAGES_2_AND_3,
-        rates=(("--lr 3e-3", "--lr 2e-3 --weight-decay 0"), ("--lr 3e-3", "--lr 2e-3 --weight-decay 0")))),
+        rates=(("--lr 3e-3", "--lr 2e-3 --weight-decay 0"),))),
     curve="labels", pairs=(("Supervised", "No pretraining"), ("DDeP", "Supervised"), ("DDeP", "DeP")),
     repeats=5, sweep=False, sweep_seeds=(100, 101))
 
