@@ -47,7 +47,7 @@ def test_every_file_and_flag_that_readme_names_exists():
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
     of_others = {"--nproc", "--nnodes", "--node", "--master", "--max-restarts", "--help", "--rdzv",  # torchrun's
                  "--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus", "--array", "--wrap",
-                 "--job-name", "--dependency"}  # Slurm's
+                 "--parsable", "--dependency"}  # Slurm's
     assert not [flag for flag in named - of_others if f'"{flag.replace("--no-", "--")}"' not in sources]
 
 
