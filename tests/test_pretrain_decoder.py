@@ -136,7 +136,7 @@ def test_the_card_command_trains_a_missing_encoder_first_and_keeps_it(tmp_path):
     copy_program(tmp_path)
     stage_1 = (tmp_path / "pretrain_encoder.py").read_text()
     assert "steps=500" in stage_1
-    (tmp_path / "pretrain_encoder.py").write_text(stage_1.replace("steps=500", "steps=200"))
+    (tmp_path / "pretrain_encoder.py").write_text(stage_1.replace("steps=500", "steps=100"))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         "pretrain_decoder.py", "--gamma", "0.95", "--steps", "2"
@@ -148,7 +148,7 @@ def test_the_card_command_trains_a_missing_encoder_first_and_keeps_it(tmp_path):
         assert ("training one first" in done.stdout) == (attempt == 0)
     encoder = load(tmp_path / "runs/shapes/pretrain_encoder/last.pt")
     assert (json.loads((tmp_path / "runs/shapes/pretrain_encoder/metrics.json").read_text())["top1"]
-            > 0.35)  # chance is 0.17
+            > 0.25)  # chance is 0.17, with a standard error of 0.02
     ours = load(tmp_path / "runs/shapes/pretrain_decoder_ddep/last.pt")["model"]
     assert all(
         torch.equal(ours[name], value) for name, value in encoder["model"].items()
