@@ -434,7 +434,8 @@ def losses_of_splits(tmp_path, stage, splits, *more):
 @pytest.mark.parametrize("stage, more", [("pretrain_encoder", []), ("pretrain_decoder", []),
                                          ("pretrain_decoder", ["--method", "dep"]), ("finetune", [])])
 def test_1_2_and_4_processes_with_and_without_accumulation_are_one_run(stage, more, encoder, tmp_path):
-    found = losses_of_splits(tmp_path, stage, ((1, 8), (1, 3), (2, 4), (4, 1)), *more, "--encoder", *encoder)
+    four = [(4, 1)] if encoder == ["hybrid-small"] else []  # a ResNet-50 takes long to start
+    found = losses_of_splits(tmp_path, stage, [(1, 8), (1, 3), (2, 4), *four], *more, "--encoder", *encoder)
     for key, values in found.items():
         assert len(values) == 2 and values == pytest.approx(found[1, 8], rel=1e-5), key
 
@@ -447,7 +448,7 @@ def test_class_weights_are_those_of_the_global_batch(tmp_path):
 @pytest.mark.parametrize("stage, more", [("pretrain_encoder", []), ("pretrain_decoder", ["--method", "dep"]),
                                          ("finetune", [])])
 def test_batch_statistics_are_those_of_all_processes(stage, more, tmp_path):
-    splits = ((1, 8), (2, 4), (4, 2))
+    splits = [(1, 8), (2, 4), *([(4, 2)] if stage == "finetune" else [])]
     found = losses_of_splits(tmp_path, stage, splits, *more, "--encoder", "resnet50", "--batch-norm", "batch")
     for key, values in found.items():
         assert len(values) == 2 and values == pytest.approx(found[1, 8], rel=1e-5), key
