@@ -281,9 +281,11 @@ def read_settings(args):
     scale, steps, sweeps = (content.get(name) for name in ("scale", "steps", "sweeps"))
     good = scale in ("paper", "small") and (steps is None or isinstance(steps, list) and len(steps) == 3
                                             and all(isinstance(n, int) and n > 0 for n in steps))
-    if not good or not isinstance(sweeps or {}, dict) or {*(sweeps or {}).values()} - {True, False}:
+    sweeps = {} if sweeps is None else sweeps
+    good = good and isinstance(sweeps, dict) and all(isinstance(value, bool) for value in sweeps.values())
+    if not good:
         raise InputError(f"{args_file(args)}: not written by this program; remove it, or pass another --out")
-    return scale, steps, sweeps or {}
+    return scale, steps, sweeps
 
 
 def folders_of(table):
@@ -538,7 +540,8 @@ class Claims:
             changed = os.stat(path).st_mtime_ns
         except FileNotFoundError:  # given up just now
             return False
-        here = os.name == "posix" and owners and all(owner[:1] == [socket.gethostname()] for owner in owners)
+        here = os.name == "posix" and owners and all(  # else a line may be torn: silence decides
+            len(owner) == 2 and owner[0] == socket.gethostname() and owner[1].isdigit() for owner in owners)
         if here and not any(is_alive(int(owner[1])) for owner in owners):
             return True
         if self.seen.get(path, (0, 0))[0] != changed:
@@ -604,7 +607,7 @@ class Worker:
                         return
                     continue  # another worker finished one meanwhile, on which more may depend
                 while not self._ended():
-                    time.sleep(0.2)
+                    time.sleep(0.2)  # there is no portable way to wait for the first of several processes
                     self.claims.show_life()
                     if time.monotonic() - checked > LOOK:
                         break
