@@ -18,7 +18,6 @@ from 1e-5 to 3e-4, and a task is a row and a column. All repeats share one pretr
 Out: results.md (all tables, beside the paper's numbers), results.json (every score), curves, predictions,
 sweep_TABLE.md. Of fine-tunings only those of the first seed keep their weights.
 """
-import argparse
 import functools
 import importlib
 import json
@@ -27,13 +26,9 @@ import os
 import re
 import shlex
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from contextlib import suppress
-from fractions import Fraction
 from itertools import product
 from typing import NamedTuple
 
@@ -42,17 +37,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import launch
-import noise
-from data import to_pixels
-from datasets import DATA_SETS, class_colours, pretraining_images, segmentation_pairs
-from evaluate import predict
+from benchmark import measure, training_step
+from datasets import DATA_SETS, segmentation_pairs
 from launch import InputError, Stopped, say
-from model import WeightsError, build_unet
-from pictures import colour_mask, curves, from_pixels, sheet
-from run_folder import (SIGNALS, build, load_checkpoint, make_folder, read_json, refuse_other_flags,
-                        replacing)
-
-HERE = os.path.dirname(os.path.abspath(__file__))
+from model import build_unet, freeze
+from report import Pages, markdown, ours
+from run_folder import SIGNALS, make_folder, read_json, refuse_other_flags
+from workers import Run, Worker
 
 # ---------------------------------------- The tables
 
@@ -199,6 +190,12 @@ SMALL_STEPS = (300, 1200, 200)  # of the three stages; 6000 epochs of the paper 
 FOLDERS = ("imagenet21k", *DATA_SETS)  # --imagenet21k DIR, --cityscapes DIR, ...
 
 
+SMALL_NOTE = """Scaled down: the scenes of shapes.py stand for every labelled data set and its own images,
+single objects for ImageNet-21k; decoders an eighth as wide, a small Hybrid-ViT; {} / {} / {} steps of stages
+1, 2 and 3; two repeats; two candidate rates, tried in the last column for the whole row. Tables that differ
+in their data set alone are the same runs."""
+
+
 def scaled_down(table, steps):
     """The table on the embedded data: decoders an eighth as wide, two repeats, two candidate rates a row."""
     def small(row):
@@ -212,7 +209,8 @@ def scaled_down(table, steps):
         network = f"--width {int(width[1]) / 8 if width else 1 / 8:g}"
         return row._replace(data="shapes", init=init, rates=SMALL_GRID[:1], grid=SMALL_GRID,
                             network=network + (" --encoder resnet50" if "resnet50" in row.network else ""))
-    return table._replace(rows=tuple(map(small, table.rows)), repeats=2, sweep_column="".join(table.columns[-1:]))
+    rows, last = tuple(map(small, table.rows)), "".join(table.columns[-1:])
+    return table._replace(rows=rows, repeats=2, sweep_column=last)
 
 
 # ---------------------------------------- Flags
@@ -226,7 +224,7 @@ def parse_arguments(argv=None):
     add("--out", default="results", metavar="DIR", help="where everything goes; other workers may share it")
     add("--scale", choices=("paper", "small"), default="paper", help="small: the embedded data, on two cores")
     for name in FOLDERS:
-        add(f"--{name.replace('_', '-')}", metavar="DIR", help=f"the folder of {name}")
+        add(flag_of(name), metavar="DIR", help=f"the folder of {name}")
     add("--sweep", action="store_true", default=None,
         help="choose the rates (the default of the paper's tables)")
     add("--no-sweep", dest="sweep", action="store_false", default=None,
@@ -240,6 +238,8 @@ def parse_arguments(argv=None):
              "measured there and then)")
     add("--jobs", type=launch.positive_int,
         help="runs at a time, on GPUs at most one each (default: that, else two)")
+    add("--micro-batch", type=launch.positive_int, metavar="N",
+        help="images in one process's network at once, where memory is short (default: as in the stages)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
     args = parser.parse_args(argv)
 
@@ -254,38 +254,32 @@ def parse_arguments(argv=None):
     if args.list and os.path.exists(args_file(args)):  # of any scale
         args.scale, args.steps, _ = read_settings(args)
     elif args.scale == "small" and "shapes" in names:
-        raise InputError("--scale small is for the paper's tables: name one, or all; shapes is small without it")
+        raise InputError("--scale small is for the paper's tables: name one, or all; shapes is small without "
+                         "it")
     if args.scale == "small":
         args.steps = args.steps or list(SMALL_STEPS)
         known.update({name: scaled_down(table, args.steps) for name, table in TABLES.items()})
     args.known, args.tables = known, {name: known[name] for name in dict.fromkeys(names)}
-    for name in FOLDERS if not (args.list or args.dry_run) else ():
-        flag = f"--{name.replace('_', '-')}"
-        users = [key for key, table in args.tables.items() if name in folders_of(table)]
-        if getattr(args, name) is not None and not os.path.isdir(getattr(args, name)):
-            raise InputError(f"{flag} {getattr(args, name)}: no such folder")
-        if users and getattr(args, name) is None:
-            raise InputError(f"{users[0]} needs {name}; pass {flag} DIR")
-        if name in [row.data for key in users for row in args.tables[key].rows]:
-            segmentation_pairs(name, getattr(args, name), "val")  # raises where this is not the set
+    if not (args.list or args.dry_run):
+        check_folders(args)
     return args
 
 
-def args_file(args):
-    return os.path.join(args.out, "args.json")
+def flag_of(folder):
+    return f"--{folder.replace('_', '-')}"
 
 
-def read_settings(args):
-    """(scale, steps, {table: whether its rates were chosen}) of the commands that ran in OUT."""
-    content = read_json(args_file(args))
-    scale, steps, sweeps = (content.get(name) for name in ("scale", "steps", "sweeps"))
-    good = scale in ("paper", "small") and (steps is None or isinstance(steps, list) and len(steps) == 3
-                                            and all(isinstance(n, int) and n > 0 for n in steps))
-    sweeps = {} if sweeps is None else sweeps
-    good = good and isinstance(sweeps, dict) and all(isinstance(value, bool) for value in sweeps.values())
-    if not good:
-        raise InputError(f"{args_file(args)}: not written by this program; remove it, or pass another --out")
-    return scale, steps, sweeps
+def check_folders(args):
+    """Raise InputError where a data set that a table needs is not there."""
+    for name in FOLDERS:
+        root = getattr(args, name)
+        users = [key for key, table in args.tables.items() if name in folders_of(table)]
+        if root is not None and not os.path.isdir(root):
+            raise InputError(f"{flag_of(name)} {root}: no such folder")
+        if users and root is None:
+            raise InputError(f"{users[0]} needs {name}; pass {flag_of(name)} DIR")
+        if name in [row.data for key in users for row in args.tables[key].rows]:
+            segmentation_pairs(name, root, "val")  # raises where this is not the set
 
 
 def folders_of(table):
@@ -297,17 +291,22 @@ def data_of(init):
     return next(iter(re.findall("--data ([a-z0-9_]+)", init)), "shapes")
 
 
+def args_file(args):
+    return os.path.join(args.out, "args.json")
+
+
+def read_settings(args):
+    """(scale, steps, {table: whether its rates were chosen}) of the commands that ran in OUT."""
+    content = read_json(args_file(args))
+    scale, steps, sweeps = content.get("scale"), content.get("steps"), content.get("sweeps") or {}
+    numbers = isinstance(steps, list) and len(steps) == 3 and all(isinstance(n, int) and n > 0 for n in steps)
+    if not (scale in ("paper", "small") and (steps is None or numbers) and isinstance(sweeps, dict)
+            and all(isinstance(value, bool) for value in sweeps.values())):
+        raise InputError(f"{args_file(args)}: not written by this program; remove it, or pass another --out")
+    return scale, steps, sweeps
+
+
 # ---------------------------------------- The runs
-
-
-class Run(NamedTuple):
-    name: str            # its folder below OUT/runs
-    commands: list       # [[script, flag, ...], ...], one after the other
-    needs: list          # the names of runs that come first
-    result: str = "metrics.json"  # in its folder: it is finished
-    network: str = ""    # flags, for the estimate
-    batch: int = 1       # more: it runs on as many GPUs as divide this
-    keep: bool = True    # its weights
 
 
 class Cell(NamedTuple):
@@ -319,9 +318,10 @@ class Cell(NamedTuple):
 class Grid:
     """All runs of some tables: what they are, which are finished, what came out."""
 
-    def __init__(self, args, tables, sweeps):
-        """sweeps: {table: whether its rates are chosen by a sweep}."""
-        self.args, self.tables, self.sweeps, self.done, self.read = args, tables, sweeps, set(), {}
+    def __init__(self, args, tables, sweeps, repeats=None):
+        """sweeps: {table: whether a sweep chooses its rates}. repeats: at most so many of each fine-tuning."""
+        self.args, self.tables, self.sweeps, self.repeats = args, tables, sweeps, repeats
+        self.done, self.read = set(), {}
         self.cells = [Cell(name, row, column) for name, table in tables.items()
                       for row in table.rows for column in table.columns]
 
@@ -339,13 +339,14 @@ class Grid:
             path = self.path(run.name, *run.result.split("/"))
             miou = read_json(path).get("miou", "nothing")
             if miou is not None and (isinstance(miou, (str, list, dict)) or not 0 <= miou <= 1):
-                raise InputError(f"{path}: its miou is {miou}, expected 0 to 1; remove the folder, and it runs again")
+                raise InputError(f"{path}: its miou is {miou}, expected 0 to 1; remove the folder, and it runs "
+                                 "again")
             self.read[run.name] = 100 * (miou or 0)
         return self.read[run.name]
 
     def seeds(self, cell):
         repeats = REPEATS.get((cell.row.data, cell.column), self.tables[cell.table].repeats)
-        return range(min(repeats, self.args.repeats or repeats))
+        return range(min(repeats, self.repeats or repeats))
 
     def chain(self, cell, seed, rates, tuning=False):
         """The Runs that end in a fine-tuning: the pretrainings of seed 0 that it needs, then itself."""
@@ -356,10 +357,11 @@ class Grid:
         at_its_end = "" if embedded else "--eval-every 1000000"
         finetune = self.command("finetune.py", name, f"--data {row.data} --init {init} {labels} --seed {seed}",
                                 f"--subset-seed {seed}" if labels else "", root(row.data), network,
-                                self.length(2), rates[1], at_its_end)
+                                self.length(2), rates[1], at_its_end, self.memory())
         commands, result, needs = [finetune], "metrics.json", [run.name for run in runs[-1:]]
         if not (embedded or tuning):  # as 5.1. PAPER SILENT: the last weights, not those that validate best
-            commands += [self.command("evaluate.py", f"{name}/evaluate", f"--checkpoint {name}@", root(row.data))]
+            evaluate = self.command("evaluate.py", f"{name}/evaluate", f"--checkpoint {name}@", root(row.data))
+            commands.append(evaluate)
             result = "evaluate/metrics.json"
         keep = not tuning and seed == 0
         return [*runs, Run(name, commands, needs, result, row.network, keep=keep)]
@@ -384,13 +386,16 @@ class Grid:
         flags = re.sub("--epochs [^ ]+", "", row.init) if self.args.steps else row.init
         command = self.command("pretrain_decoder.py", name, "--seed 0", flags, root(data_of(row.init)),
                                "" if dep else f"--encoder-weights {encoder}", row.network,
-                               "" if "--steps" in row.init else self.length(1), rates)
+                               "" if "--steps" in row.init else self.length(1), rates, self.memory())
         needs, batch = [run.name for run in runs], 1 if row.data == "shapes" else 512
         runs.append(Run(name, [command], needs, network=row.network, batch=batch))
         return folder, f"{name}@", runs
 
     def length(self, stage):
         return f"--steps {self.args.steps[stage]}" if self.args.steps else ""
+
+    def memory(self):
+        return f"--micro-batch {self.args.micro_batch}" if self.args.micro_batch else ""
 
     def command(self, script, name, *flags):
         """[script, "--out", folder, flag, ...]. In flags RUN@ is its last.pt, ROOT@SET a folder of data."""
@@ -436,24 +441,28 @@ class Grid:
         last = {} if rates is None else {seed: self.chain(cell, seed, rates)[-1] for seed in self.seeds(cell)}
         return {seed: self.miou(run) for seed, run in last.items() if self.finished(run)}
 
+    def scores_of(self, table):
+        """{(row's name, column): {seed: mIoU %}} of a table."""
+        return {(cell.row.name, cell.column): self.scores(cell) for cell in self.cells if cell.table == table}
+
     def plan(self):
-        """(all Runs that are known by now, in order; how many repeats wait for their rates)."""
-        chains, repeats, unknown = [], [], set()
+        """(all Runs that are known by now, in order; the fine-tunings that wait for their rates)."""
+        chains, repeats, later = [], [], {}
         for cell in self.cells:
             if self.sweeps[cell.table]:
                 chains += [chain for _, chains_of_rates in self.candidates(cell) for chain in chains_of_rates]
             rates = self.rates(cell)
-            for number, seed in enumerate(self.seeds(cell)):
+            for seed in self.seeds(cell):
+                chain = self.chain(cell, seed, rates or ("?", ""))
                 if rates is None:
-                    unknown.add(self.chain(cell, seed, ("?", "?"))[-1].name)
+                    later[chain[-1].name] = chain[-1]
                 else:
-                    repeats.append((number, self.chain(cell, seed, rates)))
-        repeats.sort(key=lambda numbered: numbered[0])  # a first number for every cell comes early
+                    repeats.append((seed, chain))
+        repeats.sort(key=lambda repeat: repeat[0])  # a first number for every cell comes early
         chains += [chain for _, chain in repeats]
         order = list({run.name: run for chain in chains for run in chain}.values())  # each once
-        if gpus_of(self.args.device):  # first what needs many: later it would wait until they are free
-            order.sort(key=lambda run: run.batch == 1)
-        return order, len(unknown)
+        order.sort(key=lambda run: run.batch == 1)  # first what needs many GPUs: later it would wait for them
+        return order, list(later.values())
 
 
 def root(data):
@@ -470,466 +479,6 @@ def labels_of(column):
 def slug(*parts):
     """A folder's name: ("ddep", "--lr 1e-3", "--fraction 1/8") -> "ddep_lr_1e-3_fraction_1-8"."""
     return "_".join(" ".join(parts).replace("--", "").replace("/", "-").split())
-
-
-# ---------------------------------------- Workers
-
-SILENT = 300  # seconds without a sign of life, after which a claim is taken over
-LOOK = 10  # seconds after which a worker looks for what others have finished
-
-
-class Claims:
-    """Which runs this program has taken, and which others have.
-
-    A claim is a file claim-N in the run's folder; N + 1 is made, which succeeds for one alone, where the owner
-    of N is gone: no such process on this machine, or silent for SILENT seconds of our own clock.
-    """
-
-    def __init__(self, grid):
-        self.grid, self.seen, self.mine, self.touched = grid, {}, {}, 0.0
-
-    def take(self, run):
-        """Whether the run is ours now."""
-        newest = self._newest(run)
-        if not self.may_take(run, newest):
-            return False
-        path = os.path.join(self.grid.path(run.name), f"claim-{newest + 1}")
-        try:
-            with open(path, "x") as file:
-                file.write(f"{socket.gethostname()} {os.getpid()}\n")
-        except FileExistsError:
-            return False
-        self.mine[run.name] = path
-        if self.grid.finished(run):  # in the meantime, by another
-            self.give_up(run)
-        return run.name in self.mine
-
-    def may_take(self, run, newest=None):
-        newest = self._newest(run) if newest is None else newest
-        return newest < 0 or self._abandoned(os.path.join(self.grid.path(run.name), f"claim-{newest}"))
-
-    def _newest(self, run):
-        folder = self.grid.path(run.name)
-        os.makedirs(folder, exist_ok=True)
-        claims = [name for name in os.listdir(folder) if re.fullmatch("claim-[0-9]+", name)]
-        return max((int(name.removeprefix("claim-")) for name in claims), default=-1)
-
-    def add_process(self, run, pid):
-        with open(self.mine[run.name], "a") as file:
-            file.write(f"{socket.gethostname()} {pid}\n")
-
-    def give_up(self, run, alone=False):
-        """alone: leave the claim that we took over, its owner turned out to be there."""
-        newest = self.mine.pop(run.name)
-        folder, number = os.path.dirname(newest), int(newest.rpartition("-")[2])
-        for i in range(number if alone else 0, number + 1):  # ours last
-            with suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, f"claim-{i}"))
-
-    def show_life(self):
-        if time.monotonic() - self.touched > SILENT / 10:
-            self.touched = time.monotonic()
-            for path in self.mine.values():
-                with suppress(FileNotFoundError):
-                    os.utime(path)
-
-    def _abandoned(self, path):
-        try:
-            with open(path) as file:
-                owners = [line.split() for line in file.read().splitlines()]
-            changed = os.stat(path).st_mtime_ns
-        except FileNotFoundError:  # given up just now
-            return False
-        here = os.name == "posix" and owners and all(  # else a line may be torn: silence decides
-            len(owner) == 2 and owner[0] == socket.gethostname() and owner[1].isdigit() for owner in owners)
-        if here and not any(is_alive(int(owner[1])) for owner in owners):
-            return True
-        if self.seen.get(path, (0, 0))[0] != changed:
-            self.seen[path] = changed, time.monotonic()
-        return time.monotonic() - self.seen[path][1] > SILENT
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
-
-
-def gpus_of(device):
-    """The names of the GPUs to use, as in CUDA_VISIBLE_DEVICES."""
-    if device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return [name for name in visible.split(",") if name] or list(map(str, range(torch.cuda.device_count())))
-
-
-def command_line(command, processes=1):
-    """What follows "python" in it."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*(torchrun if processes > 1 else []), os.path.join(HERE, command[0]), *command[1:]]
-
-
-class Active(NamedTuple):
-    run: Run
-    gpus: list
-    process: subprocess.Popen
-    commands: list  # that come after
-    begins: int     # where its output begins in output.txt
-
-
-class Worker:
-    """Runs what is not finished and not claimed, on this machine's GPUs or cores."""
-
-    def __init__(self, grid):
-        self.grid, self.claims, gpus = grid, Claims(grid), gpus_of(grid.args.device)
-        jobs = grid.args.jobs or len(gpus) or min(2, os.cpu_count() or 1)
-        self.gpus = gpus[:jobs] if gpus else [None] * jobs
-        self.free = list(self.gpus)
-        self.running, self.failed = {}, {}  # {name: Active}, {name: why}
-        self.busy = {}  # {name: when another process was found to write there, as a torchrun of the user's}
-
-    def work(self):
-        """Until all is finished or failed. Yields (all runs, unknown ones), at least every LOOK seconds."""
-        try:
-            while True:
-                runs, unknown = self.grid.plan()
-                known = len(self.grid.done)
-                yield runs, unknown
-                checked = time.monotonic()
-                waits = self._start(runs)
-                self.claims.show_life()
-                if not self.running and not waits:
-                    if len(self.grid.done) == known:
-                        return
-                    continue  # another worker finished one meanwhile, on which more may depend
-                while not self._ended():
-                    time.sleep(0.2)  # there is no portable way to wait for the first of several processes
-                    self.claims.show_life()
-                    if time.monotonic() - checked > LOOK:
-                        break
-        finally:
-            for active in self.running.values():  # each continues from its checkpoint next time
-                active.process.terminate()
-            for active in self.running.values():
-                active.process.wait()
-                self.claims.give_up(active.run)
-
-    def _start(self, runs):
-        """Start what can be; returns whether another worker's run is waited for."""
-        finished, waits = self.grid.finished, False
-        by_name = {run.name: run for run in runs}
-        for run in runs:
-            if finished(run) or run.name in self.failed or run.name in self.running:
-                continue
-            if not all(finished(by_name[need]) for need in run.needs):
-                continue
-            if time.monotonic() - self.busy.get(run.name, -math.inf) < SILENT:
-                waits = True
-                continue
-            needed = self.processes(run)
-            if needed > len(self.free) and (not self.free or self.claims.may_take(run)):
-                break  # the first in order comes first, also where it must wait for GPUs
-            if needed > len(self.free) or not self.claims.take(run):
-                waits = waits or not finished(run)
-                continue
-            self._start_command(run, [self.free.pop(0) for _ in range(needed)], run.commands)
-        return waits
-
-    def processes(self, run):
-        """On how many GPUs it runs: as many as its batch divides over."""
-        most = len(self.gpus) if self.gpus[0] is not None else 1
-        return max(n for n in range(1, most + 1) if run.batch % n == 0)
-
-    def _start_command(self, run, gpus, commands):
-        threads = max(1, (os.cpu_count() or 1) // len(self.gpus))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        if gpus[0] is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        with open(self.grid.path(run.name, "output.txt"), "a") as output:
-            begins = os.stat(output.name).st_size
-            process = subprocess.Popen([sys.executable, *command_line(commands[0], len(gpus))],
-                                       env=environment, stdout=output, stderr=subprocess.STDOUT)
-        self.running[run.name] = Active(run, gpus, process, commands[1:], begins)
-        self.claims.add_process(run, process.pid)
-
-    def _ended(self):
-        """Whether a run ended; starts the second command of those that have one."""
-        any_ended = False
-        for name, (run, gpus, process, commands, begins) in list(self.running.items()):
-            if process.poll() is None:
-                continue
-            if process.returncode == 0 and commands:
-                self._start_command(run, gpus, commands)
-                continue
-            any_ended, busy = True, False
-            del self.running[name]
-            self.free += gpus
-            if process.returncode or not self.grid.finished(run):
-                output = self.grid.path(name, "output.txt")
-                why = last_line(output, begins)
-                busy = "another run is writing there" in why
-                if busy:
-                    self.busy[name] = time.monotonic()
-                else:
-                    with suppress(FileNotFoundError):  # of an evaluation that left images out
-                        os.remove(self.grid.path(name, "evaluate", "metrics.json"))
-                    self.failed[name] = f"status {process.returncode}: {why} (see {output})"
-                    say(f"failed: {name}, {self.failed[name]}")
-            elif not run.keep:
-                for file in ("last.pt", "previous.pt", "best.pt"):
-                    with suppress(FileNotFoundError):
-                        os.remove(self.grid.path(name, file))
-            self.claims.give_up(run, alone=busy)
-        return any_ended
-
-
-def last_line(path, begins):
-    """The error in a run's output, else its last line."""
-    with open(path, "rb") as file:
-        file.seek(begins)
-        lines = file.read().decode(errors="replace").split("\n")
-    lines = [line for line in lines if line.strip()] or ["no output"]
-    return next((line for line in reversed(lines) if ": error: " in line), lines[-1])
-
-
-# ---------------------------------------- The results
-
-# Student's t at 97.5 % for 1, 2, ... degrees of freedom
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12)
-
-
-def interval(differences):
-    """Half of the 95 % confidence interval of the mean of two and more, by Student's t."""
-    n = len(differences)
-    quantile = STUDENT[n - 2] if n - 2 < len(STUDENT) else 2.1
-    return quantile * statistics.stdev(differences) / math.sqrt(n)
-
-
-def mean_text(values):
-    """Mean ± standard deviation (number of values)."""
-    deviation = f" ± {spread(values)[1]:.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation} ({len(values)})"
-
-
-def spread(values):
-    """(mean, standard deviation with n - 1; 0 for one value)."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def markdown(table, scores):
-    """A table. scores: {(row's name, column): {seed: mIoU %}}."""
-    same_data = any(row.data != "shapes" for row in table.rows)  # else a difference would mean nothing
-    beside = "; the paper's" + "; difference" * same_data if any(row.paper for row in table.rows) else ""
-    lines = [f"| mIoU %: ours ± standard deviation (runs){beside} | {' | '.join(table.columns)} |",
-             "|---|" + "---|" * len(table.columns)]
-    for row in table.rows:
-        texts = []
-        for i, column in enumerate(table.columns):
-            values = list(scores[row.name, column].values())
-            parts = [mean_text(values) if values else "–"]
-            if row.paper:
-                parts.append(f"{row.paper[i]:.2f}")
-                parts += [f"{statistics.mean(values) - row.paper[i]:+.1f}"] if values and same_data else []
-            texts.append("; ".join(parts))
-        lines.append(f"| {row.name} | {' | '.join(texts)} |")
-    for name, numbers in table.cited:
-        texts = ["–" if number is None else f"{number:.2f}" for number in numbers]
-        lines.append(f"| {name} (cited in the paper, not run here) | {' | '.join(texts)} |")
-    for a, b in table.pairs:
-        texts = []
-        for column in table.columns:
-            ours, theirs = scores[a, column], scores[b, column]
-            pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-            half = f" ± {interval(pairs):.1f}" if len(pairs) > 1 else ""
-            texts.append(f"{statistics.mean(pairs):+.1f}{half}" if pairs else "")
-        lines.append(f"| *{a} − {b}, in pairs, ± 95 % interval* | {' | '.join(texts)} |")
-    return "\n".join(lines)
-
-
-def sweep_markdown(grid, name):
-    """All candidates of a table's cells that have been run; the chosen ones in bold."""
-    lines = ["| row | labels | stage 2 | stage 3 | mIoU % | mean |", "|---|---|---|---|---|---|"]
-    for cell in grid.cells:
-        if cell.table != name or grid.tables[name].sweep_column not in ("", cell.column):
-            continue
-        chosen = grid.rates(cell) if grid.sweeps[name] else None
-        for mean, rates, scores in grid.tuned(cell):
-            bold = "**" if rates == chosen else ""
-            values = " ".join(f"{score:.1f}" for score in scores)
-            stage_2 = rates[0] if cell.row.init.startswith("--") else ""
-            lines.append(f"| {cell.row.name} | {cell.column} | {stage_2} | {rates[1]} | {values} | "
-                         f"{bold}{mean:.1f}{bold} |")
-    return "\n".join(lines)
-
-
-def share_of(column):
-    """A column as a number: labelled images, or percent of them."""
-    if column.endswith((" labels", "%")):
-        return float(column.removesuffix(" labels").removesuffix("%"))
-    return float(100 * Fraction(column))
-
-
-def curve(table, scores):
-    """The picture of a table that is a curve in the paper, of what is there; None: of nothing yet."""
-    series = {}
-    for row in table.rows:
-        for column in table.columns:
-            values = list(scores[row.name, column].values())
-            if not values:
-                continue
-            if table.curve == "labels":
-                series.setdefault(row.name, []).append((share_of(column), *spread(values)))
-            else:  # "Pascal Context, magnitude 0.22": the number is x, what stands before it the series
-                name, _, x = row.name.rpartition(" ")
-                name = f"{name.rpartition(', ')[0]} {column}".strip()
-                series.setdefault(name, []).append((float(x), *spread(values)))
-    if table.curve == "noise magnitude" and len(series) > 1:
-        lines = [{x: mean for x, mean, _ in line} for line in series.values()]
-        common = [x for x in lines[0] if all(x in line for line in lines)]
-        if common:
-            series["mean"] = [(x, statistics.mean(line[x] for line in lines), 0) for x in common]
-    unit = "labelled images" if table.columns[0].endswith("labels") else "% of the labels"
-    return curves({name: sorted(line) for name, line in series.items()},
-                  unit if table.curve == "labels" else table.curve, "mIoU %") if series else None
-
-
-def noise_panel(source):
-    """Figure 4: an image of a source with simple noise (Eq. 1) and scaled noise (Eq. 5) of the same ratio."""
-    sigmas = (0.1, 0.23, 0.5, 0.8, 1.2)
-    image = torch.as_tensor(source.image(0) if hasattr(source, "image") else source.read(0)["image"])
-    x = to_pixels(image[None])
-    x = x[..., :256, :256]
-    eps = noise.sample_noise(x.shape, [0], x.device)
-    simple = [noise.simple_additive_noise(x, eps, sigma)[0] for sigma in sigmas]
-    gammas = [torch.tensor([noise.sigma_to_gamma(sigma)]) for sigma in sigmas]
-    scaled = [noise.scaled_additive_noise(x, eps, gamma)[0] for gamma in gammas]
-    rows = [[from_pixels(picture) for picture in (x[0], *pictures)] for pictures in (simple, scaled)]
-    return sheet(rows, ["image; below: scaled", *(f"sigma {sigma}" for sigma in sigmas)], 160)
-
-
-@torch.no_grad()
-def prediction_grid(grid, name, pictures=6):
-    """Validation images, truth, and what each row predicts after fine-tuning on the fewest labels; or None."""
-    table, device = grid.tables[name], launch.start_processes(grid.args.device).device
-    column = min(table.columns, key=share_of)
-    data = table.rows[0].data
-    cells = [cell for cell in grid.cells if (cell.table, cell.column, cell.row.data) == (name, column, data)]
-    networks = {}
-    for cell in cells:
-        rates = grid.rates(cell)
-        path = rates and grid.path(grid.chain(cell, grid.seeds(cell)[0], rates)[-1].name, "last.pt")
-        if rates is not None and os.path.exists(path):
-            checkpoint = load_checkpoint(path)
-            window = checkpoint["args"].get("crop_size", 0)
-            networks[cell.row.name] = build(checkpoint, path).to(device).eval(), window
-    if not networks:
-        return None
-    val, names = segmentation_pairs(data, getattr(grid.args, data, None), "val")
-    colours, rows = class_colours(data, len(names)), []
-    for number in range(pictures):
-        sample = val.read(number * len(val) // pictures)
-        x = to_pixels(sample["image"].as_subclass(torch.Tensor)[None])
-        masks = [predict(network, x.to(device), window=window).argmax(1)[0].cpu()
-                 for network, window in networks.values()]
-        rows.append([from_pixels(x[0]), *(colour_mask(mask, colours) for mask in (sample["mask"], *masks))])
-    return sheet(rows, ["image", "truth", *(title.replace("ε", "noise") for title in networks)], 112,
-                 names if len(names) < 30 else (), colours)
-
-
-SMALL_NOTE = """Scaled down: the scenes of shapes.py stand for every labelled data set and its own images,
-single objects for ImageNet-21k; decoders an eighth as wide, a small Hybrid-ViT; {} / {} / {} steps of stages
-1, 2 and 3; two repeats; two candidate rates, tried in the last column for the whole row. Tables that differ
-in their data set alone are the same runs.
-
-"""
-
-
-KINDS = ("noise", "curve", "predictions")  # of pictures
-
-
-class Pages:
-    """results.md and results.json, of this command's tables and of earlier ones', and the pictures."""
-
-    def __init__(self, args, sweeps):
-        self.args, self.known, self.asked, self.out = args, args.known, args.tables, args.out
-        self.grid = Grid(argparse.Namespace(**{**vars(args), "repeats": None}), args.known, sweeps)
-        self.printed, self.last_printed, self.complete = {}, time.monotonic(), {}
-
-    def scores(self, name):
-        cells = [cell for cell in self.grid.cells if cell.table == name]
-        return {(cell.row.name, cell.column): self.grid.scores(cell) for cell in cells}
-
-    def update(self, final=False):
-        """Write the pages, print what is new; final: draw the pictures, too."""
-        scores = {name: self.scores(name) for name in self.known}
-        self._print(scores, final)
-        self._write_pages(scores)
-        for name in self.asked if final else ():
-            try:
-                self._draw(name, scores[name])
-            except (InputError, WeightsError) as error:  # of a file that is gone or damaged since
-                say(f"{name}: no picture: {error}")
-        if final:  # with the pictures
-            self._write_pages(scores)
-
-    def _print(self, scores, final):
-        """Each table with one more repeat in all cells; before the first, every three minutes what is there."""
-        for name in self.asked:
-            text = markdown(self.known[name], scores[name])
-            complete = min(map(len, scores[name].values()), default=0)
-            early = complete == 0 and time.monotonic() - self.last_printed > 180
-            due = complete > self.complete.get(name, 0) or early or final
-            if due and any(scores[name].values()) and text != self.printed.get(name):
-                self.complete[name], self.printed[name], self.last_printed = complete, text, time.monotonic()
-                say(f"\n{self.known[name].title}\n\n{text}\n")
-
-    def _write_pages(self, scores):
-        sections, results = [], {}
-        for name, table in self.known.items():
-            pictures = [f"![{table.title}: {kind}]({name}_{kind}.png)" for kind in KINDS
-                        if os.path.exists(os.path.join(self.out, f"{name}_{kind}.png"))]
-            if not (any(scores[name].values()) or pictures or name in self.asked):
-                continue
-            text = [markdown(table, scores[name])] if table.rows else []
-            sections += [f"## {table.title}", *text, *pictures]
-            sweep = sweep_markdown(self.grid, name)
-            if len(sweep.splitlines()) > 2:
-                self._write(f"sweep_{name}.md", f"# The rates: {table.title}\n\n{sweep}\n")
-                sections.append(f"How the rates were chosen: [all candidates](sweep_{name}.md).")
-            results[name] = [{"row": row, "column": column, "seed": seed, "miou": value / 100}
-                             for (row, column), cell in scores[name].items() for seed, value in cell.items()]
-        note = SMALL_NOTE.format(*self.args.steps) if self.args.scale == "small" else ""
-        self._write("results.md", f"# Results\n\n{note}" + "\n\n".join(sections) + "\n")
-        self._write("results.json", json.dumps(results, indent=1))
-
-    def _draw(self, name, scores):
-        table, pictures = self.known[name], {}
-        if name == "figure4":
-            folder = self.args.imagenet21k
-            data = "imagenet21k" if folder and self.args.scale == "paper" else "shapes"
-            pictures["noise"] = noise_panel(pretraining_images(data, None if data == "shapes" else folder))
-        if table.curve:
-            pictures["curve"] = curve(table, scores)
-        if table.rows:
-            pictures["predictions"] = prediction_grid(self.grid, name)
-        for kind, picture in pictures.items():
-            if picture is not None:
-                with ours(self.out, f"{name}_{kind}.png") as file:
-                    picture.save(file, "PNG")
-
-    def _write(self, name, text):
-        with ours(self.out, name) as file:
-            file.write(text.encode())
-
-
-def ours(out, name):
-    """A file of OUT to write in, beside which no other worker writes."""
-    beside = f"{socket.gethostname()}_{os.getpid()}.tmp"
-    return replacing(os.path.join(out, name), beside=os.path.join(out, beside))
 
 
 # ---------------------------------------- What it will cost
@@ -982,73 +531,52 @@ def flops_of_run(run):
     return total
 
 
-def reference(small):
-    """The case that is timed: (encoder, width, side, images)."""
-    return ("hybrid-small", 0.25, 64, 4) if small else ("hybrid", 1.0, 224, 4)
-
-
-def seconds_per_image(args, small):
-    """Of decoder pretraining: the fastest of three steps after one to warm up, as the stage computes."""
-    encoder, width, size, batch = reference(small)
-    device = launch.start_processes(args.device).device
-    network = build_unet(encoder=encoder, width=width, out_channels=3)
-    network.to(device, memory_format=torch.channels_last)
-    network.encoder.requires_grad_(False)
-    x, times = torch.randn(batch, 3, size, size, device=device), []
-    x = x.contiguous(memory_format=torch.channels_last)
-    for _ in range(4):
-        started = time.perf_counter()
-        with launch.autocast(launch.resolve_precision("auto", device), device):
-            loss = noise.denoising_loss(network(x), x)
-        loss.backward()
-        loss.item()  # waits for a GPU
-        times.append(time.perf_counter() - started)
-    return min(times[1:]) / batch
-
-
-def dry_run(grid):
-    """Print every command in order, the number of runs, and an estimate of the hours."""
-    args, worker, (runs, unknown) = grid.args, Worker(grid), grid.plan()
-    missing = [run for run in runs if not grid.finished(run)]
-    missing.sort(key=lambda run: run.batch == 1)  # what may be started by hand, under torchrun, comes first
-    for run in missing:
-        count = worker.processes(run)
-        for command in run.commands:
-            start = ["torchrun", f"--nproc_per_node={count}"] if count > 1 else ["python"]
-            say(shlex.join([*start, *command]))
-    if unknown:
-        say(f"... and {unknown} fine-tunings with the rates that the sweep will choose")
-    count = len(missing) + unknown
-    say(f"{len(runs) - len(missing)} of {len(runs) + unknown} runs are finished, {count} are missing")
-    if not missing:
-        return
-    later = {}  # fine-tunings that cost as much with other rates
-    for cell in grid.cells:
-        if grid.rates(cell) is None:
-            last = [grid.chain(cell, seed, ("?", ""))[-1] for seed in grid.seeds(cell)]
-            later.update((run.name, run) for run in last)
-    slots = len(worker.gpus)
-    small = all(row.data == "shapes" for table in args.tables.values() for row in table.rows)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // slots))  # as each run has
-    seconds = args.seconds_per_image or seconds_per_image(args, small)
-    encoder, width, size, _ = reference(small)
+def estimate(grid, runs, slots):
+    """A sentence on the hours of some runs, by their multiply-adds and the time of one step."""
+    small = all(row.data == "shapes" for table in grid.tables.values() for row in table.rows)
+    encoder, width, size, batch = ("hybrid-small", 0.25, 64, 4) if small else ("hybrid", 1.0, 224, 4)
+    seconds, how = grid.args.seconds_per_image, "given"
+    if seconds is None:
+        device, how = launch.start_processes(grid.args.device).device, "measured now"
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // slots))  # as each run has
+        network = build_unet(encoder=encoder, width=width, out_channels=3)
+        freeze(network.encoder)
+        step = training_step(network, batch, size, device, launch.resolve_precision("auto", device))
+        seconds = min(measure({"step": (step, batch)}, 3, device)["step"])
     rate, hours = seconds / flops_of(encoder, width, size, False), {"pretraining": 0.0, "fine-tuning": 0.0}
-    for run in [*missing, *later.values()]:
+    for run in runs:
         kind = "pretraining" if "pretrain" in run.name else "fine-tuning"
         hours[kind] += (flops_of_run(run) * rate + START) / 3600
-    say(" and ".join(f"about {value:.1f} hours of {kind}" for kind, value in hours.items()) +
-        f" on one device; this machine runs {slots} at a time. At {seconds:.3g} s an image of decoder pretraining "
-        f"({encoder}, x{width:g}, {size} px; {'given' if args.seconds_per_image else 'measured now'}); others by "
-        "their multiply-adds; reading images and checkpoints not included")
+    return (" and ".join(f"about {value:.1f} hours of {kind}" for kind, value in hours.items()) +
+            f" on one device; this machine runs {slots} at a time. At {seconds:.3g} s an image of decoder "
+            f"pretraining ({encoder}, x{width:g}, {size} px; {how}); others by their multiply-adds; reading "
+            "images and checkpoints not included")
 
 
 # ---------------------------------------- The program
 
 
-def show_list(grid, pages):
+def dry_run(grid):
+    """Print every command in order, the number of runs, and an estimate of the hours."""
+    worker, (runs, later) = Worker(grid), grid.plan()
+    missing = [run for run in runs if not grid.finished(run)]
+    for run in missing:
+        count = worker.processes(run)
+        for command in run.commands:
+            start = ["torchrun", f"--nproc_per_node={count}"] if count > 1 else ["python"]
+            say(shlex.join([*start, *command]))
+    if later:
+        say(f"... and {len(later)} fine-tunings with the rates that the sweep will choose")
+    count = len(missing) + len(later)
+    say(f"{len(runs) - len(missing)} of {len(runs) + len(later)} runs are finished, {count} are missing")
+    if count:
+        say(estimate(grid, missing + later, len(worker.gpus)))
+
+
+def show_list(grid):
     """Each table's state, and what there is of it."""
     for name, table in grid.tables.items():
-        scores = pages.scores(name)
+        scores = grid.scores_of(name)
         total = sum(len(grid.seeds(cell)) for cell in grid.cells if cell.table == name)
         say(f"{name:14}{table.title}: {sum(map(len, scores.values()))} of {total} fine-tunings")
         if any(scores.values()):
@@ -1064,12 +592,11 @@ def main():
     for name, table in args.known.items():  # of other tables: as in the command that ran them
         if not args.list and name in args.tables or name not in sweeps:
             sweeps[name] = table.sweep if args.sweep is None else args.sweep
-    grid = Grid(args, args.tables, sweeps)
+    everything, grid = Grid(args, args.known, sweeps), Grid(args, args.tables, sweeps, args.repeats)
+    if args.list:
+        return show_list(everything)
     if args.dry_run:
         return dry_run(grid)
-    pages = Pages(args, sweeps)
-    if args.list:
-        return show_list(grid, pages)
 
     make_folder(args.out, written={"runs", "results.json", "results.md"})
     with ours(args.out, "args.json") as file:
@@ -1077,21 +604,22 @@ def main():
     for number in SIGNALS:  # as Ctrl-C: the runs are stopped, and save
         signal.signal(number, signal.default_int_handler)
     try:
-        run_all(args, grid, pages)
+        note = SMALL_NOTE.format(*args.steps) if args.scale == "small" else ""
+        run_all(grid, Pages(everything, list(args.tables), note))
     except KeyboardInterrupt:
         raise Stopped("stopped; what ran has saved, the same command continues") from None
 
 
-def run_all(args, grid, pages):
+def run_all(grid, pages):
     """Run what is missing, and keep the pages up to date."""
-    worker, started, begun, last = Worker(grid), time.perf_counter(), None, None
+    worker, started, begun, last, out = Worker(grid), time.perf_counter(), None, None, grid.args.out
     bar = tqdm(unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
-    for runs, unknown in worker.work():
-        done, total = sum(map(grid.finished, runs)), len(runs) + unknown
+    for runs, later in worker.work():
+        done, total = sum(map(grid.finished, runs)), len(runs) + len(later)
         if begun is None:
             begun = done
-            say(f"{total - done} of {total} runs are missing; {len(worker.gpus)} at a time, into "
-                f"{args.out}/runs; stop and start again at any time")
+            say(f"{total - done} of {total} runs are missing; {len(worker.gpus)} at a time, into {out}/runs; "
+                "stop and start again at any time")
         if done == last:
             continue
         if bar.disable and done > begun:
@@ -1102,7 +630,7 @@ def run_all(args, grid, pages):
         pages.update()
     bar.close()
     pages.update(final=True)
-    say(f"written to {args.out}: results.md, results.json, and the pictures")
+    say(f"written to {out}: results.md, results.json, and the pictures")
     if worker.failed:
         raise InputError(f"{len(worker.failed)} runs failed, and what needs them did not run; the first: "
                          f"{next(iter(worker.failed.values()))}; mend it, then repeat the command")

@@ -342,3 +342,98 @@ def copy_program(folder):
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
     shutil.copytree(ROOT / "classes", folder / "classes")
+
+
+# ------------------------------------------------------------------------------------------------ reproduce.py, and workers on stages that do nothing
+
+
+def reproduce_arguments(*flags):
+    import reproduce
+
+    return reproduce.parse_arguments(list(map(str, flags)))
+
+
+def grid_of(*flags):
+    """The grid of reproduce.py with these flags."""
+    import reproduce
+
+    args = reproduce_arguments(*flags, "--dry-run")
+    sweeps = {name: table.sweep if args.sweep is None else args.sweep for name, table in args.known.items()}
+    return reproduce.Grid(args, args.tables, sweeps, args.repeats)
+
+
+def cell_of(grid, table, name, column):
+    return next(cell for cell in grid.cells if (cell.table, cell.row.name, cell.column) == (table, name, column))
+
+
+def finish(grid, run, miou=0.5):
+    """Write the result of a run, as its command would."""
+    path = grid.path(run.name, *run.result.split("/"))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        json.dump({"miou": miou}, file)
+
+
+FAKE = """
+import json, os, sys, time
+out = sys.argv[sys.argv.index("--out") + 1]
+needs = [word for word in sys.argv if word.endswith("last.pt")]
+assert all(map(os.path.exists, needs)), needs
+if os.environ.get("FAIL") and "finetune" in sys.argv[0] and f"{os.sep}dep_" in out:
+    sys.exit("finetune.py: error: a fault of this run")
+while not all(os.path.exists(os.environ["RAN"] + "." + name) for name in os.environ.get("TOGETHER", "").split()):
+    time.sleep(0.1)  # until these workers have begun
+with open(os.environ["RAN"], "a") as file:
+    file.write(f"{os.environ['WORKER']} {out}\\n")
+time.sleep(float(os.environ.get("SECONDS", 0.02)))
+os.makedirs(out, exist_ok=True)
+open(os.path.join(out, "last.pt"), "w").close()
+with open(os.path.join(out, "metrics.json.tmp"), "w") as file:
+    json.dump({"miou": 0.5}, file)
+os.replace(os.path.join(out, "metrics.json.tmp"), os.path.join(out, "metrics.json"))
+"""
+
+
+@pytest.fixture
+def fake_stages(tmp_path):
+    """Stages that only write down that they ran; the environment to run them in."""
+    for stage in ("pretrain_encoder", "pretrain_decoder", "finetune"):
+        (tmp_path / f"{stage}.py").write_text(FAKE)
+    return {"RAN": str(tmp_path / "ran"), "WORKER": "here"}
+
+
+@pytest.fixture
+def worker(tmp_path, fake_stages):
+    """worker(name, flag, ...) starts reproduce.py on fake stages in a process of its own."""
+    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import launch, report, reproduce, workers; workers.HERE = {str(tmp_path)!r}; "
+               "workers.LOOK = 0.5; report.prediction_grid = lambda *args: None; sys.argv[0] = 'reproduce.py'; "
+               "import os; open(os.environ['RAN'] + '.' + os.environ['WORKER'], 'w').close(); launch.run_script(reproduce.main)")
+    started = []
+
+    def start(name, *flags, **environment):
+        started.append(subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, flags), "--out", str(tmp_path / "out"), "--device", "cpu"], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **fake_stages, "WORKER": name, **environment}))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def run_here(tmp_path, fake_stages, script, monkeypatch):
+    """run_here(flag, ...) runs reproduce.py on fake stages, in this process -> (exit status, stdout, stderr)."""
+    import report
+    import workers
+
+    monkeypatch.setattr(workers, "HERE", str(tmp_path))
+    monkeypatch.setattr(report, "prediction_grid", lambda *args: None)
+    for name, value in fake_stages.items():
+        monkeypatch.setenv(name, value)
+    return lambda *flags: script("reproduce", *flags, "--out", tmp_path / "out", "--device", "cpu", "--jobs", 4)
+
+
+def ran(tmp_path):
+    path = tmp_path / "ran"
+    return [line.split(" ", 1) for line in path.read_text().splitlines()] if path.exists() else []

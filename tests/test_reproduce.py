@@ -1,48 +1,24 @@
-"""reproduce.py: every cell of the paper is there, runs are shared and never lost, results are reported as measured."""
+"""reproduce.py: every cell of the paper is there, tables share their runs, rates are chosen by hand-checked rules."""
 
-import collections
 import importlib
 import json
 import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, cell_of, finish, grid_of, reproduce_arguments
 from PIL import Image
 
+import report
 import reproduce
 
 DATA = ("--imagenet21k", "--cityscapes", "--pascal-context", "--ade20k", "--voc")
-
-
-def parse(*flags):
-    return reproduce.parse_arguments(list(map(str, flags)))
-
-
-def grid_of(*flags):
-    args = parse(*flags, "--dry-run")
-    sweeps = {name: table.sweep if args.sweep is None else args.sweep for name, table in args.known.items()}
-    return reproduce.Grid(args, args.tables, sweeps)
-
-
-def cell_of(grid, table, name, column):
-    return next(cell for cell in grid.cells if (cell.table, cell.row.name, cell.column) == (table, name, column))
-
-
-def finish(grid, run, miou=0.5):
-    """Write the result of a run, as its command would."""
-    path = grid.path(run.name, *run.result.split("/"))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
-        json.dump({"miou": miou}, file)
 
 
 # ------------------------------------------------------------------------------------------------ the tables
@@ -182,7 +158,7 @@ def test_tables_share_the_pretrainings_and_fine_tunings_that_they_have_in_common
 
 
 def test_small_scale_keeps_every_row_and_column_and_needs_no_data():
-    small, paper = parse("all", "--scale", "small"), parse("all", "--dry-run")
+    small, paper = reproduce_arguments("all", "--scale", "small"), reproduce_arguments("all", "--dry-run")
     for name, table in paper.tables.items():
         ours = small.tables[name]
         assert ours.columns == table.columns and [row.name for row in ours.rows] == [row.name for row in table.rows]
@@ -219,7 +195,7 @@ def test_the_rates_with_the_best_mean_are_chosen_of_equals_the_first_and_none_be
         for chain, miou in zip(chains, means.get(number, (0.3, 0.8))):
             finish(grid, chain[-1], miou)
     assert grid.rates(cell) == candidates[3][0] == ("--lr 1e-3", "--lr 5e-4 --weight-decay 0")
-    lines = reproduce.sweep_markdown(grid, "shapes").splitlines()
+    lines = report.sweep_markdown(grid, "shapes").splitlines()
     assert lines[2] == "| DDeP | 32 labels | --lr 3e-4 | --lr 5e-4 --weight-decay 0 | 30.0 80.0 | 55.0 |"
     assert lines[5] == "| DDeP | 32 labels | --lr 1e-3 | --lr 5e-4 --weight-decay 0 | 50.0 61.0 | **55.5** |"
     assert grid_of("shapes", "--out", tmp_path).rates(cell) == cell.row.rates[-1]  # no sweep: those written in the table
@@ -232,380 +208,6 @@ def test_scores_of_the_sweep_never_enter_the_table():
             tuning = {chain[-1].name for _, chains in grid.candidates(cell) for chain in chains}
             rates = [rates for rates, _ in grid.candidates(cell)]
             assert not tuning & {grid.chain(cell, seed, rate)[-1].name for seed in grid.seeds(cell) for rate in rates}
-
-
-# ------------------------------------------------------------------------------------------------ rendering
-
-SMALL = reproduce.Table("", ("8 labels",), tuple(reproduce.Row(name, "shapes", "none") for name in ("A", "B")), pairs=(("B", "A"),))
-
-
-def test_a_table_has_means_deviations_and_differences_in_pairs_with_their_95_percent_intervals():
-    scores = {("A", "8 labels"): {0: 40, 1: 50, 2: 60, 3: 70}, ("B", "8 labels"): {0: 41, 1: 52, 2: 63}}
-    lines = reproduce.markdown(SMALL, scores).splitlines()
-    assert "| A | 55.0 ± 12.9 (4) |" in lines and "| B | 52.0 ± 11.0 (3) |" in lines
-    # 1, 2 and 3 points: mean 2, standard deviation 1, t of 2 degrees of freedom 4.303, by sqrt(3): 2.48
-    assert "| *B − A, in pairs, ± 95 % interval* | +2.0 ± 2.5 |" in lines
-
-
-def test_a_table_of_the_paper_shows_its_numbers_and_the_difference():
-    table = reproduce.TABLES["table5"]
-    scores = {("×2 DDeP", column): {} for column in table.columns}
-    scores["×2 DDeP", "1/8"] = {0: 72.0, 1: 74.0}
-    lines = reproduce.markdown(table, scores).splitlines()
-    assert lines[2] == "| ×2 DDeP | –; 80.91 | –; 76.86 | 73.0 ± 1.4 (2); 73.81; -0.8 | –; 64.75 |"
-    assert lines[3] == "| AdvSemSeg (cited in the paper, not run here) | – | 62.30 | 58.80 | – |"
-
-
-def test_student_quantiles_are_those_of_the_distribution():
-    """By the integral of Student's density from -t to t, in steps of a thousandth."""
-    for degrees, t in enumerate(reproduce.STUDENT, 1):
-        x = np.linspace(-t, t, 2 * int(t * 1000) + 1)
-        density = (1 + x * x / degrees) ** (-(degrees + 1) / 2)
-        wide = np.tan(np.linspace(-np.pi / 2 + 1e-6, np.pi / 2 - 1e-6, 200_001))
-        whole = np.trapezoid((1 + wide * wide / degrees) ** (-(degrees + 1) / 2), wide)
-        assert np.trapezoid(density, x) / whole == pytest.approx(0.95, abs=0.001)
-
-
-def test_curves_have_the_share_of_labels_or_the_number_in_the_rows_name_along_x(monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(reproduce, "curves", lambda series, *labels: drawn.update(series=series, labels=labels))
-    table = reproduce.TABLES["figure6"]
-    reproduce.curve(table, {(row.name, column): {0: 1.0, 1: 3.0} for row in table.rows for column in table.columns})
-    assert [point[0] for point in drawn["series"]["×2 DDeP"]] == pytest.approx([100 / 30, 12.5, 25, 100])
-    assert drawn["series"]["×2 DDeP"][0][1:] == (2.0, pytest.approx(2 ** 0.5))
-    table = reproduce.TABLES["figure5left"]
-    reproduce.curve(table, {(row.name, "1%"): {0: 10.0 if "ADE" in row.name else 20.0} for row in table.rows})
-    assert [point[0] for point in drawn["series"]["mean"]] == [0.1, 0.16, 0.22, 0.32, 0.45, 0.59]
-    assert {point[1] for point in drawn["series"]["mean"]} == {15.0}
-
-
-def test_figure_4_shows_the_image_and_both_kinds_of_noise_at_each_level():
-    class Grey:
-        def read(self, i):
-            return {"image": torch.full((3, 64, 64), 128, dtype=torch.uint8)}
-
-    panel = np.asarray(reproduce.noise_panel(Grey())).astype(float)
-    deviation = [[panel[top + 5:top + 150, left + 5:left + 150].std() / 127.5 for left in range(6, 997, 166)] for top in (24, 190)]
-    assert deviation[0][0] == deviation[1][0] == 0
-    assert deviation[0][1:3] == pytest.approx([0.1, 0.23], rel=0.05)
-    # Eq. 5: sqrt(1 - gamma) with gamma = 1 / (1 + sigma^2)
-    assert deviation[1][1:3] == pytest.approx([0.1 / 1.01 ** 0.5, 0.23 / (1 + 0.23 ** 2) ** 0.5], rel=0.05)
-
-
-# ------------------------------------------------------------------------------------------------ workers
-
-FAKE = """
-import json, os, sys, time
-out = sys.argv[sys.argv.index("--out") + 1]
-needs = [word for word in sys.argv if word.endswith("last.pt")]
-assert all(map(os.path.exists, needs)), needs
-if os.environ.get("FAIL") and "finetune" in sys.argv[0] and f"{os.sep}dep_" in out:
-    sys.exit("finetune.py: error: a fault of this run")
-while not all(os.path.exists(os.environ["RAN"] + "." + name) for name in os.environ.get("TOGETHER", "").split()):
-    time.sleep(0.1)  # until these workers have begun
-with open(os.environ["RAN"], "a") as file:
-    file.write(f"{os.environ['WORKER']} {out}\\n")
-time.sleep(float(os.environ.get("SECONDS", 0.02)))
-os.makedirs(out, exist_ok=True)
-open(os.path.join(out, "last.pt"), "w").close()
-with open(os.path.join(out, "metrics.json.tmp"), "w") as file:
-    json.dump({"miou": 0.5}, file)
-os.replace(os.path.join(out, "metrics.json.tmp"), os.path.join(out, "metrics.json"))
-"""
-
-
-@pytest.fixture
-def fake_stages(tmp_path):
-    """Stages that only write down that they ran; the environment to run them in."""
-    for stage in ("pretrain_encoder", "pretrain_decoder", "finetune"):
-        (tmp_path / f"{stage}.py").write_text(FAKE)
-    return {"RAN": str(tmp_path / "ran"), "WORKER": "here"}
-
-
-@pytest.fixture
-def worker(tmp_path, fake_stages):
-    """worker(name, flag, ...) starts reproduce.py on fake stages in a process of its own."""
-    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import reproduce, launch; reproduce.HERE = {str(tmp_path)!r}; reproduce.LOOK = 0.5; "
-               "reproduce.prediction_grid = lambda *args: None; sys.argv[0] = 'reproduce.py'; "
-               "import os; open(os.environ['RAN'] + '.' + os.environ['WORKER'], 'w').close(); launch.run_script(reproduce.main)")
-    started = []
-
-    def start(name, *flags, **environment):
-        started.append(subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, flags), "--out", str(tmp_path / "out"), "--device", "cpu"], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **fake_stages, "WORKER": name, **environment}))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-
-
-@pytest.fixture
-def run_here(tmp_path, fake_stages, script, monkeypatch):
-    """run_here(flag, ...) runs reproduce.py on fake stages, in this process -> (exit status, stdout, stderr)."""
-    monkeypatch.setattr(reproduce, "HERE", str(tmp_path))
-    monkeypatch.setattr(reproduce, "prediction_grid", lambda *args: None)
-    for name, value in fake_stages.items():
-        monkeypatch.setenv(name, value)
-    return lambda *flags: script("reproduce", *flags, "--out", tmp_path / "out", "--device", "cpu", "--jobs", 4)
-
-
-def ran(tmp_path):
-    path = tmp_path / "ran"
-    return [line.split(" ", 1) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def until(condition):
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError("waited a minute")
-
-
-def test_two_workers_split_a_grid_one_is_killed_the_other_finishes_and_no_run_runs_twice(worker, tmp_path):
-    flags = ("table4", "--scale", "small", "--jobs", 2)
-    one, two = (worker(name, *flags, TOGETHER="one two", SECONDS="0.8") for name in ("one", "two"))
-    until(lambda: len(ran(tmp_path)) > 6 and {name for name, _ in ran(tmp_path)} == {"one", "two"})
-    one.kill()  # its runs go on without it: they are waited for, not repeated
-    _, errors = two.communicate(timeout=300)
-    assert two.returncode == 0, errors
-    folders = collections.Counter(out for _, out in ran(tmp_path))
-    # 1 encoder, 2 decoders; 2 rows with 2 candidates each, 6 cells with 2 repeats each
-    assert len(folders) == 3 + 2 * 2 + 6 * 2 and set(folders.values()) == {1}
-    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["table4"]) == 12
-
-
-def test_a_failed_run_is_reported_with_its_last_line_the_others_go_on_and_the_command_tries_it_again(run_here, tmp_path, monkeypatch):
-    monkeypatch.setenv("FAIL", "1")
-    status, _, errors = run_here("shapes", "--repeats", 1)
-    assert status == 2 and "2 runs failed" in errors and "finetune.py: error: a fault of this run" in errors
-    assert len(errors.splitlines()) == 1 and "output.txt" in errors
-    assert len(ran(tmp_path)) == 3 + 8 - 2
-    monkeypatch.delenv("FAIL")
-    assert run_here("shapes", "--repeats", 1)[0] == 0 and len(ran(tmp_path)) == 3 + 8
-
-
-def claim_file(claims, run, text, number=0):
-    folder = claims.grid.path(run.name)
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"claim-{number}")
-    with open(path, "w") as file:
-        file.write(text)
-    return path
-
-
-def gone():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def test_a_claim_is_taken_over_where_its_owner_is_gone_or_silent_and_only_then(tmp_path, monkeypatch):
-    grid = grid_of("shapes", "--out", tmp_path)
-    run, now, here = grid.plan()[0][0], [1000.0], socket.gethostname()
-    monkeypatch.setattr(reproduce.time, "monotonic", lambda: now[0])
-
-    def takes(text):
-        claims = reproduce.Claims(grid)
-        path = claim_file(claims, run, text)
-        answers = [claims.take(run)]
-        now[0] += 200
-        answers.append(not answers[0] and claims.take(run))
-        now[0] += 150  # 350 s without a sign of life
-        answers.append(not any(answers) and claims.take(run))
-        if any(answers):
-            claims.give_up(run)
-        os.path.exists(path) and os.remove(path)
-        return answers
-
-    assert takes(f"{here} {gone()}\n") == [True, False, False]  # gone: at once
-    assert takes(f"{here} {gone()}\n{here} {os.getpid()}\n") == [False, False, True]  # its run still runs
-    assert takes("elsewhere 1\n") == [False, False, True]
-    assert takes("") == takes(here) == [False, False, True]  # killed while it wrote
-
-
-def test_a_sign_of_life_keeps_a_claim(tmp_path, monkeypatch):
-    grid = grid_of("shapes", "--out", tmp_path)
-    run, now = grid.plan()[0][0], [1000.0]
-    monkeypatch.setattr(reproduce.time, "monotonic", lambda: now[0])
-    owner, other = reproduce.Claims(grid), reproduce.Claims(grid)
-    monkeypatch.setattr(reproduce.socket, "gethostname", lambda: "another machine")
-    assert owner.take(run)
-    monkeypatch.undo()
-    monkeypatch.setattr(reproduce.time, "monotonic", lambda: now[0])
-    for _ in range(5):
-        assert not other.take(run)
-        now[0] += 200
-        time.sleep(0.01)  # file times are of the real clock
-        owner.show_life()
-    assert not other.take(run)
-    now[0] += 400  # a machine that crashed
-    assert other.take(run)
-    owner.mine.clear()
-
-
-def test_of_two_that_take_over_a_claim_one_wins(tmp_path, monkeypatch):
-    grid = grid_of("shapes", "--out", tmp_path)
-    run = grid.plan()[0][0]
-    one, two = reproduce.Claims(grid), reproduce.Claims(grid)
-    claim_file(one, run, f"{socket.gethostname()} {gone()}\n")
-    judge = two._abandoned
-
-    def meanwhile(path):  # both have found it abandoned when the first makes its claim
-        answer = judge(path)
-        assert one.take(run)
-        return answer
-
-    monkeypatch.setattr(two, "_abandoned", meanwhile)
-    assert not two.take(run) and run.name in one.mine
-
-
-def test_a_run_that_another_finished_meanwhile_is_not_taken(tmp_path):
-    grid = grid_of("shapes", "--out", tmp_path)
-    run = grid.plan()[0][0]
-    finish(grid, run)
-    claims = reproduce.Claims(grid)
-    assert not claims.take(run) and not claims.mine and not list(tmp_path.rglob("claim-*"))
-
-
-def test_the_last_line_of_a_run_is_of_its_last_attempt(tmp_path):
-    output = tmp_path / "output.txt"
-    output.write_text("finetune.py: error: of the first attempt\n")
-    begins = output.stat().st_size
-    assert reproduce.last_line(output, begins) == "no output"
-    output.write_text(output.read_text() + "finetune.py: error: a full disk\nW1125 torchrun says more\n\n")
-    assert reproduce.last_line(output, begins) == "finetune.py: error: a full disk"
-
-
-@pytest.fixture
-def gpus(monkeypatch):
-    """gpus("0", "1") pretends to have these -> a list of (command, its GPUs) that are started and never end."""
-    started = []
-
-    class Process:
-        returncode, pid = None, 1
-
-        def __init__(self, command, env, **other):
-            started.append((command, env["CUDA_VISIBLE_DEVICES"]))
-
-        def poll(self):
-            return self.returncode
-
-    def pretend(*names):
-        monkeypatch.setattr(reproduce, "gpus_of", lambda device: list(names))
-        monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
-        return started
-
-    return pretend
-
-
-def test_pretraining_takes_as_many_gpus_as_its_batch_divides_over(tmp_path, gpus):
-    for count, taken in ((1, 1), (2, 2), (3, 2), (6, 4), (8, 8)):
-        gpus(*map(str, range(count)))
-        grid = grid_of("table4", "shapes", "--no-sweep", "--out", tmp_path)
-        counts = {run.name: reproduce.Worker(grid).processes(run) for run in grid.plan()[0]}
-        assert counts["ddep_data_imagenet21k_gamma_0.95_width_3/pretrain_decoder"] == taken
-        assert {name: n for name, n in counts.items() if n > 1 and "imagenet21k" not in name} == {}  # of shapes, batch 4
-
-
-def test_gpus_are_not_kept_idle_for_a_pretraining_that_another_worker_has(tmp_path, gpus):
-    started = gpus("0", "1")
-    grid = grid_of("table6", "--no-sweep", "--out", tmp_path)
-    runs, _ = grid.plan()
-    for run in runs:
-        if run.batch > 1:
-            claim_file(reproduce.Claims(grid), run, "elsewhere 1\n")
-    worker = reproduce.Worker(grid)
-    assert worker._start(runs) and [names for _, names in started] == ["0", "1"]
-    name, active = next(iter(worker.running.items()))
-    active.process.returncode = 0
-    finish(grid, active.run)
-    worker.running[name] = active._replace(commands=[])  # the evaluation is done, too
-    assert worker._ended() and worker._start(runs) and [names for _, names in started] == ["0", "1", "0"]
-
-
-def test_a_worker_goes_on_where_another_finishes_the_last_candidate_between_its_plan_and_its_start(tmp_path):
-    grid = grid_of("table5", "--scale", "small", "--out", tmp_path)
-    other = grid_of("table5", "--scale", "small", "--out", tmp_path)
-    work = reproduce.Worker(grid).work()
-    _, unknown = next(work)
-    for run in other.plan()[0]:
-        finish(other, run)
-    assert unknown == 8 and next(work)[1] == 0  # it does not return: the repeats are known now
-    work.close()
-
-
-def test_pretraining_takes_all_gpus_and_each_fine_tuning_one(tmp_path, gpus):
-    started = gpus("2", "5")
-    grid = grid_of("table4", "--no-sweep", "--out", tmp_path)
-    worker = reproduce.Worker(grid)
-    runs, _ = grid.plan()
-    worker._start(runs)
-    (command, names), = started
-    assert names == "2,5" and command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    assert command[5] == os.path.join(reproduce.HERE, "pretrain_decoder.py")
-    for run in runs[:2]:
-        finish(grid, run)
-    worker, started[:] = reproduce.Worker(grid), []
-    worker._start(runs)
-    assert [(os.path.basename(command[1]), names) for command, names in started] == [("finetune.py", "2"), ("finetune.py", "5")]
-
-
-def test_a_pretraining_that_runs_under_a_torchrun_of_the_users_is_waited_for(run_here, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "SILENT", 0)
-    (tmp_path / "pretrain_decoder.py").write_text(
-        "import os, sys\n"
-        "if os.path.exists(os.environ['RAN'] + '.elsewhere'):\n"
-        "    os.remove(os.environ['RAN'] + '.elsewhere')\n"
-        "    sys.exit('pretrain_decoder.py: error: out: another run is writing there (process 1 on node2); wait for its end')\n" + FAKE)
-    (tmp_path / "ran.elsewhere").touch()
-    status, _, errors = run_here("shapes", "--repeats", 1)
-    assert status == 0 and len(ran(tmp_path)) == 3 + 8, errors
-
-
-def test_an_evaluation_that_left_images_out_is_no_score(tmp_path):
-    """evaluate.py writes its scores and ends with status 2 where images cannot be read."""
-    grid = grid_of("table4", "--no-sweep", "--out", tmp_path)
-    run = next(run for run in grid.plan()[0] if run.result != "metrics.json")
-    os.makedirs(grid.path(run.name, "evaluate"))
-    worker = reproduce.Worker(grid)
-    assert worker.claims.take(run)
-    output = tmp_path / "runs" / run.name / "output.txt"
-    output.write_text("evaluate.py: error: 3 of 5105 images cannot be read; the scores are of the others\n")
-    finish(grid, run)
-    ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
-    ended.wait()
-    worker.running[run.name] = reproduce.Active(run, [None], ended, [], 0)
-    assert worker._ended() and "3 of 5105 images" in worker.failed[run.name]
-    assert not grid.finished(run)
-
-
-def test_the_page_keeps_all_repeats_and_the_rates_of_earlier_commands(run_here, tmp_path):
-    def scores():
-        return {name: len(runs) for name, runs in json.loads((tmp_path / "out" / "results.json").read_text()).items()}
-
-    for flags in (("table5", "--scale", "small", "--no-sweep"), ("table4", "--scale", "small")):
-        assert run_here(*flags)[0] == 0
-    assert scores()["table5"] == 8 and scores()["table4"] == 12
-    kept = [path.parent.name for path in (tmp_path / "out").rglob("last.pt") if path.parent.name.startswith("shapes")]
-    assert len(kept) == 4 + 6 and all("seed_0" in name for name in kept)  # of fine-tunings the first seed's weights
-    assert not list((tmp_path / "out").rglob("claim-*")) and not list((tmp_path / "out").glob("*.tmp"))
-    assert run_here("table5", "--scale", "small", "--no-sweep", "--repeats", 1)[0] == 0
-    assert scores()["table5"] == 8 and scores()["table4"] == 12
-    listed = run_here("list", "--scale", "small")[1]
-    assert "table5        Table 5: beside other methods; Cityscapes: 8 of 8" in listed and "12 of 12" in listed
-
-
-def test_the_page_keeps_the_tables_of_earlier_commands(run_here, tmp_path):
-    for table in ("table5", "figure4", "figure3"):
-        assert run_here(table, "--scale", "small", "--no-sweep")[0] == 0
-    page = (tmp_path / "out" / "results.md").read_text()
-    titles = [line.removeprefix("## ").split(":")[0] for line in page.splitlines() if line.startswith("## ")]
-    # Tables 1 and 2 share their 1/4 = 25 % with Figure 3, Figure 6 its x2 DDeP with Table 5
-    assert titles == ["Table 1", "Table 2", "Figure 3", "Figure 4", "Figure 6", "Table 5"]
-    assert "| ×2 DDeP | 50.0 ± 0.0 (2); 80.91 |" in page and "(figure4_noise.png)" in page and "(figure3_curve.png)" in page
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
