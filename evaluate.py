@@ -5,8 +5,9 @@
     python evaluate.py --checkpoint best.pt --data folder --root photos --save-predictions out   # no masks
     torchrun --nproc_per_node=8 evaluate.py --checkpoint best.pt --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
 
-In: a checkpoint of finetune.py. Out, in --out: metrics.json (fractions of 1) and args.json; in the folder of
---save-predictions: index PNGs at the size of the images, and colour overlays.
+In: a checkpoint of finetune.py. Out, in --out: metrics.json (fractions of 1; incomplete.json where images
+cannot be read) and args.json; in the folder of --save-predictions: index PNGs at the size of the images, and
+colour overlays.
 
 ONE confusion matrix counts the pixels of all images, without those of value 255. Per class IoU = TP / (TP +
 FP + FN); mIoU is its mean over the classes that occur in the truth or in a prediction.
@@ -36,7 +37,8 @@ RECIPE = {  # 5.1
     "paper": dict(scales=[1.0], flip=True, workers=launch.default_workers()),
     **{name: data_set.evaluation for name, data_set in DATA_SETS.items()},
 }
-WRITTEN = {"metrics.json", "index", "overlay", "probabilities"}  # in --out and --save-predictions
+WRITTEN = {"metrics.json", "incomplete.json", "index", "overlay",  # in --out and --save-predictions
+           "probabilities"}
 
 
 # ---------------------------------------- Scores
@@ -390,7 +392,7 @@ def main():
     folders = {args.save_predictions or args.out: "--save-predictions", args.out: "--out"}
     free = (FREE_TO_CHANGE | {"save_predictions", "save_probabilities"}) - {"root"}
     for folder in folders:
-        if os.path.exists(os.path.join(folder, "args.json")):
+        if os.path.exists(os.path.join(folder, "args.json")) and WRITTEN & {*os.listdir(folder)}:
             refuse_other_flags(folder, read_json(os.path.join(folder, "args.json")), vars(args), free)
     processes.barrier()  # all have read what is there before the main one writes
     if processes.is_main:
@@ -408,18 +410,18 @@ def main():
                        on_scores=predictions.write_probabilities if args.save_probabilities else None,
                        on_unreadable=lambda error: print(f"skipped {error}", flush=True), scales=args.scales,
                        flip=args.flip, window=args.window, stride=args.stride, average=args.average)
+    skipped = len(source) - metrics["images"]
     if labelled:
         if processes.is_main:
-            write_json(os.path.join(args.out, "metrics.json"), metrics)
+            write_json(os.path.join(args.out, "incomplete.json" if skipped else "metrics.json"), metrics)
         say(table(metrics))
     else:
         say(f"{metrics['images']} images predicted, no masks to compare with")
     if args.save_predictions:
         say(f"predictions: {args.save_predictions}/index and {args.save_predictions}/overlay")
-    skipped = len(source) - metrics["images"]
     if skipped and labelled:
-        raise InputError(f"{skipped} of {len(source)} images cannot be read, see above; the scores are of the "
-                         "others")
+        raise InputError(f"{skipped} of {len(source)} images cannot be read, see above; the scores, in "
+                         "incomplete.json, are of the others")
     if skipped:
         say(f"{skipped} of {len(source)} images cannot be read, see above")
 

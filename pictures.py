@@ -6,7 +6,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PAPER, LINE = (30, 30, 30), (255, 255, 255), (215, 215, 215)
-SERIES = ((120, 120, 120), (44, 110, 203), (222, 143, 5), (190, 50, 60), (60, 150, 80), (130, 80, 170))
+SERIES = ((120, 120, 120), (44, 110, 203), (222, 143, 5), (190, 50, 60), (60, 150, 80), (130, 80, 170),
+          (40, 170, 180), (140, 100, 60))
 
 
 def from_pixels(x):
@@ -119,9 +120,10 @@ def training_curve(panels, size=(720, 300)):
 def curves(series, x_label, y_label, size=(720, 480)):
     """A PIL image of lines with error bars. series: {name: [(x, mean, deviation), ...]}; x on a log scale."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    page = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(page)
     left, top, right, bottom = 70, 20, size[0] - 20, size[1] - 60
+    legend = 50 + max(round(font.getlength(name)) for name in series)  # at the right, where no line can be
+    page = Image.new("RGB", (size[0] + legend, size[1]), PAPER)
+    draw = ImageDraw.Draw(page)
     xs, means, deviations = np.array([point for line in series.values() for point in line], float).T
     xs = np.unique(xs)
     low = 5 * np.floor((means - deviations).min() / 5)
@@ -137,9 +139,9 @@ def curves(series, x_label, y_label, size=(720, 480)):
         draw.line([(left, level), (right, level)], LINE)
         draw.text((left - 8, level), f"{y:g}", INK, small, anchor="rm")
     for x in xs:
-        draw.text((place(x, low)[0], bottom + 8), f"{x:g}", INK, small, anchor="mt")
+        draw.text((place(x, low)[0], bottom + 8), f"{x:.3g}" if x < 100 else f"{x:g}", INK, small, anchor="mt")
     draw.line([(left, top), (left, bottom), (right, bottom)], INK)
-    draw.text(((left + right) / 2, size[1] - 12), x_label, INK, font, anchor="mb")
+    draw.text(((left + right) / 2, bottom + 48), x_label, INK, font, anchor="mb")
     draw.text((left + 8, top), y_label, INK, font)
     for i, (name, line) in enumerate(series.items()):
         colour, shift = SERIES[i % len(SERIES)], 5 * (i - (len(series) - 1) / 2)  # bars side by side
@@ -148,7 +150,7 @@ def curves(series, x_label, y_label, size=(720, 480)):
             draw.line([place(x, mean - deviation, shift), place(x, mean + deviation, shift)], colour)
             across, middle = place(x, mean, shift)
             draw.ellipse([across - 4, middle - 4, across + 4, middle + 4], colour)
-        y = bottom - 20 * (len(series) - i)
-        draw.line([(right - 190, y + 8), (right - 165, y + 8)], colour, 3)
-        draw.text((right - 158, y), name, INK, font)
+        y = top + 20 * i
+        draw.line([(right + 8, y + 8), (right + 33, y + 8)], colour, 3)
+        draw.text((right + 40, y), name, INK, font)
     return page

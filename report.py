@@ -33,8 +33,8 @@ def interval(differences):
 
 def mean_text(values):
     """Mean ± standard deviation (number of values)."""
-    deviation = f" ± {spread(values)[1]:.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation} ({len(values)})"
+    mean, deviation = spread(values)
+    return f"{mean:.1f}" + (f" ± {deviation:.1f}" if len(values) > 1 else "") + f" ({len(values)})"
 
 
 def spread(values):
@@ -64,8 +64,8 @@ def markdown(table, scores):
     for a, b in table.pairs:
         texts = []
         for column in table.columns:
-            ours, theirs = scores[a, column], scores[b, column]
-            pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            first, second = scores[a, column], scores[b, column]
+            pairs = [first[seed] - second[seed] for seed in first if seed in second]
             half = f" ± {interval(pairs):.1f}" if len(pairs) > 1 else ""
             texts.append(f"{statistics.mean(pairs):+.1f}{half}" if pairs else "")
         lines.append(f"| *{a} − {b}, in pairs, ± 95 % interval* | {' | '.join(texts)} |")
@@ -114,37 +114,44 @@ def curve(table, scores):
         common = [x for x in lines[0] if all(x in line for line in lines)]
         if common:
             series["mean"] = [(x, statistics.mean(line[x] for line in lines), 0) for x in common]
+    series = {in_pictures(name): sorted(line) for name, line in series.items()}
     unit = "labelled images" if table.columns[0].endswith("labels") else "% of the labels"
-    return curves({name: sorted(line) for name, line in series.items()},
-                  unit if table.curve == "labels" else table.curve, "mIoU %") if series else None
+    return curves(series, unit if table.curve == "labels" else table.curve, "mIoU %") if series else None
+
+
+def in_pictures(name):
+    """A row's name in the characters that Pillow's own font has."""
+    return name.replace("×", "x").replace("ε", "noise")
 
 
 def noise_panel(source):
     """Figure 4: an image of a source with simple noise (Eq. 1) and scaled noise (Eq. 5) of the same ratio."""
     sigmas = (0.1, 0.23, 0.5, 0.8, 1.2)
-    image = torch.as_tensor(source.image(0) if hasattr(source, "image") else source.read(0)["image"])
-    x = to_pixels(image[None])
-    x = x[..., :256, :256]
+    x = to_pixels(source.read(0)["image"].as_subclass(torch.Tensor)[None])[..., :256, :256]
     eps = noise.sample_noise(x.shape, [0], x.device)
     simple = [noise.simple_additive_noise(x, eps, sigma)[0] for sigma in sigmas]
-    gammas = [torch.tensor([noise.sigma_to_gamma(sigma)]) for sigma in sigmas]
-    scaled = [noise.scaled_additive_noise(x, eps, gamma)[0] for gamma in gammas]
+    scaled = [noise.scaled_additive_noise(x, eps, noise.sigma_to_gamma(sigma))[0] for sigma in sigmas]
     rows = [[from_pixels(picture) for picture in (x[0], *pictures)] for pictures in (simple, scaled)]
-    return sheet(rows, ["image; below: scaled", *(f"sigma {sigma}" for sigma in sigmas)], 160)
+    return sheet(rows, ["image", *(f"sigma {sigma}" for sigma in sigmas)], 160)
 
 
 @torch.no_grad()
 def prediction_grid(grid, name, pictures=6):
-    """Validation images, truth, and what each row predicts after fine-tuning on the fewest labels; or None."""
+    """Validation images, truth, and what each row on the first row's data set predicts after fine-tuning on the
+    fewest labels, with the first seed. None: there are no weights yet.
+    """
     table, device = grid.tables[name], launch.start_processes(grid.args.device).device
     column = min(table.columns, key=share_of)
     data = table.rows[0].data
     cells = [cell for cell in grid.cells if (cell.table, cell.column, cell.row.data) == (name, column, data)]
-    networks = {}
+    networks, seen = {}, set()
     for cell in cells:
         rates = grid.rates(cell)
-        path = rates and grid.path(grid.chain(cell, grid.seeds(cell)[0], rates)[-1].name, "last.pt")
-        if rates is not None and os.path.exists(path):
+        if rates is None:
+            continue
+        path = grid.path(grid.chain(cell, 0, rates)[-1].name, "last.pt")
+        if path not in seen and os.path.exists(path):  # two rows may be one run
+            seen.add(path)
             checkpoint = load_checkpoint(path)
             window = checkpoint["args"].get("crop_size", 0)
             networks[cell.row.name] = build(checkpoint, path).to(device).eval(), window
@@ -158,8 +165,8 @@ def prediction_grid(grid, name, pictures=6):
         masks = [predict(network, x.to(device), window=window).argmax(1)[0].cpu()
                  for network, window in networks.values()]
         rows.append([from_pixels(x[0]), *(colour_mask(mask, colours) for mask in (sample["mask"], *masks))])
-    return sheet(rows, ["image", "truth", *(title.replace("ε", "noise") for title in networks)], 112,
-                 names if len(names) < 30 else (), colours)
+    titles = ["image", "truth", *map(in_pictures, networks)]
+    return sheet(rows, titles, 112, names if len(names) < 30 else (), colours)
 
 
 class Pages:
@@ -212,10 +219,8 @@ class Pages:
     def _draw(self, name, scores):
         table, pictures = self.grid.tables[name], {}
         if name == "figure4":
-            folder = self.grid.args.imagenet21k
-            shapes = self.grid.args.scale == "small" or not folder
-            pictures["noise"] = noise_panel(pretraining_images("shapes", None) if shapes else
-                                            pretraining_images("imagenet21k", folder))
+            folder = self.grid.args.imagenet21k if self.grid.args.scale == "paper" else None
+            pictures["noise"] = noise_panel(pretraining_images("imagenet21k" if folder else "shapes", folder))
         if table.curve:
             pictures["curve"] = curve(table, scores)
         if table.rows:

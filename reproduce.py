@@ -7,8 +7,9 @@
     python reproduce.py all --scale small --out small      # all tables on the embedded data, on two cores
 
 A table is data, below: a row is how a network is initialised, a column how many labels it is fine-tuned on.
-A run is one stage in a folder of its own, OUT/runs/INITIALISATION/SETTINGS. Tables share what they have in
-common, above all the pretrainings. A run with a result is done; stop at any time, the same command goes on.
+A run is one stage, a fine-tuning with its evaluation, in a folder OUT/runs/INITIALISATION/SETTINGS. Tables
+share what they have in common, above all the pretrainings. A run with a result is done; stop at any time, the
+same command goes on.
 Any number of these programs may work on one OUT at once, on one machine or many: a run is claimed first.
 
 Rates are chosen as in 5.1: each cell runs a grid of rates on a seed of its own, whose score does not enter
@@ -67,7 +68,7 @@ class Table(NamedTuple):
     columns: tuple = ()  # a share of the labels, or "8 labels"
     rows: tuple = ()
     cited: tuple = ()    # ((name, numbers), ...) of other papers
-    curve: str = ""      # a picture: "labels" along x, or what the number at the end of a row's name is
+    curve: str = ""      # the x axis of its picture: "labels", or what the number at the end of a row's name is
     pairs: tuple = ()    # rows whose differences are shown, in pairs
     repeats: int = 10    # of each fine-tuning, where REPEATS has no other number
     sweep: bool = True   # whether the rates are chosen if no flag says otherwise
@@ -107,7 +108,7 @@ TABLES = {
     "figure3": Table("Figure 3: length of pretraining; DeP, Cityscapes", ("25%", "1%"), tuple(
         Row(f"epochs {epochs}", "cityscapes", f"{DEP_SIGMA} --epochs {epochs}")
         for epochs in (100, 300, 1000, 3000, 6000)), curve="epochs of pretraining"),
-    "figure4": Table("Figure 4: an image with noise of some standard deviations"),
+    "figure4": Table("Figure 4: noise of some standard deviations; above simple (Eq. 1), below scaled (Eq. 5)"),
     # PAPER SILENT: a curve without numbers, best at the magnitude 0.22 = sqrt(1 - gamma)
     "figure5left": Table("Figure 5 left: noise magnitude; the mean of two data sets counts", ("1%",), tuple(
         Row(f"{name}, magnitude {math.sqrt(1 - gamma):.2f}", data, f"--data imagenet21k --gamma {gamma}")
@@ -187,28 +188,34 @@ SHAPES = Table("The embedded data", ("8 labels", "32 labels"), (
 # images without labels, and whose single objects stand for ImageNet-21k.
 SMALL_GRID = (("--lr 1e-3", "--lr 1e-3"), ("--lr 1e-3", "--lr 2e-3"))
 SMALL_STEPS = (300, 1200, 200)  # of the three stages; 6000 epochs of the paper are 1200 steps, too
+SMALL_NETWORKS = {"": "--width 0.25", "--width 2": "--width 0.3125", "--width 3": "--width 0.375",
+                  "--encoder resnet50": "--width 0.125 --encoder resnet50"}
 FOLDERS = ("imagenet21k", *DATA_SETS)  # --imagenet21k DIR, --cityscapes DIR, ...
 
 
 SMALL_NOTE = """Scaled down: the scenes of shapes.py stand for every labelled data set and its own images,
-single objects for ImageNet-21k; decoders an eighth as wide, a small Hybrid-ViT; {} / {} / {} steps of stages
-1, 2 and 3; two repeats; two candidate rates, tried in the last column for the whole row. Tables that differ
-in their data set alone are the same runs."""
+single objects for ImageNet-21k; a small Hybrid-ViT with decoders of 4/16, 5/16 and 6/16 of the width for ×1, ×2
+and ×3, ResNet-50 with 2/16; {} / {} / {} steps of stages 1, 2 and 3; two repeats; two candidate rates, tried
+in the last column for the whole row. Tables that differ in their data set alone are the same runs."""
 
 
-def scaled_down(table, steps):
-    """The table on the embedded data: decoders an eighth as wide, two repeats, two candidate rates a row."""
+def shortened(table, steps):
+    """The table with this many steps of stage 2 for 6000 epochs, and as many fewer for fewer."""
+    def short(row):
+        return row._replace(init=re.sub(
+            "--epochs ([0-9]+)", lambda epochs: f"--steps {max(1, steps * int(epochs[1]) // 6000)}", row.init))
+    return table._replace(rows=tuple(map(short, table.rows)))
+
+
+def scaled_down(table):
+    """The table on the embedded data: small networks, two repeats, two candidate rates a row."""
     def small(row):
         init = row.init
         if init.startswith("--"):
             init = re.sub("--data (cityscapes|ade20k|voc)( --coarse)?", "--data shapes", init)
             init = init.replace("--data imagenet21k", "--data shapes_objects")
-            init = re.sub("--epochs ([0-9]+)",
-                          lambda epochs: f"--steps {max(1, steps[1] * int(epochs[1]) // 6000)}", init)
-        width = re.search("--width ([0-9]+)", row.network)
-        network = f"--width {int(width[1]) / 8 if width else 1 / 8:g}"
-        return row._replace(data="shapes", init=init, rates=SMALL_GRID[:1], grid=SMALL_GRID,
-                            network=network + (" --encoder resnet50" if "resnet50" in row.network else ""))
+        return row._replace(data="shapes", init=init, network=SMALL_NETWORKS[row.network], rates=SMALL_GRID[:1],
+                            grid=SMALL_GRID)
     rows, last = tuple(map(small, table.rows)), "".join(table.columns[-1:])
     return table._replace(rows=rows, repeats=2, sweep_column=last)
 
@@ -228,8 +235,8 @@ def parse_arguments(argv=None):
     add("--sweep", action="store_true", default=None,
         help="choose the rates (the default of the paper's tables)")
     add("--no-sweep", dest="sweep", action="store_false", default=None,
-        help="take the rates of the scripts, or of an earlier sweep (the default of shapes)")
-    add("--repeats", type=launch.positive_int, metavar="N", help="of the repeats the first N alone")
+        help="do not choose: the rates in this file (the default of shapes), else those of the scripts")
+    add("--repeats", type=launch.positive_int, metavar="N", help="only the first N repeats of each fine-tuning")
     add("--steps", type=launch.positive_int, nargs=3, metavar=("S1", "S2", "S3"),
         help="steps of the three stages (default: those of the scripts, or of the scale)")
     add("--dry-run", action="store_true", help="show the commands and an estimate of the hours, run nothing")
@@ -237,9 +244,9 @@ def parse_arguments(argv=None):
         help="for the estimate: of decoder pretraining, hybrid, x1, as benchmark.py measures it (default: "
              "measured there and then)")
     add("--jobs", type=launch.positive_int,
-        help="runs at a time, on GPUs at most one each (default: that, else two)")
+        help="runs at a time (default: one for each GPU; without a GPU two)")
     add("--micro-batch", type=launch.positive_int, metavar="N",
-        help="images in one process's network at once, where memory is short (default: as in the stages)")
+        help="of decoder pretraining, images on one GPU at once (default: 64), where memory is short")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
     args = parser.parse_args(argv)
 
@@ -253,12 +260,14 @@ def parse_arguments(argv=None):
         raise InputError("--device cuda: torch sees no CUDA device; drop the flag")
     if args.list and os.path.exists(args_file(args)):  # of any scale
         args.scale, args.steps, _ = read_settings(args)
-    elif args.scale == "small" and "shapes" in names:
+    elif args.scale == "small" and "shapes" in names and not args.list:
         raise InputError("--scale small is for the paper's tables: name one, or all; shapes is small without "
                          "it")
     if args.scale == "small":
         args.steps = args.steps or list(SMALL_STEPS)
-        known.update({name: scaled_down(table, args.steps) for name, table in TABLES.items()})
+        known.update({name: scaled_down(table) for name, table in TABLES.items()})
+    if args.steps:
+        known = {name: shortened(table, args.steps[1]) for name, table in known.items()}
     args.known, args.tables = known, {name: known[name] for name in dict.fromkeys(names)}
     if not (args.list or args.dry_run):
         check_folders(args)
@@ -339,8 +348,8 @@ class Grid:
             path = self.path(run.name, *run.result.split("/"))
             miou = read_json(path).get("miou", "nothing")
             if miou is not None and (isinstance(miou, (str, list, dict)) or not 0 <= miou <= 1):
-                raise InputError(f"{path}: its miou is {miou}, expected 0 to 1; remove the folder, and it runs "
-                                 "again")
+                raise InputError(f"{path}: its miou is {miou}, expected 0 to 1; remove {self.path(run.name)}, "
+                                 "and it runs again")
             self.read[run.name] = 100 * (miou or 0)
         return self.read[run.name]
 
@@ -357,7 +366,7 @@ class Grid:
         at_its_end = "" if embedded else "--eval-every 1000000"
         finetune = self.command("finetune.py", name, f"--data {row.data} --init {init} {labels} --seed {seed}",
                                 f"--subset-seed {seed}" if labels else "", root(row.data), network,
-                                self.length(2), rates[1], at_its_end, self.memory())
+                                self.length(2), rates[1], at_its_end)
         commands, result, needs = [finetune], "metrics.json", [run.name for run in runs[-1:]]
         if not (embedded or tuning):  # as 5.1. PAPER SILENT: the last weights, not those that validate best
             evaluate = self.command("evaluate.py", f"{name}/evaluate", f"--checkpoint {name}@", root(row.data))
@@ -383,19 +392,16 @@ class Grid:
             return slug("encoder", own), encoder, runs
         folder = slug("dep" if dep else "ddep", row.init.replace("--method dep", ""), row.network, rates)
         name = f"{folder}/pretrain_decoder"
-        flags = re.sub("--epochs [^ ]+", "", row.init) if self.args.steps else row.init
-        command = self.command("pretrain_decoder.py", name, "--seed 0", flags, root(data_of(row.init)),
+        memory = f"--micro-batch {self.args.micro_batch}" if self.args.micro_batch else ""
+        command = self.command("pretrain_decoder.py", name, "--seed 0", row.init, root(data_of(row.init)),
                                "" if dep else f"--encoder-weights {encoder}", row.network,
-                               "" if "--steps" in row.init else self.length(1), rates, self.memory())
+                               "" if "--steps" in row.init else self.length(1), rates, memory)
         needs, batch = [run.name for run in runs], 1 if row.data == "shapes" else 512
         runs.append(Run(name, [command], needs, network=row.network, batch=batch))
         return folder, f"{name}@", runs
 
     def length(self, stage):
         return f"--steps {self.args.steps[stage]}" if self.args.steps else ""
-
-    def memory(self):
-        return f"--micro-batch {self.args.micro_batch}" if self.args.micro_batch else ""
 
     def command(self, script, name, *flags):
         """[script, "--out", folder, flag, ...]. In flags RUN@ is its last.pt, ROOT@SET a folder of data."""
@@ -426,12 +432,12 @@ class Grid:
         return found
 
     def rates(self, cell):
-        """The rates of a cell; None: not all its candidates have been run. Of equals the first."""
+        """The rates of a cell; None: not all its candidates have been run. Ties go to the first."""
         if not self.sweeps[cell.table]:
             rates = cell.row.rates
             return rates[self.tables[cell.table].columns.index(cell.column) if len(rates) > 1 else 0]
         tuned = self.tuned(cell)
-        if len(tuned) < len(self.candidates(cell)):
+        if len(tuned) < len(cell.row.grid):
             return None
         return max(tuned, key=lambda candidate: candidate[0])[1]
 
@@ -484,10 +490,10 @@ def slug(*parts):
 # ---------------------------------------- What it will cost
 
 # Images of a set that stage 2 passes over; those that are validated, and their pixels at scale 1
-UNLABELLED = {"imagenet21k": 14_197_122, "cityscapes": 2975, "ade20k": 20_210, "voc": 17_125}
+PASSED_OVER = {"imagenet21k": 14_197_122, "cityscapes": 2975, "ade20k": 20_210, "voc": 17_125}
 COARSE = 19_998
 VALIDATED = {"shapes": (250, 64 * 64), "cityscapes": (500, 1024 * 2048), "pascal_context": (5105, 375 * 500),
-             "ade20k": (2000, 512 * 683), "voc": (1449, 375 * 500)}
+             "ade20k": (2000, 512 * 683)}
 START = 6  # seconds, of a process
 
 
@@ -517,7 +523,7 @@ def flops_of_run(run):
     finetuning = script == "finetune.py"
     size = args.crop_size if finetuning else args.image_size
     if args.steps is None:
-        images = args.epochs * (UNLABELLED[args.data] + (COARSE if args.coarse else 0))
+        images = args.epochs * (PASSED_OVER[args.data] + (COARSE if args.coarse else 0))
     else:
         images = args.steps * args.batch_size
     total = images * flops_of(encoder, width, size, getattr(args, "method", "") != "ddep")
@@ -533,13 +539,14 @@ def flops_of_run(run):
 
 def estimate(grid, runs, slots):
     """A sentence on the hours of some runs, by their multiply-adds and the time of one step."""
-    small = all(row.data == "shapes" for table in grid.tables.values() for row in table.rows)
-    encoder, width, size, batch = ("hybrid-small", 0.25, 64, 4) if small else ("hybrid", 1.0, 224, 4)
     seconds, how = grid.args.seconds_per_image, "given"
+    rows = [row for table in grid.tables.values() for row in table.rows]
+    small = seconds is None and all(row.data == "shapes" for row in rows)
+    encoder, width, size = ("hybrid-small", 0.25, 64) if small else ("hybrid", 1.0, 224)
     if seconds is None:
         device, how = launch.start_processes(grid.args.device).device, "measured now"
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // slots))  # as each run has
-        network = build_unet(encoder=encoder, width=width, out_channels=3)
+        network, batch = build_unet(encoder, width), 64 if device.type == "cuda" else 4
         freeze(network.encoder)
         step = training_step(network, batch, size, device, launch.resolve_precision("auto", device))
         seconds = min(measure({"step": (step, batch)}, 3, device)["step"])
@@ -598,7 +605,7 @@ def main():
     if args.dry_run:
         return dry_run(grid)
 
-    make_folder(args.out, written={"runs", "results.json", "results.md"})
+    make_folder(args.out, written={"results.json", "results.md"})
     with ours(args.out, "args.json") as file:
         file.write(json.dumps({**settings, "sweeps": sweeps}).encode())
     for number in SIGNALS:  # as Ctrl-C: the runs are stopped, and save
@@ -627,6 +634,8 @@ def run_all(grid, pages):
             say(f"{done}/{total} finished; about {minutes:.0f} min left")
         bar.total, bar.n, last = total, done, done
         bar.refresh()
+        theirs = read_settings(grid.args)[2]  # of programs that have begun with other tables since
+        pages.grid.sweeps.update({name: theirs[name] for name in theirs if name not in grid.tables})
         pages.update()
     bar.close()
     pages.update(final=True)

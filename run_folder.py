@@ -354,10 +354,13 @@ def lock_folder(out):
     try:
         if fcntl is not None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader workers would hold too
-    except OSError:
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         raise InputError(f"{out}: another run is writing there ({file.read().strip()}); wait for its end, or "
                          "pass another --out") from None
+    except OSError as error:
+        raise InputError(f"{out}: no file can be locked there ({error.strerror}); pass an --out on a file system "
+                         "with locks") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -33,14 +33,15 @@ class Run(NamedTuple):
     result: str = "metrics.json"  # in its folder: it is finished
     network: str = ""    # flags, for the estimate
     batch: int = 1       # more: it runs on as many GPUs as divide this
-    keep: bool = True    # its weights
+    keep: bool = True    # last.pt when it is finished
 
 
 class Claims:
     """Which runs this program has taken, and which others have.
 
-    A claim is a file claim-N in the run's folder; N + 1 is made, which succeeds for one alone, where the owner
-    of N is gone: no such process on this machine, or silent for SILENT seconds of our own clock.
+    A claim is a file claim-N in the run's folder. To take it over is to create claim-(N + 1), which only one can.
+    It may be taken over when none of its processes is left on this machine, or when it was not touched for
+    SILENT seconds of our own clock.
     """
 
     def __init__(self, grid):
@@ -77,7 +78,7 @@ class Claims:
             file.write(f"{socket.gethostname()} {pid}\n")
 
     def give_up(self, run, alone=False):
-        """alone: leave the claim that we took over, its owner turned out to be there."""
+        """alone: remove our own claim, not the one that we took over: its owner turned out to be there."""
         newest = self.mine.pop(run.name)
         folder, number = os.path.dirname(newest), int(newest.rpartition("-")[2])
         for i in range(number if alone else 0, number + 1):  # ours last
@@ -189,7 +190,8 @@ class Worker:
                 waits = True
                 continue
             needed = self.processes(run)
-            if needed > len(self.free) and (not self.free or self.claims.may_take(run)):
+            if not self.free or (needed > len(self.free) and run.name not in self.busy
+                                 and self.claims.may_take(run)):
                 break  # the first in order comes first, also where it must wait for GPUs
             if needed > len(self.free) or not self.claims.take(run):
                 waits = waits or not finished(run)
@@ -226,19 +228,19 @@ class Worker:
             any_ended, busy = True, False
             del self.running[name]
             self.free += gpus
-            if process.returncode or not self.grid.finished(run):
+            if not self.grid.finished(run):
                 output = self.grid.path(name, "output.txt")
                 why = last_line(output, begins)
                 busy = "another run is writing there" in why
                 if busy:
+                    if name not in self.busy:
+                        say(f"waits for: {name}, {why}")
                     self.busy[name] = time.monotonic()
                 else:
-                    with suppress(FileNotFoundError):  # of an evaluation that left images out
-                        os.remove(self.grid.path(name, "evaluate", "metrics.json"))
                     self.failed[name] = f"status {process.returncode}: {why} (see {output})"
                     say(f"failed: {name}, {self.failed[name]}")
-            elif not run.keep:
-                for file in ("last.pt", "previous.pt", "best.pt"):
+            else:
+                for file in ("previous.pt", "best.pt", *([] if run.keep else ["last.pt"])):
                     with suppress(FileNotFoundError):
                         os.remove(self.grid.path(name, file))
             self.claims.give_up(run, alone=busy)

@@ -222,6 +222,9 @@ def test_predictions_are_no_pictures_and_those_of_other_flags_are_not_overwritte
     assert status == 2 and "pred holds a run with other flags" in err
     labelled = ["evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0]
     assert script(*labelled, "--out", tmp_path / "one", "--save-predictions", tmp_path / "p")[0] == 0
+    (tmp_path / "killed").mkdir()  # before it wrote a score: nothing to protect, its data may have moved
+    (tmp_path / "killed" / "args.json").write_text('{"root": "elsewhere"}')
+    assert script(*labelled, "--out", tmp_path / "killed")[0] == 0
     status, _, err = script(*labelled, "--no-flip", "--out", tmp_path / "two", "--save-predictions", tmp_path / "p")
     assert status == 2 and f"{tmp_path / 'p'} holds a run with other flags" in err
 
@@ -238,8 +241,9 @@ def test_a_broken_picture_is_skipped_and_named_and_the_rest_predicted(workers, s
     (folder / "images" / "val" / "e.jpg").write_text("broken")
     status, out, err = script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", workers, "--out",
                               tmp_path / "o")
-    assert status == 2 and "1 of 2 images cannot be read, see above; the scores are of the others" in err
-    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["images"] == 1
+    assert status == 2 and "1 of 2 images cannot be read, see above; the scores, in incomplete.json, are of the others" in err
+    assert json.loads((tmp_path / "o" / "incomplete.json").read_text())["images"] == 1
+    assert not (tmp_path / "o" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("spoil", [

@@ -80,6 +80,7 @@ def test_curves_pass_through_their_points_with_bars_as_long_as_the_deviation():
     assert ours[240 - round(220 * 5 / 25), left] and ours[top, right]
     column = np.flatnonzero(ours[:, left])
     assert abs(column.max() - bottom) <= 2 and abs(column.min() - (240 - round(220 * 10 / 25))) <= 2
+    assert page.shape[1] > 500 and ours[20:40, 490:].any()  # the legend, beside all lines
     middle = (left + right) // 2
     assert np.flatnonzero(ours[:200, middle]).mean() == (240 - 220 * 15 / 25) or abs(
         np.flatnonzero(ours[:200, middle]).mean() - (240 - 220 * 15 / 25)) <= 2

@@ -48,7 +48,7 @@ def test_every_file_and_flag_that_readme_names_exists():
     sources = "".join(path.read_text() for path in ROOT.glob("*.py"))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
     of_others = {"--nproc", "--nnodes", "--node", "--master", "--max-restarts", "--help", "--rdzv",  # torchrun's
-                 "--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus", "--array", "--wrap",
+                 "--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus", "--array", "--wrap", "--cpus-per-gpu", "--kill-on-invalid-dep",
                  "--parsable", "--dependency"}  # Slurm's
     of_data = {re.match("--[a-z-]+", f"--{name.replace('_', '-')}")[0] for name in reproduce.FOLDERS}  # folders of data sets
     assert not [flag for flag in named - of_others - of_data if f'"{flag.replace("--no-", "--")}"' not in sources]

@@ -39,13 +39,18 @@ def test_student_quantiles_are_those_of_the_distribution():
         assert np.trapezoid(density, x) / whole == pytest.approx(0.95, abs=0.001)
 
 
+def test_names_in_pictures_have_only_characters_of_pillows_own_font():
+    names = [report.in_pictures(row.name) for table in reproduce.TABLES.values() for row in table.rows]
+    assert all(map(str.isascii, names)) and "x3 DDeP" in names and "predict noise" in names
+
+
 def test_curves_have_the_share_of_labels_or_the_number_in_the_rows_name_along_x(monkeypatch):
     drawn = {}
     monkeypatch.setattr(report, "curves", lambda series, *labels: drawn.update(series=series, labels=labels))
     table = reproduce.TABLES["figure6"]
     report.curve(table, {(row.name, column): {0: 1.0, 1: 3.0} for row in table.rows for column in table.columns})
-    assert [point[0] for point in drawn["series"]["×2 DDeP"]] == pytest.approx([100 / 30, 12.5, 25, 100])
-    assert drawn["series"]["×2 DDeP"][0][1:] == (2.0, pytest.approx(2 ** 0.5))
+    assert [point[0] for point in drawn["series"]["x2 DDeP"]] == pytest.approx([100 / 30, 12.5, 25, 100])
+    assert drawn["series"]["x2 DDeP"][0][1:] == (2.0, pytest.approx(2 ** 0.5))
     table = reproduce.TABLES["figure5left"]
     report.curve(table, {(row.name, "1%"): {0: 10.0 if "ADE" in row.name else 20.0} for row in table.rows})
     assert [point[0] for point in drawn["series"]["mean"]] == [0.1, 0.16, 0.22, 0.32, 0.45, 0.59]
@@ -69,6 +74,7 @@ def test_the_page_keeps_all_repeats_and_the_rates_of_earlier_commands(run_here, 
     def scores():
         return {name: len(runs) for name, runs in json.loads((tmp_path / "out" / "results.json").read_text()).items()}
 
+    (tmp_path / "out" / "runs" / "of a torchrun before").mkdir(parents=True)  # as README's Slurm lines do
     for flags in (("table5", "--scale", "small", "--no-sweep"), ("table4", "--scale", "small")):
         assert run_here(*flags)[0] == 0
     assert scores()["table5"] == 8 and scores()["table4"] == 12

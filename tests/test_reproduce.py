@@ -166,6 +166,13 @@ def test_small_scale_keeps_every_row_and_column_and_needs_no_data():
         assert len({(row.init, row.network) for row in ours.rows}) >= len({(row.init, row.network) for row in table.rows}) - 3
 
 
+def test_the_lengths_of_figure_3_stay_in_proportion_with_steps_of_ones_own():
+    rows = grid_of("figure3", "--steps", 100, 600, 50).tables["figure3"].rows
+    assert [row.init.rpartition(" --steps ")[2] for row in rows] == ["10", "30", "100", "300", "600"]
+    commands = [run.commands[0] for run in grid_of("figure3", "--steps", 100, 600, 50).plan()[0] if "pretrain" in run.name]
+    assert [command.count("--steps") for command in commands] == [1] * 5 and not any("--epochs" in command for command in commands)
+
+
 def test_a_dry_run_shows_every_command_and_the_hours_of_given_step_times(script, tmp_path):
     flags = ["table4", "--no-sweep", "--out", tmp_path, "--dry-run", "--jobs", 1, "--device", "cpu", "--seconds-per-image"]
     status, out, _ = script("reproduce", *flags, "0.01")

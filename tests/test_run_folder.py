@@ -534,6 +534,15 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     assert first.wait() == [0]
 
 
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", no_locks)
+    with pytest.raises(run_folder.InputError, match="no file can be locked there .No locks available.; pass an --out"):
+        run_folder.lock_folder(tmp_path)
+
+
 @pytest.mark.parametrize("stage, flag", [("finetune", "--init"), ("pretrain_decoder", "--encoder-weights"),
                                          ("pretrain_decoder", "--init")])
 def test_weights_are_told_by_their_content_and_a_run_has_its_own(stage, flag, script, few_shapes, tmp_path):

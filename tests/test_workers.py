@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import FAKE, finish, grid_of, ran
+from conftest import FAKE, cell_of, finish, grid_of, ran
 
 import workers
 
@@ -184,6 +184,18 @@ def test_gpus_are_not_kept_idle_for_a_pretraining_that_another_worker_has(tmp_pa
     assert worker._ended() and worker._start(runs) and [names for _, names in started] == ["0", "1", "0"]
 
 
+def test_gpus_are_not_kept_idle_for_a_pretraining_under_a_torchrun_of_the_users(tmp_path, gpus):
+    started = gpus("0", "1")
+    grid = grid_of("table6", "--no-sweep", "--out", tmp_path)
+    runs, _ = grid.plan()
+    worker = workers.Worker(grid)
+    worker.free.pop()
+    assert not worker._start(runs) and not started  # it would come first
+    worker.busy = {run.name: -1e9 for run in runs if run.batch > 1}  # but was found locked, a while ago
+    worker._start(runs)
+    assert [names for _, names in started] == ["0"] and "finetune.py" in started[0][0][1]
+
+
 def test_a_worker_goes_on_where_another_finishes_the_last_candidate_between_its_plan_and_its_start(tmp_path):
     grid = grid_of("table5", "--scale", "small", "--out", tmp_path)
     other = grid_of("table5", "--scale", "small", "--out", tmp_path)
@@ -219,12 +231,12 @@ def test_a_pretraining_that_runs_under_a_torchrun_of_the_users_is_waited_for(run
         "    os.remove(os.environ['RAN'] + '.elsewhere')\n"
         "    sys.exit('pretrain_decoder.py: error: out: another run is writing there (process 1 on node2); wait for its end')\n" + FAKE)
     (tmp_path / "ran.elsewhere").touch()
-    status, _, errors = run_here("shapes", "--repeats", 1)
-    assert status == 0 and len(ran(tmp_path)) == 3 + 8, errors
+    status, out, errors = run_here("shapes", "--repeats", 1)
+    assert status == 0 and len(ran(tmp_path)) == 3 + 8 and "another run is writing there (process 1 on node2)" in out, errors
 
 
 def test_an_evaluation_that_left_images_out_is_no_score(tmp_path):
-    """evaluate.py writes its scores and ends with status 2 where images cannot be read."""
+    """evaluate.py writes incomplete.json and ends with status 2 where images cannot be read."""
     grid = grid_of("table4", "--no-sweep", "--out", tmp_path)
     run = next(run for run in grid.plan()[0] if run.result != "metrics.json")
     os.makedirs(grid.path(run.name, "evaluate"))
@@ -232,9 +244,9 @@ def test_an_evaluation_that_left_images_out_is_no_score(tmp_path):
     assert worker.claims.take(run)
     output = tmp_path / "runs" / run.name / "output.txt"
     output.write_text("evaluate.py: error: 3 of 5105 images cannot be read; the scores are of the others\n")
-    finish(grid, run)
+    (output.parent / "evaluate" / "incomplete.json").write_text('{"miou": 0.5}')
     ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
     ended.wait()
     worker.running[run.name] = workers.Active(run, [None], ended, [], 0)
     assert worker._ended() and "3 of 5105 images" in worker.failed[run.name]
-    assert not grid.finished(run)
+    assert not grid.finished(run) and grid.scores(cell_of(grid, "table4", "gamma = 0.95", "100%")) == {}
