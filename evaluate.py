@@ -392,8 +392,9 @@ def main():
     folders = {args.save_predictions or args.out: "--save-predictions", args.out: "--out"}
     free = (FREE_TO_CHANGE | {"save_predictions", "save_probabilities"}) - {"root"}
     for folder in folders:
-        if os.path.exists(os.path.join(folder, "args.json")) and WRITTEN & {*os.listdir(folder)}:
-            refuse_other_flags(folder, read_json(os.path.join(folder, "args.json")), vars(args), free)
+        if os.path.exists(os.path.join(folder, "args.json")):
+            moved = set() if WRITTEN & {*os.listdir(folder)} else {"root", "checkpoint"}  # nothing is there yet
+            refuse_other_flags(folder, read_json(os.path.join(folder, "args.json")), vars(args), free | moved)
     processes.barrier()  # all have read what is there before the main one writes
     if processes.is_main:
         for folder, flag in folders.items():

@@ -222,9 +222,13 @@ def test_predictions_are_no_pictures_and_those_of_other_flags_are_not_overwritte
     assert status == 2 and "pred holds a run with other flags" in err
     labelled = ["evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", 0]
     assert script(*labelled, "--out", tmp_path / "one", "--save-predictions", tmp_path / "p")[0] == 0
-    (tmp_path / "killed").mkdir()  # before it wrote a score: nothing to protect, its data may have moved
-    (tmp_path / "killed" / "args.json").write_text('{"root": "elsewhere"}')
-    assert script(*labelled, "--out", tmp_path / "killed")[0] == 0
+    killed = tmp_path / "one" / "args.json"  # before it wrote a score: its data may be elsewhere since, not its flags differ
+    (tmp_path / "one" / "metrics.json").unlink()
+    killed.write_text(json.dumps({**json.loads(killed.read_text()), "root": "elsewhere"}))
+    assert script(*labelled, "--out", tmp_path / "one")[0] == 0
+    killed.write_text(json.dumps({"root": "elsewhere", "batch_size": 4}))  # of a stage
+    (tmp_path / "one" / "metrics.json").unlink()
+    assert script(*labelled, "--out", tmp_path / "one")[0] == 2
     status, _, err = script(*labelled, "--no-flip", "--out", tmp_path / "two", "--save-predictions", tmp_path / "p")
     assert status == 2 and f"{tmp_path / 'p'} holds a run with other flags" in err
 
