@@ -283,7 +283,7 @@ def test_a_table_can_be_stopped_and_runs_everything_once_and_reports_what_was_me
     assert done.returncode == 0, done.stderr
     assert before.items() <= times().items() and len(times()) == 2 + 4  # none was made again, all are there
     results = {run["column"]: run["miou"] for run in json.loads((tmp_path / "results.json").read_text())["table5"]}
-    folder = tmp_path / "runs" / "ddep_data_shapes_objects_gamma_0.95_width_0.25_lr_1e-3"
+    folder = tmp_path / "runs" / "ddep_data_shapes_objects_gamma_0.95_width_0.3125_lr_1e-3"
     texts = []
     for column in ("100%", "1/4", "1/8", "1/30"):
         run = f"shapes{'' if column == '100%' else '_fraction_' + column.replace('/', '-')}_seed_0_lr_1e-3"
