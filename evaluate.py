@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -415,6 +416,9 @@ def main():
     if labelled:
         if processes.is_main:
             write_json(os.path.join(args.out, "incomplete.json" if skipped else "metrics.json"), metrics)
+            if not skipped:
+                with suppress(FileNotFoundError):  # of an earlier try
+                    os.remove(os.path.join(args.out, "incomplete.json"))
         say(table(metrics))
     else:
         say(f"{metrics['images']} images predicted, no masks to compare with")

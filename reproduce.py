@@ -9,8 +9,8 @@
 A table is data, below: a row is how a network is initialised, a column how many labels it is fine-tuned on.
 A run is one stage, a fine-tuning with its evaluation, in a folder OUT/runs/INITIALISATION/SETTINGS. Tables
 share what they have in common, above all the pretrainings. A run with a result is done; stop at any time, the
-same command goes on.
-Any number of these programs may work on one OUT at once, on one machine or many: a run is claimed first.
+same command goes on. Any number of these programs may work on one OUT at once, on one machine or many: a run is
+claimed first.
 
 Rates are chosen as in 5.1: each cell runs a grid of rates on a seed of its own, whose score does not enter
 the table, and takes the best. PAPER SILENT on the grid and on what a "task" is: here four by four values
@@ -191,8 +191,6 @@ SMALL_STEPS = (300, 1200, 200)  # of the three stages; 6000 epochs of the paper 
 SMALL_NETWORKS = {"": "--width 0.25", "--width 2": "--width 0.3125", "--width 3": "--width 0.375",
                   "--encoder resnet50": "--width 0.125 --encoder resnet50"}
 FOLDERS = ("imagenet21k", *DATA_SETS)  # --imagenet21k DIR, --cityscapes DIR, ...
-
-
 SMALL_NOTE = """Scaled down: the scenes of shapes.py stand for every labelled data set and its own images,
 single objects for ImageNet-21k; a small Hybrid-ViT with decoders of 4/16, 5/16 and 6/16 of the width for ×1, ×2
 and ×3, ResNet-50 with 2/16; {} / {} / {} steps of stages 1, 2 and 3; two repeats; two candidate rates, tried

@@ -248,6 +248,9 @@ def test_a_broken_picture_is_skipped_and_named_and_the_rest_predicted(workers, s
     assert status == 2 and "1 of 2 images cannot be read, see above; the scores, in incomplete.json, are of the others" in err
     assert json.loads((tmp_path / "o" / "incomplete.json").read_text())["images"] == 1
     assert not (tmp_path / "o" / "metrics.json").exists()
+    write_image(folder / "images" / "val" / "e.jpg", 41, 57)
+    assert script("evaluate", "--checkpoint", checkpoint, "--root", folder, "--workers", workers, "--out", tmp_path / "o")[0] == 0
+    assert (tmp_path / "o" / "metrics.json").exists() and not (tmp_path / "o" / "incomplete.json").exists()
 
 
 @pytest.mark.parametrize("spoil", [

@@ -144,6 +144,14 @@ def test_a_paper_scale_chain_reads_as_the_paper_does():
         assert flags in " ".join(run.commands[0]) and "--width 3" in " ".join(run.commands[0])
 
 
+def test_micro_batch_is_of_decoder_pretraining_alone_and_names_no_run():
+    (_, plain), (_, small) = commands_of("table4", "--no-sweep"), commands_of("table4", "--no-sweep", "--micro-batch", 16)
+    assert plain.keys() == small.keys()
+    for name, run in small.items():
+        added = ["--micro-batch", "16"] if name.endswith("pretrain_decoder") else []
+        assert [command + added * (i == 0) for i, command in enumerate(plain[name].commands)] == run.commands
+
+
 def test_tables_share_the_pretrainings_and_fine_tunings_that_they_have_in_common():
     _, runs = commands_of("all", "--no-sweep")
     pretrainings = [name for name in runs if name.endswith("pretrain_decoder")]
@@ -215,6 +223,30 @@ def test_scores_of_the_sweep_never_enter_the_table():
             tuning = {chain[-1].name for _, chains in grid.candidates(cell) for chain in chains}
             rates = [rates for rates, _ in grid.candidates(cell)]
             assert not tuning & {grid.chain(cell, seed, rate)[-1].name for seed in grid.seeds(cell) for rate in rates}
+
+
+# ------------------------------------------------------------------------------------------------ several programs
+
+
+def test_a_table_that_another_program_began_meanwhile_is_shown_with_its_rates(tmp_path):
+    args = reproduce_arguments("table5", "--scale", "small", "--out", tmp_path)
+    sweeps = dict.fromkeys(args.known, True)
+    grid, shown = reproduce.Grid(args, args.tables, sweeps), []
+    for _ in range(2):  # the candidates, then the repeats
+        for run in grid.plan()[0]:
+            finish(grid, run)
+    theirs = {**sweeps, "table4": False, "table5": False}  # table5 is ours
+    (tmp_path / "args.json").write_text(json.dumps({"scale": "small", "steps": [300, 1200, 200], "sweeps": theirs}))
+
+    class Recorder:
+        def __init__(self):
+            self.grid = reproduce.Grid(args, args.known, sweeps)
+
+        def update(self, final=False):
+            shown.append((self.grid.sweeps["table4"], self.grid.sweeps["table5"]))
+
+    reproduce.run_all(grid, Recorder())
+    assert set(shown) == {(False, True)}
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
