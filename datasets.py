@@ -1,911 +1,478 @@
-"""The data sets by name, as they are distributed. Nothing has to be converted, renamed or unpacked.
+"""Where each data set's files lie and what its mask values mean; label subsets.
 
-    python datasets.py --data cityscapes --root cityscapes                                  # lists the pairs
-    python datasets.py --data cityscapes --root cityscapes --fraction 1/8 > labelled.txt    # a label subset
-
-A source is what a stage reads: len(source), source.name(i), source.image(i) as it is in its file,
-source.read(i) -> {"image": ..., "mask" or "label": ...}. source.note says in lines what is unusual about it,
-or is empty; source.fingerprint() tells it from others.
-
-To add a labelled set: write a class like those below (its files, label map, names, colours, official counts,
-and what is special in fine-tuning and evaluation), and enter it in DATA_SETS.
+PATTERNS. Below --root, `{part}` is train or val, and `*` is what an image and its mask have in common; it may
+span folders, and behind a final `*` any ending of a picture will do. Hidden files never match, links are
+followed.
 """
-import argparse
 import hashlib
-import math
 import os
-import re
-import sys
+import tarfile
+import unicodedata
 from collections import Counter
+from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
+from functools import cache, partial
+from glob import escape, glob
+from io import BytesIO
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
-from torchvision import tv_tensors
+from PIL import Image
+from torchvision.tv_tensors import Image as ImageTensor
+from torchvision.tv_tensors import Mask
 from tqdm import tqdm
 
-import launch
 import shapes
-from data import (IGNORE, RANGES, SYNSET, WORTH_KEEPING, ImageIndex, Pixels, UnreadableImage, digest_of_files,
-                  label_map, mask_values, read_image, read_mask, split_page, values_text, walk)
-from launch import InputError, SampleError
-from pictures import palette
-
-MULTI_SCALE = dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75])  # 5.1
-
-
-# ---------------------------------------- Sources
-
-
-class ImageFiles:
-    """Pictures of an ImageIndex, without labels or, for stage 1, with one each.
-
-    chosen: the numbers of some of them. classes: the class of each of the index's containers.
-    """
-
-    def __init__(self, index, chosen=None, classes=None, note="", pixels=Pixels()):
-        self.index, self.chosen, self.classes, self.note, self.pixels = index, chosen, classes, note, pixels
-
-    def __len__(self):
-        return len(self.index if self.chosen is None else self.chosen)
-
-    def _number(self, i):
-        return i if self.chosen is None else int(self.chosen[i])
-
-    def name(self, i):
-        return self.index.name(self._number(i))
-
-    def fingerprint(self):
-        return f"{len(self)} images, {self.index.fingerprint()}"
-
-    def content(self):
-        """A digest of the files' sizes; "" for millions, and in .tar files: the fingerprint has their sizes."""
-        if len(self) >= WORTH_KEEPING:
-            return ""
-        paths = [os.path.join(self.index.root, self.name(i)) for i in range(len(self))]
-        are_files = all(os.path.isfile(split_page(path)[0]) for path in paths)
-        return digest_of_files(paths) if are_files else ""
-
-    def image(self, i):
-        number = self._number(i)
-        path = os.path.join(self.index.root, self.index.name(number))
-        try:
-            file = self.index.open(number)
-        except OSError as error:
-            raise UnreadableImage(f"{path}: cannot be read ({error.strerror})") from None
-        return read_image(file, path, self.pixels)
-
-    def read(self, i):
-        sample = {"image": tv_tensors.Image(self.image(i))}
-        if self.classes is not None:
-            sample["label"] = int(self.classes[self.index.container(self._number(i))])
-        return sample
-
-
-class Pairs:
-    """Pictures with masks: [(image path, mask path or None), ...] below root.
-
-    label_maps: {ending of a mask's name: what its values mean}, see read_mask.
-    """
-
-    def __init__(self, root, pairs, label_maps, note="", pixels=Pixels()):
-        self.root, self.pairs, self.label_maps, self.note = str(root), pairs, label_maps, note
-        self.pixels = pixels
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def name(self, i):
-        return self.pairs[i][0]
-
-    def line(self, i):
-        """The pair as a line of a list file."""
-        return "\t".join(self.pairs[i])
-
-    def fingerprint(self):
-        return f"{len(self)} pairs, {_digest(self.line(i) for i in range(len(self)))}"
-
-    def content(self):
-        """A digest of the masks and of parts of the images."""
-        images, masks = ([os.path.join(self.root, path) for path in paths] for paths in zip(*self.pairs))
-        return f"{digest_of_files(images, parts=True)} {digest_of_files(masks, whole=True)}"
-
-    def meaning(self):
-        """A digest of what the mask values mean."""
-        return _digest(f"{ending} {labels if isinstance(labels, dict) else labels.tolist()}"
-                       for ending, labels in self.label_maps.items())
-
-    def subset(self, indices, note=""):
-        return Pairs(self.root, [self.pairs[i] for i in indices], self.label_maps, note, self.pixels)
-
-    def image(self, i):
-        return read_image(os.path.join(self.root, self.pairs[i][0]), pixels=self.pixels)
-
-    def read(self, i):
-        if self.pairs[i][1] is None:
-            return {"image": tv_tensors.Image(self.image(i))}
-        image_path, mask_path = (os.path.join(self.root, path) for path in self.pairs[i])
-        labels = [labels for ending, labels in self.label_maps.items() if mask_path.endswith(ending)]
-        if not labels:
-            raise SampleError(f"{mask_path}: unknown kind of mask, expected a name that ends with "
-                              f"{' or '.join(self.label_maps)}")
-        image, mask = self.image(i), read_mask(mask_path, labels[0])
-        if image.shape[1:] != mask.shape:
-            raise SampleError(f"{mask_path}: mask is {mask.shape[1]}x{mask.shape[0]}, its image {image_path} "
-                              f"is {image.shape[2]}x{image.shape[1]} (upright); expected the same size")
-        return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)}
-
-
-class Shapes:
-    """`count` pictures of a part of the embedded data, drawn once and kept in memory (see shapes.py)."""
-    note, pixels = "", Pixels()
-
-    def __init__(self, part, count=None, indices=None):
-        self.part, self.indices, self.cache = part, range(count) if indices is None else indices, {}
-
-    def __len__(self):
-        return len(self.indices)
-
-    def name(self, i):
-        return f"{self.part}-{self.indices[i]:05d}"
-
-    def line(self, i):
-        return self.name(i)
-
-    def meaning(self):
-        return "as drawn"
-
-    def content(self):
-        return ""
-
-    def fingerprint(self):
-        return f"{len(self)} pictures, {_digest(self.name(i) for i in range(len(self)))}"
-
-    def subset(self, indices, note=""):
-        return Shapes(self.part, indices=[self.indices[i] for i in indices])
-
-    def read(self, i):
-        if i not in self.cache:
-            self.cache[i] = shapes.draw(self.part, self.indices[i])
-        image, mask, label = self.cache[i]
-        sample = {"image": tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))}
-        if self.part.startswith("encoder"):
-            sample["label"] = label
-        elif self.part != "unlabelled":
-            sample["mask"] = tv_tensors.Mask(torch.from_numpy(mask))
-        return sample
-
-
-def _digest(lines):
-    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-
-
-# ---------------------------------------- The labelled data sets of the paper, a class each
-
-
-def read_classes(name):
-    """(names, colours (N, 3) uint8) of classes/<name>.txt: a line `R G B name` for each class, in order."""
-    path = Path(__file__).with_name("classes") / f"{name}.txt"
-    rows = [line.split(maxsplit=3) for line in path.read_text().splitlines()]
-    return [row[3] for row in rows], np.array([row[:3] for row in rows]).astype(np.uint8)
-
-
-class DataSet:
-    """A data set below `root`. The docstring of a class says where its files lie."""
-    pair = None  # (image, mask) of a name in a list, where the set's own lists hold names
-    counts = {}  # official numbers of images
-    finetuning, evaluation = {}, {}  # defaults of finetune.py and evaluate.py
-    places = ["."]  # root, or a folder in it
-
-    def __init__(self, root, num_classes=None):
-        self.base = self.find(root, self.folders)
-        self.names, _ = self.classes()
-
-    @classmethod
-    def find(cls, root, folders):
-        """root, or its subfolder of `places`, which must hold all of `folders`."""
-        bases = [os.path.normpath(os.path.join(root, place)) for place in cls.places]
-        base = next((base for base in bases if os.path.isdir(os.path.join(base, folders[0]))), root)
-        for folder in folders:
-            if not os.path.isdir(os.path.join(base, folder)):
-                raise InputError(f"{root}: no folder {folder} in it; expected {cls.__doc__}")
-        return base
-
-    @classmethod
-    def pretraining_folders(cls, coarse):
-        """(folders whose images stage 2 takes, their official number)."""
-        return cls.folders[:1], cls.counts.get("train")
-
-
-class Cityscapes(DataSet):
-    """leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and gtFine/{train,val}/<city>/*_gtFine_labelIds.png"""
-    folders = ["leftImg8bit/train", "leftImg8bit/val", "gtFine/train", "gtFine/val"]
-    counts = {"train": 2975, "val": 500, "train_extra": 19_998}
-    finetuning = dict(crop_size=1024, micro_batch=2)  # 5.1
-    evaluation = dict(window=1024)  # 5.1: two halves of 1024x2048
-
-    @staticmethod
-    def classes():
-        """(names, colours (N, 3) uint8), in the order of the trainIds."""
-        trained = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < IGNORE]
-        return [c.name for c in trained], np.array([c.color for c in trained], np.uint8)
-
-    def __init__(self, root, num_classes=None):
-        super().__init__(root)
-        ids = {c.id: min(c.train_id, IGNORE) for c in torchvision.datasets.Cityscapes.classes if c.id >= 0}
-        train_ids = {i: i for i in range(19)}  # such masks are made by users
-        self.label_maps = {"_labelIds.png": label_map(ids), "_labelTrainIds.png": label_map(train_ids)}
-
-    @classmethod
-    def pretraining_folders(cls, coarse):
-        parts = ["train", "train_extra"] if coarse else ["train"]  # Table 3: "fine & coarse"
-        return [f"leftImg8bit/{part}" for part in parts], sum(cls.counts[part] for part in parts)
-
-    def pairs(self, part):
-        folder, pairs = os.path.join(self.base, "leftImg8bit", part), []
-        for image in _files_below(folder, "_leftImg8bit.png"):
-            stem = os.path.join("gtFine", part, image.removesuffix("_leftImg8bit.png") + "_gtFine")
-            masks = [stem + ending for ending in self.label_maps]
-            masks = [mask for mask in masks if os.path.isfile(os.path.join(self.base, mask))]
-            if not masks:
-                raise InputError(f"{os.path.join(folder, image)}: no mask for this image; expected "
-                                 f"{os.path.join(self.base, stem)}_labelIds.png or _labelTrainIds.png")
-            pairs.append((os.path.join("leftImg8bit", part, image), masks[0]))
-        return pairs
-
-
-class ADE20K(DataSet):
-    """ADEChallengeData2016/{images,annotations}/{training,validation}"""
-    folders = ["images/training", "images/validation", "annotations/training", "annotations/validation"]
-    places = [".", "ADEChallengeData2016"]
-    counts = {"train": 20_210, "val": 2000}
-    evaluation = MULTI_SCALE
-
-    @staticmethod
-    def classes():
-        return read_classes("ade20k")
-
-    def __init__(self, root, num_classes=None):
-        super().__init__(root)
-        self.label_maps = {"": label_map({0: IGNORE, **{i + 1: i for i in range(150)}})}  # 0 is "other"
-
-    def pairs(self, part):
-        part = {"train": "training", "val": "validation"}[part]
-        return _matched(self.base, os.path.join("images", part), os.path.join("annotations", part))
-
-
-class PascalVOC(DataSet):
-    """VOCdevkit/VOC20xx with JPEGImages, SegmentationClass, ImageSets/Segmentation"""
-    # Stage 2 takes all of JPEGImages. PAPER SILENT on whether validation images, unlabelled, were among them.
-    folders = ["JPEGImages", "SegmentationClass", "ImageSets/Segmentation"]
-    year = None
-    evaluation = MULTI_SCALE  # PAPER SILENT: as Pascal Context
-
-    @staticmethod
-    def classes():
-        return read_classes("voc")
-
-    def __init__(self, root, num_classes=None):
-        super().__init__(root)
-        self.label_maps = {"": label_map({i: i for i in range(len(self.names))})}
-
-    @classmethod
-    def pretraining_folders(cls, coarse):
-        return ["JPEGImages"], None
-
-    @classmethod
-    def find(cls, root, folders):
-        """root/VOCdevkit/VOC<year>, or the part of that path that root already is."""
-        found = sorted([*Path(root).glob("VOC20??"), *Path(root, "VOCdevkit").glob("VOC20??")])
-        if os.path.isdir(os.path.join(root, "JPEGImages")):
-            found = [Path(os.path.realpath(root))]
-        right = [place for place in found
-                 if cls.year in (None, place.name) or not re.fullmatch("VOC20..", place.name)]
-        names = ", ".join(place.name for place in found)
-        if not right:
-            raise InputError(f"{root}: {f'found {names}, ' if found else ''}expected {cls.__doc__}")
-        if len(right) > 1:
-            raise InputError(f"{root}: holds {names}; pass one of them as --root")
-        return super().find(str(right[0]), folders)
-
-    def pairs(self, part):
-        _, _, lists = self.folders
-        list_file = os.path.join(self.base, lists, f"{part}.txt")
-        ids = " ".join(read_lines(list_file, "surrogateescape")).split()
-        if not ids:
-            raise InputError(f"{list_file}: no names in it, expected one a line")
-        pairs = [self.pair(i) for i in ids]
-        for path in sum(pairs, ()):
-            if not os.path.isfile(os.path.join(self.base, path)):
-                raise InputError(f"{os.path.join(self.base, path)}: no such file, but {list_file} names it")
-        return pairs
-
-    def pair(self, name):
-        """(image, mask) of a line of the set's own lists."""
-        return os.path.join("JPEGImages", f"{name}.jpg"), os.path.join(self.folders[1], f"{name}.png")
-
-
-class PascalContext(PascalVOC):
-    """VOCdevkit/VOC2010 with JPEGImages, SegmentationClassContext, ImageSets/SegmentationContext"""
-    folders = ["JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext"]
-    year = "VOC2010"
-    counts = {"train": 4998, "val": 5105}
-
-    @staticmethod
-    def classes():
-        return read_classes("pascal_context")  # of the values that the usual converter writes, 0 to 59
-
-    def __init__(self, root, num_classes=None):
-        super().__init__(root)
-        if num_classes != 60:  # PAPER SILENT: without the background, value 0
-            self.names = self.names[1:]
-            self.label_maps = {"": label_map({0: IGNORE, **{i + 1: i for i in range(59)}})}
-
-
-DATA_SETS = {"cityscapes": Cityscapes, "pascal_context": PascalContext, "ade20k": ADE20K, "voc": PascalVOC}
-
-SPLITS = ("train", "val", "test")  # test: of folder alone
-LABELLED = ("shapes", "folder", *DATA_SETS)  # for stage 3 and evaluation
-UNLABELLED = (*LABELLED, "shapes_objects", "imagenet21k")  # for stage 2; objects: the pictures of stage 1
+from common import UserError
+from data import IGNORE, mask_values, read_image, read_mask
+
+
+class DataSet(NamedTuple):
+    images: str                      # pattern
+    masks: str                       # pattern
+    places: tuple = ("",)            # root itself, or where the set may lie below it, as it is distributed
+    words: tuple = ("train", "val")  # its own for {part}
+    lists: str = ""                  # text files with the names of a part
+    counts: tuple = (0, 0)           # official numbers of pairs, train and val
+    crop_size: int = 512             # 5.1
+    scales: tuple = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the evaluation (5.1)
+
+
+CONTEXT = DataSet("JPEGImages/*.jpg", "SegmentationClassContext/*.png", ("", "VOC2010", "VOCdevkit/VOC2010"),
+                  lists="ImageSets/SegmentationContext/{part}.txt", counts=(4998, 5105))
+DATA_SETS = {
+    "folder": DataSet("images/{part}/*", "masks/{part}/*", scales=(1.0,)),
+    "cityscapes": DataSet("leftImg8bit/{part}/*_leftImg8bit.png", "gtFine/{part}/*_gtFine_labelIds.png",
+                          counts=(2975, 500), crop_size=1024, scales=(1.0,)),
+    "pascal_context": CONTEXT,  # PAPER SILENT: 59 classes, without the background, or 60
+    "pascal_context_60": CONTEXT,
+    "ade20k": DataSet("images/{part}/*.jpg", "annotations/{part}/*.png", ("", "ADEChallengeData2016"),
+                      words=("training", "validation"), counts=(20_210, 2000)),
+    "voc": DataSet("JPEGImages/*.jpg", "SegmentationClass/*.png", ("", "VOC20??", "VOCdevkit/VOC20??"),
+                   lists="ImageSets/Segmentation/{part}.txt"),  # PAPER SILENT on its evaluation
+}
+LABELLED = ("shapes", *DATA_SETS)  # for stage 3 and evaluation
+UNLABELLED = (*LABELLED, "cityscapes_coarse", "imagenet21k")  # for stage 2
 CLASSIFIED = ("shapes", "folder", "imagenet21k")  # for stage 1
-SHAPES_COUNTS = {"encoder_train": 4000, "encoder_val": 500, "unlabelled": 4000, "train": 512, "val": 250}
-SYNSETS = (19_167, 21_841, 10_450)  # ImageNet-21k winter21, fall11, 21k-P
+SHAPES_COUNTS = {"encoder_train": 4000, "unlabelled": 4000, "train": 512, "val": 250}
+PICTURES = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "unlabelled"}
 
 
-def class_colours(data, count, source=None):
-    """(count, 3) uint8: the set's own colours, those of `source`'s classes.txt, or those of pictures.py."""
-    own = getattr(source, "label_maps", {}).get("")
-    if isinstance(own, dict):
-        of_class = {k: colour for colour, k in own.items()}
-        return np.array([of_class[k] for k in range(count)], np.uint8)
-    if data not in DATA_SETS:
-        return palette(count)
-    _, colours = DATA_SETS[data].classes()
-    return colours[-count:]  # pascal_context: without the background, which is first
+# ---------------------------------------- Sources: what a stage reads
 
 
-def _files_below(folder, ending):
-    """Paths relative to `folder` of the files in it and below that end so, sorted."""
-    found = []
-    for place, _, names in walk(folder):
-        names = [name for name in names if name.endswith(ending)]
-        found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
-    if not found:
-        raise InputError(f"{folder}: no files *{ending} there or below")
-    return sorted(found)
+class Source:
+    """Pictures by number: len(source), source.name(i), source.read(i) -> {"image", "mask" or "label"}.
 
-
-def _require_folder(root):
-    if root is None:
-        raise InputError("which folder? pass --root DIR")
-    if not os.path.isdir(root):
-        what = "not a folder" if os.path.exists(root) else "no such folder"
-        raise InputError(f"{root}: {what}; pass --root with the folder of the data")
-
-
-# ---------------------------------------- Stage 1 and 2: images with a class or without any label
-
-
-def pretraining_images(data, root, cache=None, coarse=False, pixels=Pixels()):
-    """A source of images for stage 2; no labels are read.
-
-    cache: folder for the index of a large listing. coarse: cityscapes with train_extra (Table 3).
+    rows: a list, or for millions an array: str would take gigabytes in every process. name_of, read_row: of one
+    row. note: what was found.
     """
-    if coarse and data != "cityscapes":
-        raise InputError(f"--coarse belongs to --data cityscapes, this is {data}")
-    if data in ("shapes", "shapes_objects"):
-        part = "unlabelled" if data == "shapes" else "encoder_train"
-        return Shapes(part, SHAPES_COUNTS[part])
-    _require_folder(root)
-    if data == "folder":
-        if {"images", "masks"} <= set(os.listdir(root)):
-            raise InputError(f"{root}: holds images and masks; pass --root {os.path.join(root, 'images')}")
-        return look_at(ImageFiles(ImageIndex.of_folder(root, cache=cache), pixels=pixels))
-    if data == "imagenet21k":
-        index, note = _synsets(root, cache)
-        return ImageFiles(index, note=note, pixels=pixels)
-    folders, official = DATA_SETS[data].pretraining_folders(coarse)
-    index = ImageIndex.of_folder(DATA_SETS[data].find(root, folders), folders, cache)
-    note = _count_note(f"{data} {' and '.join(folders)}", len(index), official)
-    return ImageFiles(index, note=note, pixels=pixels)
+
+    def __init__(self, rows, name_of, read_row, note=""):
+        self.rows, self.name_of, self.read_row, self.note = rows, name_of, read_row, note
+
+    def __len__(self):
+        return len(self.rows)
+
+    def name(self, i):
+        return self.name_of(self.rows[i])
+
+    def read(self, i):
+        return self.read_row(self.rows[i])
+
+    def subset(self, chosen):
+        return Source([self.rows[i] for i in chosen], self.name_of, self.read_row, self.note)
 
 
-def extremes(name, image):
-    """The lowest and the highest value of a picture; SampleError for NaN and infinities."""
-    values = image.numpy()  # torch has no minimum of 16 bits
-    low, high = values.min().item(), values.max().item()
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise SampleError(f"{name}: NaN or infinite pixels; replace them")
-    return low, high
+def toy(part):
+    """Toy pictures: rows (part, index)."""
+    rows = [(part, i) for i in range(SHAPES_COUNTS[part])]
+    return Source(rows, "{0[0]}-{0[1]:05d}".format, read_toy, f"{len(rows)} toy pictures")
 
 
-def look_at(source, count=16):
-    """`source`; reads about `count` of its pictures, adds to its note what is unusual about their pixels.
-
-    Raises InputError for pixels without a range, and for what read_image refuses.
-    """
-    names, dtypes, lows, highs = [], [], [], []
-    for i in range(0, len(source), max(1, len(source) // count)):
-        try:
-            image = source.image(i)
-            low, high = extremes(source.name(i), image)
-        except UnreadableImage:  # dealt with where it is met
-            continue
-        except SampleError as error:  # all processes look at the same pictures
-            raise InputError(str(error)) from None
-        names.append(source.name(i))
-        dtypes.append(image.numpy().dtype.name)
-        lows.append(low)
-        highs.append(high)
-    if not names:
-        return source
-    lowest, highest = min(lows), max(highs)
-    low, high = source.pixels.range or RANGES.get(dtypes[0], (None, None))
-    if low is None:
-        raise InputError(f"{names[0]}: {dtypes[0]} pixels, from {lowest:g} to {highest:g} in the first "
-                         "pictures; which values are black and white? pass --pixel-range LOW HIGH")
-    notes = [source.note] if source.note else []
-    looked = f"of {len(names)} pictures looked at"
-    if highest < low or lowest > high:
-        raise InputError(f"{names[0]}: the first pictures have values from {lowest:g} to {highest:g}, all "
-                         f"outside --pixel-range {low:g} {high:g}")
-    if highest - lowest < 0.1 * (high - low):
-        whole = lowest >= 0 and isinstance(highest, int)  # 12 bits: 0 to 4095
-        wider = (0, 2 ** highest.bit_length() - 1) if whole else (lowest, highest)
-        notes.append(f"the pixels {looked} lie between {lowest:g} and {highest:g}, within a tenth of the "
-                     f"range {low:g} to {high:g}; consider --pixel-range {wider[0]:g} {wider[1]:g}")
-    if lowest < low or highest > high:
-        notes.append(f"the pixels {looked} lie between {lowest:g} and {highest:g}; what is outside "
-                     f"--pixel-range {low:g} {high:g} is clipped")
-    constant = [name for name, least, most in zip(names, lows, highs) if least == most]
-    if constant:
-        notes.append(f"{len(constant)} {looked} have one value throughout, such as {constant[0]}; they are "
-                     "kept")
-    source.note = "\n".join(notes)
-    return source
+draw = cache(shapes.draw)
 
 
-def classification_images(data, root, cache=None, pixels=Pixels()):
-    """(training source, validation source, class names) for stage 1.
-
-    folder: root/train/<class>/ and root/val/<class>/; imagenet21k: the same, or synsets. Without val/, or
-    with the classes right in root, every hundredth image, at most 10,000, is held out for validation.
-    """
-    if data == "shapes":
-        parts = [Shapes(part, SHAPES_COUNTS[part]) for part in ("encoder_train", "encoder_val")]
-        return (*parts, list(shapes.CLASSES[1:]))
-    _require_folder(root)
-    note, train_root = "", os.path.join(root, "train")
-    if data == "imagenet21k":
-        train, note = _synsets(root, cache)
-    else:
-        train = ImageIndex.of_folder(train_root if os.path.isdir(train_root) else root, cache=cache)
-        note = look_at(ImageFiles(train, pixels=pixels)).note
-    names = sorted({_class_of(container) for container in train.containers} - {"."})
-    if len(names) < 2:
-        raise InputError(f"{train.root}: {len(names)} class folders, expected two or more, each with the "
-                         "images of one class")
-    filled = np.flatnonzero(np.diff(train.ends, prepend=0))  # the containers with images
-    empty = set(names) - {_class_of(train.containers[i]) for i in filled}
-    if empty:
-        raise InputError(f"{os.path.join(train.root, min(empty))}: no images of this class")
-    classes = _class_numbers(train, names)
-    if train.root != root and os.path.isdir(os.path.join(root, "val")):
-        val = ImageIndex.of_folder(os.path.join(root, "val"), cache=cache)
-        unknown = {_class_of(container) for container in val.containers} - {*names, "."}
-        if unknown:
-            raise InputError(f"{os.path.join(val.root, min(unknown))}: a class that {train.root} lacks")
-        train, val_classes = ImageFiles(train, None, classes, note, pixels), _class_numbers(val, names)
-        return train, ImageFiles(val, None, val_classes, pixels=pixels), names
-    every = max(100, -(-len(train) // 10_000))
-    held_out = np.arange(0, len(train), every, dtype=np.int32)
-    rest = np.delete(np.arange(len(train), dtype=np.int32), held_out)
-    return (ImageFiles(train, rest, classes, note, pixels),
-            ImageFiles(train, held_out, classes, pixels=pixels), names)
+def read_toy(row):
+    image, mask, label = draw(*row)
+    sample = {"image": ImageTensor(torch.from_numpy(image).permute(2, 0, 1))}
+    if row[0] == "encoder_train":
+        return {**sample, "label": label}
+    return sample if row[0] == "unlabelled" else {**sample, "mask": Mask(torch.from_numpy(mask))}
 
 
-def _class_of(container):
-    """The class of a folder or .tar of an index: the first part of its path."""
-    return "." if container == "." else Path(container).parts[0].removesuffix(".tar")
+def file_name(row):  # (path below root as bytes, label)
+    return os.fsdecode(row["path"])
 
 
-def _class_numbers(index, names):
-    """The class number of each container of the index."""
-    if index.containers[index.container(0)] == ".":  # the folder itself comes first
-        raise InputError(f"{os.path.join(index.root, index.name(0))}: an image outside the class folders")
-    number = {name: i for i, name in enumerate(names)}
-    return np.array([number.get(_class_of(container), -1) for container in index.containers], np.int32)
+def read_file(root, row):
+    return {"image": ImageTensor(read_image(os.path.join(root, file_name(row)))), "label": int(row["label"])}
 
 
-def _synsets(root, cache):
-    """(index, note) of ImageNet-21k: .tar files or folders in root, or in root/train."""
-    for base in (root, os.path.join(root, "train")):
-        if os.path.isdir(base) and any(SYNSET.fullmatch(name) for name in os.listdir(base)):
-            index = ImageIndex.of_synsets(base, cache)
-            count = len(index.containers)
-            note = f"imagenet21k: {count} synsets, the releases have {SYNSETS}"
-            return index, "" if count in SYNSETS else note
-    raise InputError(f"{root}: no ImageNet-21k in this folder; expected nXXXXXXXX.tar files or nXXXXXXXX "
-                     "folders there, or in train/")
+def member_name(tars, row):  # (number of the .tar, offset, size)
+    return f"{tars[row['tar']]}, byte {row['offset']}"
 
 
-def _count_note(what, count, official):
-    return "" if official in (None, count) else f"{what}: {count} images, the official set has {official}"
+def read_member(tars, row):
+    with open(tars[row["tar"]], "rb") as file:
+        file.seek(row["offset"])
+        image = read_image(BytesIO(file.read(row["size"])), member_name(tars, row))
+    return {"image": ImageTensor(image), "label": int(row["tar"])}
 
 
-# ---------------------------------------- Stage 3: images with masks
+def read_pair(root, values, row):  # (image path, mask path), below root
+    image_path, mask_path = (os.path.join(root, path) for path in row)
+    image, mask = read_image(image_path), read_mask(mask_path, values)
+    if image.shape[1:] != mask.shape:
+        raise UserError(f"{mask_path}: {tuple(mask.shape)} (H, W), but {image_path} is {tuple(image.shape[1:])}; "
+                        "expected one size")
+    return {"image": ImageTensor(image), "mask": Mask(mask)}
 
 
-def labelled_parts(args, pixels):
-    """(training source, validation source or None, class names), by the flags of finetune.py."""
-    data, root, classes = args.data, args.root, args.num_classes
-    train, names = segmentation_pairs(data, root, "train", classes, args.train_list, pixels)
-    val = None  # --train-list without --root or --val-list: nothing to validate on
-    if args.val_list is not None or args.train_list is None or root is not None:
-        val, _ = segmentation_pairs(data, root, "val", classes, args.val_list, pixels)
-    if args.val_fraction is None and args.folds is None:
-        return train, val, names
-    if val is not None:
-        raise InputError(f"{root or data}: has validation images; --val-fraction and --folds hold out "
-                         "training images where there are none; drop the flag")
-    ranked = _ranked([train.name(i) for i in range(len(train))], "validation")
-    if args.folds is not None:
-        held_out = ranked[args.fold or 0::args.folds]
-    else:
-        held_out = ranked[:round(args.val_fraction * len(ranked))]
-    if not 0 < len(held_out) < len(ranked):
-        raise InputError(f"there are {len(ranked)} labelled images, of which {len(held_out)} would be held "
-                         "out; expected at least one to train on and one to validate on")
-    rest = set(ranked) - set(held_out)
-    return train.subset(sorted(rest), train.note), train.subset(sorted(held_out)), names
+# ---------------------------------------- Finding files
 
 
-def segmentation_pairs(data, root, part, num_classes=None, list_file=None, pixels=Pixels()):
-    """(source of image and mask pairs, class names) of `part`, "train" or "val"; folder: or "test".
-
-    The source is None where a folder has no such part. list_file: a text file with one `image mask` a line
-    instead, relative to the set's folder (folder: root, or else the file's own). num_classes: of a folder
-    without classes.txt; 60 takes Pascal Context's background as a class.
-    """
-    if data != "folder" and part == "test":
-        raise InputError(f"--split test: {data} has no labelled test images; pass --split val")
-    if data == "shapes":
-        if num_classes not in (None, len(shapes.CLASSES)) or list_file is not None:
-            raise InputError(f"--data shapes has {len(shapes.CLASSES)} classes and no list files")
-        return Shapes(part, SHAPES_COUNTS[part]), list(shapes.CLASSES)
-    if root is not None or data != "folder" or list_file is None:
-        _require_folder(root)
-    note = ""
-    if data == "folder":
-        base = root
-        names, labels = own_classes(root, num_classes)
-        label_maps = {"": labels}
-    else:
-        data_set = DATA_SETS[data](root, num_classes)
-        base, names, label_maps = data_set.base, data_set.names, data_set.label_maps
-        if num_classes not in (None, len(names)):
-            known = "59, or 60" if data == "pascal_context" else len(names)
-            raise InputError(f"--num-classes {num_classes}, but {data} has {known}")
-    if list_file is not None:
-        base = base or os.path.dirname(os.path.abspath(list_file))
-        pairs, note = _listed_pairs(list_file, base, None if data == "folder" else data_set.pair)
-    elif data == "folder":
-        if not os.path.isdir(os.path.join(root, "images", part)):
-            if part != "train":
-                return None, names
-            raise InputError(f"{root}: no folder images/train; expected images/train and masks/train (and "
-                             "images/val and masks/val), or --train-list FILE")
-        pairs = _matched(root, os.path.join("images", part), os.path.join("masks", part))
-    else:
-        pairs = data_set.pairs(part)
-        note = _count_note(f"{data} {part}", len(pairs), data_set.counts.get(part))
-    source = Pairs(base, pairs, label_maps, note, pixels)
-    return look_at(source) if data == "folder" else source, names
-
-
-def _matched(root, image_folder, mask_folder):
-    """[(image, mask), ...] of two folders, matched by path without extension; stacks page by page."""
-    def by_stem(folder):
-        _require_folder(os.path.join(root, folder))
-        index, paths = ImageIndex.of_folder(os.path.join(root, folder)), {}
-        for path in sorted(index.name(i) for i in range(len(index))):
-            if stem(path) in paths:
-                other = os.path.relpath(paths[stem(path)], folder)
-                raise InputError(f"{os.path.join(root, folder)}: {other} and {path} differ in their extension "
-                                 "alone; expected one file per image")
-            paths[stem(path)] = os.path.join(folder, path)
-        return paths
-
-    def pages(paths):
-        """{path of a file, without extension: how many pages it has}."""
-        return Counter(os.path.splitext(os.path.relpath(path, start))[0] for path, start in paths)
-
-    images, masks = by_stem(image_folder), by_stem(mask_folder)
-    image_pages = pages((path, image_folder) for path in images.values())
-    mask_pages = pages((path, mask_folder) for path in masks.values())
-    for name, count in image_pages.items():
-        if mask_pages.get(name, count) != count:
-            raise InputError(f"{os.path.join(root, mask_folder, name)}: {mask_pages[name]} pages, its image "
-                             f"in {image_folder} has {count}; expected a page for a page")
-    for name in images:
-        if name not in masks:
-            raise InputError(f"{os.path.join(root, images[name])}: no mask for this image; expected "
-                             f"{os.path.join(root, mask_folder, name + '.png')}")
-    for name in masks:
-        if name not in images:
-            raise InputError(f"{os.path.join(root, masks[name])}: no image for this mask in "
-                             f"{os.path.join(root, image_folder)}")
-    return [(images[name], masks[name]) for name in images]
-
-
-def stem(path):
-    """A path without extension, but with its page: "a/b.tif#3" -> "a/b#3"."""
-    file, page = split_page(path)
-    return os.path.splitext(file)[0] + (f"#{page}" if file != path else "")
-
-
-def listed_images(list_file, root, pixels=Pixels()):
-    """The pictures that a text file names, one a line, as a source; None where its lines are something else.
-
-    The paths are relative to root or, without one, to the file's own folder.
-    """
-    base = root or os.path.dirname(os.path.abspath(list_file))
-    names = [line.strip() for line in read_lines(list_file, "surrogateescape")]
-    there = [os.path.isfile(os.path.join(base, split_page(name)[0])) for name in names]
-    if not any(there):
-        return None
-    missing = [i for i, name in enumerate(names) if name and not there[i]]
-    if missing:
-        raise InputError(f"{list_file}, line {missing[0] + 1}: no such file: "
-                         f"{os.path.join(base, names[missing[0]])}; other lines name an image each, to predict")
-    return Pairs(base, [(name, None) for name in names if name], {}, pixels=pixels)
-
-
-def _listed_pairs(list_file, base, pair=None):
-    """([(image, mask), ...], note) of a text file with one pair a line, the paths relative to `base`.
-
-    Names may hold spaces: a tab separates, or else the space at which both halves are files that exist.
-    Published lists may begin paths with /, or name Cityscapes' labelTrainIds where there are only labelIds.
-    pair: see DataSet; lines may then be a name alone.
-    """
-    def exists(path):
-        return os.path.isfile(os.path.join(base, split_page(path)[0]))
-
-    pairs, note = [], ""
-    for number, line in enumerate(read_lines(list_file, "surrogateescape"), start=1):
-        separator = "\t" if "\t" in line.strip() else " "
-        words = line.strip().split(separator)
-        if words == [""]:
-            continue
-        splits = [(separator.join(words[:i]).strip(), separator.join(words[i:]).strip())
-                  for i in range(1, len(words))]
-        if len(words) == 1 and pair is not None:
-            splits = [pair(words[0])]
-        if line.startswith("/") and not any(exists(image) for image, _ in splits):
-            splits = [(image.lstrip("/"), mask.lstrip("/")) for image, mask in splits]
-        distributed = [(image, mask.replace("_labelTrainIds.png", "_labelIds.png")) for image, mask in splits]
-        if not any(exists(mask) for _, mask in splits) and any(exists(mask) for _, mask in distributed):
-            splits, note = distributed, f"{list_file} names labelTrainIds; labelIds are read instead"
-        found = [pair for pair in splits if exists(pair[0]) and exists(pair[1])]
-        if found:
-            pairs.append(found[0])
-        elif len(splits) == 1:
-            missing = splits[0][0] if not exists(splits[0][0]) else splits[0][1]
-            raise InputError(f"{list_file}, line {number}: no such file: {os.path.join(base, missing)}")
-        else:
-            raise InputError(f"{list_file}, line {number}: expected `image mask`, two files below {base}, or "
-                             f"in all lines one image to predict; got {line.strip()!r}")
-    if not pairs:
-        raise InputError(f"{list_file}: no pairs; expected one `image mask` a line")
-    return pairs, note
-
-
-def read_lines(path, errors="strict"):
-    """The lines of a text file; InputError where there is none in UTF-8.
-
-    errors: "surrogateescape" for names of files, which may be of any bytes, as write_lines keeps them.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path}: cannot be read (not a file); expected a text file")
+def walk(root, folder):
+    """Each folder from root/folder down: (its path below root, its files); hidden ones left out."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig", errors=errors).split("\n")
+        with os.scandir(os.path.join(root, folder)) as entries:
+            entries = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: cannot be read as UTF-8; save it as UTF-8 text") from None
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); expected a folder") from None
+    yield folder, [entry for entry in entries if not entry.is_dir()]
+    for entry in entries:
+        if entry.is_dir():
+            yield from walk(root, os.path.join(folder, entry.name))
 
 
-def own_classes(root, num_classes=None):
-    """(names, what mask values mean: see read_mask) of root/classes.txt; without it "class 0", "class 1" ...
-
-    Its lines are all `name` (line n is value n, 255 is ignored), all `value name` or all `R G B name`. A
-    class called "ignore" is ignored. num_classes: what --num-classes asks for; it must agree.
-    """
-    path = os.path.join(root or "", "classes.txt")
-    if root is None or not os.path.exists(path):
-        if num_classes is None:
-            raise InputError(f"{root or 'without --root'}: how many classes? pass --num-classes N, or write "
-                             "their names, one a line, to classes.txt")
-        if not 2 <= num_classes <= IGNORE:
-            raise InputError(f"--num-classes {num_classes}: expected 2 to 255 (mask values are bytes, and "
-                             "255 is ignored)")
-        return [f"class {i}" for i in range(num_classes)], label_map({i: i for i in range(num_classes)})
-    lines = [line.strip() for line in read_lines(path) if line.strip()]
-    keys, named = [], []
-    for line in lines:
-        values, name = re.fullmatch(r"((?:\d{1,9}\s+){3}|\d{1,9}\s+)?(.+)", line).groups()
-        if re.match(r"[-+]?\d+\.?\d*[,:;=)\s]", name):  # `1: sky`, `1.0 sky`, `1 2 sky`
-            raise InputError(f"{path}: {line[:40]!r}, expected `name`, `value name` or `R G B name`, in whole "
-                             "numbers from 0 to 255")
-        keys.append(tuple(map(int, (values or "").split())))
-        named.append(name)
-        if len(keys[-1]) != len(keys[0]):
-            raise InputError(f"{path}: {lines[0]!r} and {line!r} are of two forms; expected `name` in all "
-                             "lines, or `value name`, or `R G B name`")
-        if max(keys[-1], default=0) > 255:
-            raise InputError(f"{path}: {line!r} has a mask value of {max(keys[-1])}, expected 0 to 255")
-    names = [name for name in named if name != "ignore"]
-    for what, things in (("mask value", list(filter(None, keys))), ("class name", names)):
-        twice = [thing for thing, count in Counter(things).items() if count > 1]
-        if twice:
-            again = lines[(keys if what == "mask value" else named).index(twice[0])]
-            raise InputError(f"{path}: a {what} occurs twice, as in {again!r}; expected each once")
-    if num_classes not in (None, len(names)):
-        raise InputError(f"{path}: {len(names)} names, but --num-classes is {num_classes}")
-    if not 2 <= len(names) <= IGNORE:
-        raise InputError(f"{path}: {len(names)} names besides ignore, expected 2 to 255")
-    classes = [IGNORE if name == "ignore" else names.index(name) for name in named]
-    if len(keys[0]) == 3:
-        return names, dict(zip(keys, classes))
-    values = [key[0] for key in keys] if keys[0] else range(len(keys))
-    return names, label_map(dict(zip(values, classes)), ignore_255=not keys[0])
+def search(root, pattern):
+    """Folder by folder: (paths below root that match the pattern, others and links that lead nowhere)."""
+    if pattern.count("*") != 1:
+        raise UserError(f"{pattern}: expected a pattern with one *, such as images/*.jpg")
+    start, ending = pattern.split("*")
+    for folder, entries in walk(root, os.path.dirname(start)):
+        taken, others = [], []
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            fits = path.endswith(ending) if ending else path.lower().endswith(PICTURES)
+            dead = entry.is_symlink() and not os.path.exists(entry.path)
+            (taken if fits and path.startswith(start) and not dead else others).append(path)
+        yield taken, others
 
 
-# ---------------------------------------- What the masks hold
+def find(root, pattern):
+    """({what `*` stands for: path below root}, other paths)."""
+    start, ending = (pattern + "*").split("*")[:2]
+    found, left = {}, []
+    for taken, others in search(root, pattern):
+        left += others
+        for path in taken:
+            key = path[len(start):-len(ending)] if ending else os.path.splitext(path[len(start):])[0]
+            key = unicodedata.normalize("NFC", key)  # "ü" may be one character or two
+            if key in found:
+                raise UserError(f"{os.path.join(root, path)} and {found[key]}: expected one file for both")
+            found[key] = path
+    return found, left
 
 
-def survey_masks(parts, names, processes=None, progress=False):
-    """Read every image and mask of `parts`, {"training": source, ...}: (text, {part: counts}).
-
-    counts: int64 (3, 256), first of the pixels and of the images in which a class (or 255) occurs. The text
-    is a table of their shares and lines on what is unusual. The processes share the work. Raises InputError
-    for a fault in a file, and for training masks that hold fewer than two classes.
-    """
-    def count(i):
-        """int64 (3, 256): pixels of each class, whether it occurs; [2, 0]: whether the image is constant."""
-        sample = source.read(i)
-        pixels = torch.bincount(sample["mask"].flatten(), minlength=256)
-        low, high = extremes(source.name(i), sample["image"])
-        return torch.stack([pixels, (pixels > 0).long(), torch.full((256,), int(low == high))])
-
-    rank, world = (processes.rank, processes.world) if processes else (0, 1)
-    width, lines, counted = max(map(len, [*names, "validation masks"])), [], {}
-    for part, source in parts.items():
-        numbers = range(rank, len(source), world)
-        with ThreadPoolExecutor(8) as pool:
-            found = tqdm(pool.map(count, numbers), total=len(numbers), unit="image", disable=not progress)
-            counts = sum(found, torch.zeros(3, 256, dtype=torch.int64))
-        if processes:
-            counts = processes.sum(counts.to(processes.device)).cpu()
-        if part == "training" and (counts[0, :len(names)] > 0).sum() < 2:
-            raise InputError(_too_few_classes(source))
-        counted[part], total = counts, counts[0].sum()
-        lines.append(f"{f'{part} masks':{width}}  pixels %  images %")
-        for k, name in [*enumerate(names), (IGNORE, "ignored")]:
-            pixels, images = counts[0, k] / total, counts[1, k] / len(source)
-            lines.append(f"{name:{width}}  {100 * pixels:8.2f}  {100 * images:8.2f}")
-        absent = [name for k, name in enumerate(names) if not counts[0, k]]
-        if absent:
-            lines.append(f"in no {part} mask: {', '.join(absent)}")
-        if counts[0, IGNORE] > total / 2:
-            lines.append(f"most pixels of the {part} masks are ignored")
-        if counts[2, 0]:
-            lines.append(f"{counts[2, 0]} {part} images have one value throughout; they are kept")
-    return "\n".join(lines), counted
+def select(list_file, found):
+    """The keys of `found` that a text file selects, a line each: by the path of a picture or what `*` stands for,
+    the first word of published lists, which hold pairs."""
+    by_name = {unicodedata.normalize("NFC", path): key for key, path in found.items()}
+    by_name.update((key, key) for key in found)
+    chosen = {}
+    for number, line in enumerate(read_lines(list_file), start=1):
+        words = line, line.split("\t")[0], line.split()[0]  # a name may hold spaces
+        words = [unicodedata.normalize("NFC", word.lstrip("/")) for word in words]
+        key = next((by_name[word] for word in words if word in by_name), None)
+        if key is None or key in chosen:
+            problem = "names no picture of the data" if key is None else "stands there twice"
+            raise UserError(f"{list_file}, line {number}: {line!r} {problem}; expected paths below --root, or what * "
+                            "stands for in --images, each once")
+        chosen[key] = True
+    return list(chosen)
 
 
-def _too_few_classes(source):
-    """What to do about masks with fewer than two classes: their values, and lines for classes.txt."""
-    colours = isinstance(next(iter(source.label_maps.values())), dict)
-    values = np.unique(np.concatenate([
-        np.unique(mask_values(os.path.join(source.root, mask), colours)) for _, mask in source.pairs[:100]]))
-    example = "" if len(values) < 2 or colours else f", such as `{values[0]} background`, `{values[-1]} object`"
-    return (f"{source.root}: the training masks hold fewer than two classes; their values are "
-            f"{values_text(values, colours)}; write to classes.txt what each one means, a line each{example}")
-
-
-# ---------------------------------------- Label subsets
-
-# Counts of the paper that rounding (half to even) does not give: 1/30 of Cityscapes is the published split of
-# 100, and many people have two images of Pascal Context less.
-PAPER_COUNTS = {(2975, Fraction(1, 30)): 100, (4996, Fraction(1, 5)): 1000}
-
-
-def label_subset(ids, amount, seed):
-    """Indices of a subset of `ids`: of `amount` (int), or of the share `amount` (Fraction in (0, 1]).
-
-    The ids are ranked by a hash of seed and id, and the first ones taken. So the 1 % subset lies in the 5 %
-    subset of one seed, and the order in which ids are listed does not matter. PAPER SILENT on how.
-    """
-    count = amount
-    if isinstance(amount, Fraction):
-        count = PAPER_COUNTS.get((len(ids), amount), round(len(ids) * amount))
-    if not 1 <= count <= len(ids):
-        asked = f"{amount} of them is {count}" if isinstance(amount, Fraction) else f"{amount} asked for"
-        raise InputError(f"there are {len(ids)} labelled images, {asked}; expected 1 to {len(ids)}")
-
-    return sorted(_ranked(ids, seed)[:count])
-
-
-def _ranked(ids, seed):
-    """The indices of `ids` in the order of a hash of seed and id."""
-    def key(i):
-        return hashlib.sha256(f"{seed}/{Path(ids[i]).as_posix()}".encode("utf-8", "surrogateescape")).digest()
-
-    return sorted(range(len(ids)), key=key)
-
-
-def add_subset_flags(parser):
-    labels = parser.add_mutually_exclusive_group()
-    labels.add_argument("--fraction", type=fraction, metavar="F",
-                        help="share of the labelled images: 1/8, 0.05, 5%% (default: all)")
-    labels.add_argument("--labels", type=launch.positive_int, help="number of labelled images")
-    parser.add_argument("--subset-seed", type=launch.seed_int, default=0,
-                        help="seed that picks them; subsets of one seed are nested")
-
-
-def fraction(text):
-    """"1/8", "0.05" or "5%" in lowest terms, as a string: arguments are saved as plain values."""
+def read_lines(path):
     try:
-        if not re.fullmatch(r"[\d./]{1,40}%?", text):  # an exponent may take hours
-            raise ValueError
-        value = Fraction(text[:-1]) / 100 if text.endswith("%") else Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        value = Fraction(0)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share of the images, such as 1/8, 0.05 or 5%")
-    return str(value)
+        text = Path(path).read_text("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a text file") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def choose_labels(source, args):
-    """`source`, or the subset of it that --fraction or --labels asks for."""
-    if args.labels is None and args.fraction is None:
-        return source
-    ids = [source.name(i) for i in range(len(source))]
-    return source.subset(label_subset(ids, args.labels or Fraction(args.fraction), args.subset_seed))
+def folder_of(pattern):
+    """The folder below which all matches of a pattern lie."""
+    return os.path.dirname(pattern.split("{part}")[0].split("*")[0])
 
 
-# ---------------------------------------- The script: look at a data set before a GPU waits for it
+def home(args, places, folder):
+    """--root, or the place below it where the set lies as it is distributed: which holds `folder`."""
+    if args.root is None:
+        raise UserError(f"--data {args.data}: which folder? pass --root DIR")
+    found = [path for place in places for path in sorted(glob(os.path.join(escape(args.root), place)))
+             if os.path.isdir(os.path.join(path, folder))]
+    if len(found) != 1:
+        problem = f"pass one of {', '.join(found)}" if found else f"no folder {folder} in it; see --root and --images"
+        raise UserError(f"--root {args.root}: {problem}")
+    return found[0]
 
 
-def main():
-    parser = launch.Parser(__doc__)
-    launch.add_data_flags(parser, LABELLED)
-    launch.add_bands_flag(parser)
-    parser.add_argument("--split", choices=SPLITS, default="train", help="which part of the data set")
-    parser.add_argument("--num-classes", type=launch.positive_int, help="as in finetune.py")
-    add_subset_flags(parser)
-    parser.add_argument("--check", action="store_true", help="read every image and mask of the list")
-    args = parser.parse_args()
-    pixels = Pixels(args.bands or 3, args.pixel_range, args.huge)
-    source, names = segmentation_pairs(args.data, args.root, args.split, args.num_classes, pixels=pixels)
-    if source is None:
-        raise InputError(f"{args.root}: no folder images/{args.split}")
-    subset = choose_labels(source, args)
-    if source.note:
-        print(source.note, file=sys.stderr)
-    print(f"{len(names)} classes, {len(subset)} of {len(source)} pairs of {args.split}", file=sys.stderr)
-    if args.check:
-        part = "training" if args.split == "train" else args.split
-        text, _ = survey_masks({part: subset}, names, progress=sys.stderr.isatty())
-        print(f"{len(subset)} images and masks read, no fault found\n{text}", file=sys.stderr)
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # as write_lines: names of any bytes
-    for i in range(len(subset)):
-        print(subset.line(i))
+# ---------------------------------------- Stages 1 and 2: pictures with a class, or without any label
 
 
-if __name__ == "__main__":
-    launch.run_script(main)
+def pretraining_images(args):
+    """The source of stage 2, by --data, --root and --images; no labels are used."""
+    if args.data == "shapes":
+        return toy("unlabelled")
+    if args.data == "imagenet21k":
+        return classification_images(args)[0]
+    row = DATA_SETS[args.data.removesuffix("_coarse")]
+    pattern = args.images or row.images
+    if args.data == "folder" and args.images is None:
+        pattern = "images/*" if os.path.isdir(os.path.join(args.root or "", "images")) else "*"
+    patterns = {pattern.replace("{part}", row.words[0]): None}
+    if args.data == "cityscapes_coarse":  # Table 3: "fine & coarse"
+        patterns[pattern.replace("{part}", "train_extra")] = None
+    return listed(home(args, row.places, folder_of(pattern)), patterns)[0]
+
+
+def classification_images(args):
+    """(source, class names) of stage 1: class folders or ImageNet-21k's .tar files, in root or in root/train."""
+    if args.data == "shapes":
+        return toy("encoder_train"), list(shapes.CLASSES[1:])
+    root = home(args, ("",), "")
+    if os.path.isdir(os.path.join(root, "train")):
+        root = os.path.join(root, "train")
+    tars = sorted(glob(os.path.join(escape(root), "*.tar")))
+    if tars and args.data == "imagenet21k":
+        names, rows = [Path(tar).stem for tar in tars], tar_members(tars)
+        note = f"{len(rows)} pictures in {len(tars)} .tar files of {root}"
+        source = Source(rows, partial(member_name, tars), partial(read_member, tars), note)
+    else:
+        source, names = listed(root, [args.images or "*"])
+    if len(names) < 2 or any(name == "." or name.lower() in PARTS for name in names):
+        raise UserError(f"{root}: its pictures lie in {', '.join(names[:8])}; expected a folder for each of two or "
+                        "more classes, and no parts of a data set among them; pass --root with that folder")
+    return source, names
+
+
+def listed(root, patterns):
+    """(all pictures that match, labelled by their folder right below the pattern's, the names of those)."""
+    found, left = [], []  # folder by folder: (its first part, the paths)
+    for pattern in patterns:
+        for taken, others in search(root, pattern):
+            left += others
+            if taken:
+                below = os.path.relpath(taken[0], folder_of(pattern) or ".").split(os.sep)
+                found.append((below[0] if len(below) > 1 else ".", np.array([*map(os.fsencode, taken)])))
+    if not found:
+        raise UserError(f"{root}: no pictures {' or '.join(patterns)} in it")
+    counts = Counter()
+    for name, paths in found:
+        counts[name] += len(paths)
+    number = {name: i for i, name in enumerate(sorted(counts))}
+    paths = np.concatenate([paths for _, paths in found])
+    rows = np.empty(len(paths), [("path", paths.dtype), ("label", np.int32)])
+    rows["path"], rows["label"] = paths, np.repeat([number[name] for name, _ in found], [len(p) for _, p in found])
+    shown = ", ".join(f"{name} {count}" for name, count in counts.most_common(8)) + ", ..." * (len(counts) > 8)
+    note = f"{len(rows)} pictures in {root} ({shown})"
+    if left:
+        note += f"; left out {len(left)} other files or links that lead nowhere, such as {left[0]}"
+    return Source(rows, file_name, partial(read_file, root), note), list(number)
+
+
+def tar_members(tars):
+    """The pictures in .tar files: records (tar, offset, size), listed once into torch.hub's cache, and mapped."""
+    known = repr([(os.path.basename(tar), os.path.getsize(tar)) for tar in tars]).encode()
+    path = os.path.join(torch.hub.get_dir(), f"tars_{hashlib.sha256(known).hexdigest()[:16]}.npy")
+
+    def list_one(number):
+        rows = []
+        try:
+            with tarfile.open(tars[number], "r:") as tar:
+                for member in tar:
+                    tar.members.clear()  # tarfile would keep them all
+                    if member.isreg() and member.name.lower().endswith(PICTURES):
+                        rows.append((number, member.offset_data, member.size))
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
+                    raise tarfile.ReadError("its end is missing")
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f"{tars[number]}: not a whole .tar file ({error}); download it again") from None
+        return np.array(rows, [("tar", "<i4"), ("offset", "<i8"), ("size", "<i8")])
+
+    if not os.path.exists(path):
+        with ThreadPoolExecutor(16) as pool:
+            rows = list(tqdm(pool.map(list_one, range(len(tars))), total=len(tars), unit=".tar", delay=5))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.{os.getpid()}", "wb") as file:
+            np.save(file, np.concatenate(rows))
+        os.replace(file.name, path)
+    return np.load(path, mmap_mode="r")
+
+
+# ---------------------------------------- Stage 3: pictures with masks
+
+
+class Classes(NamedTuple):
+    """names and colours (R, G, B) of the classes; values: {mask value or (R, G, B): class index or IGNORE}."""
+    names: list
+    colours: list
+    values: dict
+
+
+def classes_of(args):
+    """The Classes of --data; of a folder by its classes.txt."""
+    if args.data == "folder":
+        return own_classes(os.path.join(args.root or "", "classes.txt"))
+    if args.data == "shapes":
+        names, colours, first = list(shapes.CLASSES), palette(len(shapes.CLASSES)), 0
+    elif args.data == "cityscapes":
+        every = [c for c in torchvision.datasets.Cityscapes.classes if c.id >= 0]
+        names, colours = zip(*((c.name, c.color) for c in every if c.train_id < IGNORE))
+        first = 0  # of labelTrainIds, which users make; else labelIds
+        if "labelTrainIds" not in (args.masks or ""):
+            return Classes(list(names), list(colours), {**{c.id: c.train_id for c in every}, IGNORE: IGNORE})
+    else:
+        lines = read_lines(Path(__file__).parent / "classes" / f"{args.data.removesuffix('_60')}.txt")
+        names, colours = [line.split(maxsplit=3)[3] for line in lines], [
+            tuple(map(int, line.split()[:3])) for line in lines]
+        first = int(args.data in ("pascal_context", "ade20k"))  # 0 is no class
+        if args.data == "pascal_context":
+            names, colours = names[1:], colours[1:]
+    return Classes(list(names), list(colours),
+                   {0: IGNORE, IGNORE: IGNORE, **{first + i: i for i in range(len(names))}})
+
+
+def own_classes(path):
+    """Classes of a text file whose lines are all `name` (line n is value n, 255 is ignored), all `value name` or
+    all `R G B name`. Lines with one name are one class; "ignore" is ignored."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file; write a line for each class: `name` (line n is mask value n, from 0), "
+                        "`value name` or `R G B name`")
+    lines = [line.split() for line in read_lines(path)]
+    count = next(n for n in (3, 1, 0)
+                 if all(len(words) > n and all(map(str.isdecimal, words[:n])) for words in lines))
+    keys = [tuple(map(int, words[:count])) if count else (i,) for i, words in enumerate(lines)]
+    named = [" ".join(words[count:]) for words in lines]
+    names = [name for name in dict.fromkeys(named) if name != "ignore"]
+    wrong = [name for name in named if name[0] in "-+.0123456789"]  # `1: sky`, or lines of two forms
+    if wrong or len(set(keys)) < len(keys) or not 2 <= len(names) <= 255 or max(map(max, keys)) > 255:
+        raise UserError(f"{path}: {wrong[0] if wrong else 'its lines'}: expected 2 to 255 classes, all lines `name`, "
+                        "`value name` or `R G B name`, in whole numbers from 0 to 255, each once")
+    colours = [keys[named.index(name)] for name in names] if count == 3 else palette(len(names))
+    values = {key if count == 3 else key[0]: IGNORE if name == "ignore" else names.index(name)
+              for key, name in zip(keys, named)}
+    return Classes(names, colours, values if count else {IGNORE: IGNORE, **values})
+
+
+def palette(count):
+    """`count` colours (R, G, B): black for class 0, then hues a golden section apart."""
+    hues = [hsv_to_rgb(i * 0.618034 % 1, 0.8, (235, 175)[i // 7 % 2]) for i in range(1, count)]
+    return [(0, 0, 0), *(tuple(map(round, hue)) for hue in hues)][:count]
+
+
+def labelled(args, part, classes):
+    """The pairs of a part, train, val or test, by the data flags of finetune.py; None where there is none."""
+    if args.data == "shapes":
+        return toy(part)
+    row = DATA_SETS[args.data]
+    images, masks = args.images or row.images, args.masks or row.masks
+    root = home(args, row.places, folder_of(masks))
+    words = {"train": row.words[0], "val": row.words[1], "test": "test"}
+    there = [p for p, word in words.items()
+             if os.path.isdir(os.path.join(root, os.path.dirname(images.replace("{part}", word).split("*")[0])))]
+    list_file = {"train": args.train_list, "val": args.val_list}.get(part)
+    if list_file is None and row.lists:
+        list_file = os.path.join(root, row.lists.replace("{part}", part))
+    if list_file is None and (part not in there or part != "train" and "{part}" not in images):
+        return None
+    found, with_mask, left = {}, {}, []
+    for p in [part] if list_file is None else sorted(there, key=part.__eq__):  # a list selects from all parts
+        matches, others = find(root, images.replace("{part}", words[p]))
+        found, left = {**found, **matches}, left + others
+        with_mask.update(find(root, masks.replace("{part}", words[p]))[0])
+    keys = list(found) if list_file is None else select(list_file, found)
+    alone = [found[key] for key in keys if key not in with_mask]
+    if list_file is None:
+        alone += [path for key, path in with_mask.items() if key not in found]
+        alone += [path for path in left if path not in set(with_mask.values())
+                  and (images[-1] == "*" or path.lower().endswith(PICTURES))]
+    if alone or not keys:
+        raise UserError(f"{os.path.join(root, *alone[:1])}: {len(alone)} files have no partner, this one first; "
+                        f"expected pairs {images} and {masks}, equal in place of *; mend that, or pass --images and "
+                        "--masks")
+    note, official = f"{len(keys)} pairs", row.counts[part == "val"]
+    if official not in (0, len(keys)):
+        note += f" (the official set has {official})"
+    rows = [(found[key], with_mask[key]) for key in keys]
+    return Source(rows, itemgetter(0), partial(read_pair, root, classes.values), note)
+
+
+def training_and_validation(args, classes):
+    """(train, val or None): what --train-list, --val-list, --val-fraction and --labels make of the data."""
+    train, val = labelled(args, "train", classes), labelled(args, "val", classes)
+    if train is None:
+        raise UserError(f"{args.root}: no training images; expected images/train and masks/train, or --images and "
+                        "--masks with your patterns")
+    if args.val_fraction is not None:
+        ranked, count = ranking(train, "validation"), round(args.val_fraction * len(train))
+        if val is not None or not 0 < count < len(train):
+            raise UserError(f"--val-fraction {args.val_fraction}: {count} of {len(train)} images, beside "
+                            f"{len(val or [])} for validation; expected some of each from one place")
+        train, val = train.subset(sorted(ranked[count:])), train.subset(sorted(ranked[:count]))
+    both = {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val or []))}
+    if both:
+        raise UserError(f"{min(both)} is a training and a validation image; expected lists without a common line")
+    if args.labels is not None:
+        if args.labels > len(train):
+            raise UserError(f"--labels {args.labels}: there are {len(train)} labelled images")
+        train = train.subset(sorted(ranking(train, args.seed)[:args.labels]))
+    return train, val
+
+
+def ranking(source, seed):
+    """The indices of a source by a hash of seed and name: subsets of one seed are nested, in whatever order the
+    files are found. PAPER SILENT on how subsets are drawn."""
+    def key(i):
+        return hashlib.sha256(f"{seed}/{source.name(i)}".encode("utf-8", "surrogateescape")).digest()
+    return sorted(range(len(source)), key=key)
+
+
+def survey(source, classes, crop_size):
+    """Read all masks of own data; lines on the share of each class. UserError for a value that is not listed, for
+    fewer than two classes, and for palettes of which each file has its own."""
+    root, values = source.read_row.args
+    in_colours = isinstance(next(iter(values)), tuple)
+
+    def look(row):
+        path = os.path.join(root, row[1])
+        mask, colours = read_mask(path, values), None if in_colours else Image.open(path).getpalette()
+        used = np.unique(mask_values(path)).tolist() if colours else []
+        return path, np.bincount(mask.flatten(), minlength=256), max(mask.shape), {
+            value: tuple(colours[3 * value:3 * value + 3]) for value in used}
+
+    pixels, largest, first = np.zeros(256, np.int64), 0, {}  # first: {index: (its colour, the file)}
+    with ThreadPoolExecutor(8) as pool:
+        for path, counts, size, colours in pool.map(look, source.rows):
+            pixels, largest = pixels + counts, max(largest, size)
+            for value, colour in colours.items():
+                if first.setdefault(value, (colour, path))[0] != colour:
+                    raise UserError(f"{path}: value {value} is {colour} in its palette, and in {first[value][1]} "
+                                    f"{first[value][0]}; write `R G B name` lines to classes.txt to read colours")
+    counts, width = pixels[[*range(len(classes.names)), IGNORE]], max(map(len, classes.names))
+    if (counts[:-1] > 0).sum() < 2:
+        raise UserError(f"{root}: the masks hold fewer than two classes of {', '.join(classes.names[:8])}; mend "
+                        "classes.txt")
+    lines = [f"{name:{width}} {count / pixels.sum():8.2%} of the pixels"
+             for name, count in zip([*classes.names, "ignored"], counts)]
+    if largest < crop_size:
+        lines.append(f"no picture is larger than {largest} pixels, the rest of each crop of {crop_size} is padding; "
+                     f"pass --crop-size {largest}")
+    return "\n".join(lines)

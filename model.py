@@ -1,12 +1,13 @@
 """The networks: two encoders, Hybrid-ViT and ResNet-50, the decoder, and the UNet of both (Figure 2, 4.3).
 
-    unet = UNet(HybridViT(), width=1, out_channels=3)  # R50+ViT-B/16, decoder [1024, 512, 256, 128, 64]
-    eps_hat = unet(x)                                  # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H, W
-    unet.decoder.replace_head(19)                      # segmentation: (B, 19, H, W) logits
+    unet = build_unet("hybrid", width=1, out_channels=3)  # R50+ViT-B/16, decoder [1024, 512, 256, 128, 64]
+    load_encoder_weights(unet.encoder, "R50+ViT-B_16.npz")
+    eps_hat = unet(x)                                     # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H, W
+    unet.decoder.replace_head(19)                         # segmentation: (B, 19, H, W) logits
 
 AN ENCODER is any module with two tuples, `channels` and `strides` (powers of two up to 32), from fine to
 coarse. Its forward takes (B, 3, H, W) in [-1, 1], H and W multiples of strides[-1], and returns a map per
-stride: (B, channels[i], H / strides[i], W / strides[i]). Pictures of other than 3 bands: `bands`.
+stride: (B, channels[i], H / strides[i], W / strides[i]). UNet(your_encoder) works with any.
 
 SIZES: parameters, and multiply-adds for a 224x224 image by torch's counter; decoders with a head of 3.
 
@@ -14,41 +15,42 @@ SIZES: parameters, and multiply-adds for a 224x224 image by torch's counter; dec
     hybrid    97,890,112  21.5 G  28,947,907  21.2 G  95,570,819   72.6 G  199,868,739  154.2 G
     resnet50  23,508,032   4.1 G  50,181,571  22.6 G  138,038,147  75.4 G  263,569,731  158.4 G
 """
+import argparse
 import math
 import os
 import re
-import warnings
 import zipfile
-from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 ENCODERS = ("hybrid", "hybrid-small", "resnet50")
 
 
-def build_encoder(name, image_size=None, bands=3):
+def build_encoder(name, image_size=None):
     """One of ENCODERS with fresh weights. image_size: see HybridViT; None: 224, hybrid-small 64."""
     if name == "hybrid":  # PAPER SILENT on its size: R50+ViT-B/16
-        return HybridViT(image_size=image_size or 224, bands=bands)
-    if name == "hybrid-small":  # for the embedded data on a CPU
-        return HybridViT(stem=48, widths=(16, 24, 32), units=(1, 2, 2), dim=128, depth=2, heads=4,
-                         mlp_dim=256, image_size=image_size or 64, bands=bands)
+        return HybridViT(image_size=image_size or 224)
+    if name == "hybrid-small":  # for the toy data on a CPU
+        return HybridViT(stem=48, widths=(16, 24, 32), units=(1, 2, 2), dim=128, depth=2, heads=4, mlp_dim=256,
+                         image_size=image_size or 64)
     if name == "resnet50":  # Table 7
-        return ResNet50(bands=bands)
+        return ResNet50()
     raise ValueError(f"no encoder called {name!r}; there are {', '.join(ENCODERS)}")
 
 
-def build_unet(encoder="hybrid", width=1, out_channels=3, condition_on_gamma=False, image_size=None, bands=3):
+def build_unet(encoder="hybrid", width=1, out_channels=3, condition_on_gamma=False, image_size=None):
     """A UNet from plain arguments, the "model_args" in the checkpoints of stages 2 and 3."""
-    return UNet(build_encoder(encoder, image_size, bands), width, out_channels, condition_on_gamma)
+    return UNet(build_encoder(encoder, image_size), width, out_channels, condition_on_gamma)
 
 
-def build_classifier(encoder="hybrid", num_classes=1000, bands=3):
-    """A Classifier from plain arguments, the "model_args" in the checkpoints of stage 1."""
-    return Classifier(build_encoder(encoder, bands=bands), num_classes)
+def unet_of(checkpoint):
+    """The UNet of a checkpoint of stage 2 or 3, with its weights."""
+    model_args = {key: value for key, value in checkpoint["model_args"].items() if key != "bands"}  # once: 3
+    unet = build_unet(**model_args)
+    unet.load_state_dict(checkpoint["model"])
+    return unet
 
 
 # ---------------------------------------- Encoder 1: Hybrid-ViT (Dosovitskiy et al., 2021)
@@ -136,15 +138,15 @@ class HybridViT(nn.Module):
     channels) and number of units of the blocks at strides 4, 8, 16. dim, depth, heads, mlp_dim: of the
     transformer. image_size: what the position grid is made for: 224 -> 14x14. Other H x W interpolate it.
 
-    forward: (B, bands, H, W) in [-1, 1] -> maps at strides 2 (before the max-pool), 4, 8 and 16 (after the
-    last LayerNorm). PAPER SILENT on the class token: it takes part in the attention and is then dropped.
+    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (before the max-pool), 4, 8 and 16 (after the last
+    LayerNorm). PAPER SILENT on the class token: it takes part in the attention and is then dropped.
     """
 
     def __init__(self, stem=64, widths=(64, 128, 256), units=(3, 4, 9), dim=768, depth=12, heads=12,
-                 mlp_dim=3072, image_size=224, bands=3):
+                 mlp_dim=3072, image_size=224):
         super().__init__()
         self.channels, self.strides = (stem, 4 * widths[0], 4 * widths[1], dim), (2, 4, 8, 16)
-        self.conv_root, self.gn_root = StdConv2d(bands, stem, 7, stride=2), group_norm(stem)
+        self.conv_root, self.gn_root = StdConv2d(3, stem, 7, stride=2), group_norm(stem)
         self.block1 = self._block(stem, widths[0], units[0], stride=1)
         self.block2 = self._block(4 * widths[0], widths[1], units[1], stride=2)
         self.block3 = self._block(4 * widths[1], widths[2], units[2], stride=2)
@@ -163,7 +165,7 @@ class HybridViT(nn.Module):
             block.add_module(f"unit{i}", ResidualUnit(4 * width, width))
         return block
 
-    def forward(self, x):                                  # (B, bands, H, W)
+    def forward(self, x):                                  # (B, 3, H, W)
         stride2 = F.relu(self.gn_root(self.conv_root(x)))  # (B, 64, H/2, W/2)
         y = F.max_pool2d(same_padding(stride2, 3, 2, value=-math.inf), 3, 2)
         stride4 = self.block1(y)                           # (B, 256, H/4, W/4)
@@ -178,7 +180,7 @@ class HybridViT(nn.Module):
 
     def position(self, height, width):
         """(1, 1 + height * width, dim): bilinear, corners on corners, as the original's ndimage.zoom."""
-        if not torch.compiler.is_compiling() and (height, width) == (self.grid, self.grid):
+        if (height, width) == (self.grid, self.grid):
             return self.pos_embedding
         cls, grid = self.pos_embedding[:, :1], self.pos_embedding[:, 1:]
         grid = grid.transpose(1, 2).reshape(1, -1, self.grid, self.grid)
@@ -189,63 +191,26 @@ class HybridViT(nn.Module):
 # ---------------------------------------- Encoder 2: ResNet-50 (Table 7)
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """With batch statistics over all processes, as SyncBatchNorm, which needs GPUs."""
-
-    def forward(self, x):
-        if not self.training or not dist.is_initialized():
-            return super().forward(x)
-        values = x.float()
-        mean = MeanOverProcesses.apply(values.mean((0, 2, 3)))
-        var = MeanOverProcesses.apply((values - mean[:, None, None]).square().mean((0, 2, 3)))
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (var + self.eps).rsqrt()
-        return ((values - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-
-class MeanOverProcesses(torch.autograd.Function):
-    """dist.all_reduce with a gradient, divided by the number of processes."""
-
-    @staticmethod
-    def forward(ctx, value):
-        value = value / dist.get_world_size()
-        dist.all_reduce(value)
-        return value
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return MeanOverProcesses.forward(ctx, gradient)
-
-
 class ResNet50(nn.Module):
     """torchvision's ResNet-50 (v1.5) without its classifier, under its names, so that its weights load.
 
-    forward: (B, bands, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16, 32, of 64,
-    256, 512, 1024, 2048 channels. With other than 3 bands each is normalised by the average of ImageNet's.
+    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16, 32, of 64, 256,
+    512, 1024, 2048 channels.
 
     batch_statistics: what BatchNorm uses in training mode. PAPER SILENT. False: the stored statistics, which
     then never change. True: those of the batch, for fresh weights, whose stored 0 and 1 normalise nothing.
     """
 
-    def __init__(self, batch_statistics=False, bands=3):
+    def __init__(self, batch_statistics=False):
         super().__init__()
         from torchvision.models import resnet50  # here: the rest needs torch alone
         self.channels, self.strides = (64, 256, 512, 1024, 2048), (2, 4, 8, 16, 32)
         self.batch_statistics = batch_statistics
-        net = resnet50(weights=None, zero_init_residual=True, norm_layer=BatchNorm2d)
+        net = resnet50(weights=None, zero_init_residual=True)
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
-        if bands != 3:
-            self.conv1 = nn.Conv2d(bands, 64, 7, stride=2, padding=3, bias=False)
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
         # From [-1, 1] to what torchvision's weights expect: ((x + 1) / 2 - mean) / std
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 3, 1, 1)
-        if bands != 3:
-            mean, std = mean.mean(), std.mean()
         self.register_buffer("shift", 2 * mean - 1, persistent=False)
         self.register_buffer("scale", 2 * std, persistent=False)
         self.train()
@@ -253,7 +218,7 @@ class ResNet50(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         for part in self.modules():
-            if isinstance(part, BatchNorm2d):
+            if isinstance(part, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 part.train(mode and self.batch_statistics)
         return self
 
@@ -279,15 +244,14 @@ def upsample_conv_coarse(x, weight):
     """
     taps = weight.permute(2, 3, 0, 1).flatten(0, 2)                            # (9 O, I)
     products = F.linear(x.permute(0, 2, 3, 1), taps).unflatten(3, (3, 3, -1))  # (B, H, W, 3, 3, O)
-    rows = _sum_taps(products.unbind(3), dim=1)                                # (B, 2H, W, 3, O)
-    return _sum_taps(rows.unbind(3), dim=2).permute(0, 3, 1, 2)                # (B, O, 2H, 2W)
+    rows = sum_taps(products.unbind(3), dim=1)                                 # (B, 2H, W, 3, O)
+    return sum_taps(rows.unbind(3), dim=2).permute(0, 3, 1, 2)                 # (B, O, 2H, 2W)
 
 
-def _sum_taps(taps, dim):
+def sum_taps(taps, dim):
     """Products of taps -1, 0, 1 with n positions along `dim` -> the 2n sums; 2i and 2i + 1 are copies of i."""
     before, here, after = taps
-    zero = torch.zeros_like(here.narrow(dim, 0, 1))
-    n = here.shape[dim]
+    n, zero = here.shape[dim], torch.zeros_like(here.narrow(dim, 0, 1))
     even = torch.cat([zero, before], dim).narrow(dim, 0, n) + here + after  # 2i sees the copies i - 1, i, i
     odd = before + here + torch.cat([after, zero], dim).narrow(dim, 1, n)   # 2i + 1 sees i, i, i + 1
     return torch.stack([even, odd], dim + 1).flatten(dim, dim + 1)
@@ -296,12 +260,10 @@ def _sum_taps(taps, dim):
 def upsample_conv_fine(x, weight):
     """16 multiply-adds: ONE 4x4 stride-2 transposed convolution, whose kernel is the 3x3 one summed over 2x2
     shifts. Making the kernel is little work where channels are few and positions many."""
-    w = weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
-    rows = torch.stack([w[:, :, 2], w[:, :, 1] + w[:, :, 2], w[:, :, 0] + w[:, :, 1], w[:, :, 0]], dim=2)
-    kernel = torch.stack([rows[..., 2], rows[..., 1] + rows[..., 2], rows[..., 0] + rows[..., 1],
-                          rows[..., 0]], dim=3)
-    kernel = kernel.contiguous(memory_format=torch.channels_last)
-    return F.conv_transpose2d(x, kernel, stride=2, padding=1)
+    kernel = weight.flip(2, 3).transpose(0, 1)                       # (I, O, 3, 3)
+    kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # (I, O, 4, 3)
+    kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))           # (I, O, 4, 4)
+    return F.conv_transpose2d(x, kernel.contiguous(memory_format=torch.channels_last), stride=2, padding=1)
 
 
 class DecoderNorm(nn.Module):
@@ -368,11 +330,8 @@ class UNetDecoder(nn.Module):
 
     def __init__(self, channels, strides, width=1, out_channels=3, condition_on_gamma=False):
         super().__init__()
-        if strides[-1] not in (1, 2, 4, 8, 16, 32):
-            raise ValueError(f"the coarsest stride must be a power of two up to 32, got {strides[-1]}")
-        widths = [round(width * c) for c in (1024, 512, 256, 128, 64)]
-        if min(widths) < 1:
-            raise ValueError(f"width {width} leaves a decoder block without channels; the least is 1/64")
+        assert strides[-1] in (1, 2, 4, 8, 16, 32), f"coarsest stride: {strides[-1]}"
+        widths = [max(1, round(width * c)) for c in (1024, 512, 256, 128, 64)]
         gamma_dim = 256 if condition_on_gamma else None
         self.gamma_mlp = nn.Sequential(nn.Linear(64, 256), nn.SiLU()) if condition_on_gamma else None
         self.skip_levels, self.blocks = [], nn.ModuleList()  # level: which of the maps is the skip, or None
@@ -400,8 +359,7 @@ class UNetDecoder(nn.Module):
         for block, skip in zip(self.blocks, self.skip_levels):
             y = block(y, None if skip is None else maps[skip], gamma)
         y = self.head(y)
-        # Cropped from the multiple of strides[-1]: negative padding, which torch.export takes for any size
-        return F.pad(y, (0, size[1] - y.shape[3], 0, size[0] - y.shape[2]))
+        return y[..., :size[0], :size[1]]  # without what UNet.encode padded
 
     def embed_gamma(self, gamma, like):
         """gamma in [0, 1], a float or (B,), or None (1) -> (B, 256)."""
@@ -412,7 +370,7 @@ class UNetDecoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """encoder + decoder: (B, bands, H, W) in [-1, 1] -> (B, out_channels, H, W), any H and W.
+    """encoder + decoder: (B, 3, H, W) in [-1, 1] -> (B, out_channels, H, W), any H and W.
 
     gamma: the noise level, for condition_on_gamma (4.4): a float or (B,); None means a clean image.
     """
@@ -426,16 +384,14 @@ class UNet(nn.Module):
         """The maps of x, padded below and right to a multiple of the coarsest stride."""
         stride = self.encoder.strides[-1]
         padding = (0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride)
-        if torch.compiler.is_compiling() or any(padding):  # exported for any size: always
-            x = F.pad(x, padding, mode="replicate")
-        return self.encoder(x)
+        return self.encoder(F.pad(x, padding, mode="replicate") if any(padding) else x)
 
     def forward(self, x, gamma=None):
         return self.decoder(self.encode(x), x.shape[-2:], gamma)
 
 
 class Classifier(nn.Module):
-    """Stage 1: encoder, mean of the coarsest map, linear: (B, bands, H, W) in [-1, 1] -> (B, num_classes).
+    """Stage 1: encoder, mean of the coarsest map, linear: (B, 3, H, W) in [-1, 1] -> (B, num_classes).
 
     PAPER SILENT on the head. The mean works for any encoder; Dosovitskiy et al. read the class token.
     """
@@ -446,6 +402,15 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         return self.head(self.encoder(x)[-1].mean(dim=(2, 3)))
+
+
+def use_batch_statistics(model, sync):
+    """ResNet-50 alone: normalise with the statistics of the batch, as fresh weights need; sync: over all
+    processes, on CUDA. PAPER SILENT."""
+    if isinstance(model.encoder, ResNet50):
+        model.encoder.batch_statistics = True
+        if sync:
+            model.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
 
 
 def freeze(module):
@@ -459,141 +424,99 @@ def freeze(module):
 
 # ---------------------------------------- Weights
 
-PUBLISHED = {  # name: (encoder, address, first digits of its SHA-256 or None)
-    "imagenet21k": ("hybrid", "https://storage.googleapis.com/vit_models/imagenet21k/R50+ViT-B_16.npz", None),
-    "imagenet1k": ("resnet50", "https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),
+PUBLISHED = {  # name: (address, first digits of its SHA-256 or None)
+    "imagenet21k": ("https://storage.googleapis.com/vit_models/imagenet21k/R50+ViT-B_16.npz", None),
+    "imagenet1k": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),
 }
 
 
-class WeightsError(ValueError):
-    """Weights that cannot be fetched or read, or that do not fit, in one line."""
+def load_encoder_weights(encoder, source):
+    """Set every tensor of `encoder` from weights of a kind that read_weights knows, or raise ValueError."""
+    state, _ = read_weights(source)
+    prefix = "encoder."
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    load_weights(encoder, state, source)
 
 
-def load_encoder_weights(encoder, source, label=None):
-    """Set every tensor of `encoder`, or none and raise a WeightsError. Returns what the file was taken for.
+def load_weights(model, state, source, fresh=()):
+    """Set every tensor of `model` but those whose names begin with one of `fresh`. ValueError: none is set."""
+    def chosen(state):
+        return {name: value for name, value in state.items() if not name.startswith(tuple(fresh))}
 
-    source: a path, or what read_weights found there, and a label for messages.
-    """
-    content = source if isinstance(source, Mapping) else read_weights(source)
-    label = label or ("the given mapping" if content is source else source)
-    kind, state = recognise(content, label)
-    ours = encoder.state_dict()
-    if isinstance(encoder, ResNet50):  # older files lack these counters, which nothing reads
-        state = {**{k: v for k, v in ours.items() if k.endswith("num_batches_tracked")}, **state}
-    for name in {"conv_root.weight", "conv1.weight"} & set(state) & set(ours):
-        bands, there = ours[name].shape[1], state[name].shape[1]
-        if bands != there and isinstance(content.get("model"), Mapping):
-            raise WeightsError(f"{label}: made for {there} bands, this network has {bands}; pass --bands "
-                               f"{there}")
-        if bands != there:
-            state[name] = adapt_bands(state[name], bands)
-            kind += f", its RGB kernels {'summed for 1 band' if bands == 1 else f'repeated for {bands} bands'}"
-    load_strictly(encoder, state, f"{label}: {kind}, does not fit {type(encoder).__name__}")
-    return kind
-
-
-def adapt_bands(weight, bands):
-    """RGB kernels (out, 3, h, w) for `bands` bands, as timm: summed for one, else repeated, times 3 / bands."""
-    if bands == 1:
-        return weight.sum(1, keepdim=True)
-    return weight.repeat(1, math.ceil(bands / 3), 1, 1)[:, :bands] * (3 / bands)
-
-
-def recognise(content, label):
-    """(what these weights are, as text; their encoder, without heads, as HybridViT's or ResNet50's)."""
-    if isinstance(content.get("model"), Mapping):
-        return "a checkpoint of this project", {name.removeprefix("encoder."): value for name, value
-                                                in content["model"].items() if name.startswith("encoder.")}
-    if "conv_root/kernel" in content:
-        return "Google's R50+ViT-B_16", from_google(content)
-    if "patch_embed.backbone.stem.conv.weight" in content:
-        return "timm's vit_base_r50_s16", from_timm(content)
-    if "layer4.2.conv3.weight" in content:
-        return "torchvision's ResNet-50", {k: v for k, v in content.items() if not k.startswith("fc.")}
-    keys = ", ".join(map(str, list(content)[:3]))
-    raise WeightsError(f"{label}: not weights of a known kind (first keys: {keys}); expected a checkpoint of "
-                       "ours, Google's R50+ViT-B_16.npz, timm's vit_base_r50_s16 or torchvision's ResNet-50")
-
-
-def image_size_of(content):
-    """The image size of the position grid in these weights: 224, 384 ...; or None."""
-    tensors = content["model"] if isinstance(content.get("model"), Mapping) else content
-    for name in ("encoder.pos_embedding", "Transformer/posembed_input/pos_embedding", "pos_embed"):
-        if name in tensors:
-            return 16 * math.isqrt(tensors[name].shape[1] - 1)
-    return None
-
-
-def load_strictly(module, state, complaint):
-    """load_state_dict that sets all tensors, or none and raises a WeightsError, with the keys."""
-    ours = module.state_dict()
-    faults = {"missing": [k for k in ours if k not in state],
-              "unexpected": [k for k in state if k not in ours],
-              "of another shape": [f"{k} {tuple(state[k].shape)}, expected {tuple(ours[k].shape)}"
-                                   for k in ours if k in state and state[k].shape != ours[k].shape]}
-    faults["with NaN or infinite values"] = [k for k, v in state.items() if not v.isfinite().all()]
-    found = [f"{len(keys)} tensors {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-             for fault, keys in faults.items() if keys]
+    ours, theirs = chosen(model.state_dict()), chosen(state)
+    for name in ours.keys() - theirs.keys():
+        if name.endswith("num_batches_tracked"):  # older files lack these counters, which nothing reads
+            theirs[name] = ours[name]
+    shared = ours.keys() & theirs.keys()
+    faults = {"missing": ours.keys() - theirs.keys(), "unexpected": theirs.keys() - ours.keys(),
+              "of another shape": {name for name in shared if ours[name].shape != theirs[name].shape},
+              "not finite": {name for name in shared if not theirs[name].isfinite().all()}}
+    found = [f"{len(names)} {fault} ({', '.join(sorted(names)[:3])})" for fault, names in faults.items() if names]
     if found:
-        raise WeightsError(f"{complaint}: {'; '.join(found)}")
-    module.load_state_dict(state)
+        raise ValueError(f"{source}: these weights do not fit the network; of its tensors {'; '.join(found)}")
+    model.load_state_dict(theirs, strict=False)
 
 
-def read_weights(path):
-    """A weights file (torch.save's, .npz, .safetensors) as a mapping of names to tensors or arrays. Raises
-    WeightsError, also where a checksum does not hold."""
-    if not os.path.isfile(path):
-        there = "a folder" if os.path.isdir(path) else "no such file"
-        raise WeightsError(f"{path}: {there}; expected weights")
+def read_weights(source):
+    """(state, made_with) of one of PUBLISHED or of a file, recognised by its content. Raises ValueError.
+
+    state: our names -> tensors, "encoder.*" and, from stages 2 and 3, "decoder.*". made_with: what the file decides
+    of the arguments of build_unet, and the class names of stage 3.
+    """
+    content = read_file(download(source) if source in PUBLISHED else source)
+    if "model_args" in content:  # a checkpoint of ours
+        made_with = {**content["model_args"], "class_names": content.get("class_names")}
+        state = {name: value for name, value in content["model"].items() if not name.startswith("head.")}
+    else:
+        for wrapper in ("model", "state_dict"):
+            content = content.get(wrapper, content)
+        content = {name.removeprefix("module."): value for name, value in content.items()}  # of DDP
+        if "conv_root/kernel" in content:
+            made_with, state = {"encoder": "hybrid"}, from_google(content)
+        elif "patch_embed.backbone.stem.conv.weight" in content:
+            made_with, state = {"encoder": "hybrid"}, from_timm(content)
+        elif "layer4.2.conv3.weight" in content:
+            made_with, state = {"encoder": "resnet50"}, {k: v for k, v in content.items() if k[:3] != "fc."}
+        else:
+            raise ValueError(f"{source}: not weights of a known kind (first keys: {list(content)[:3]}); expected "
+                             "a checkpoint of these scripts, Google's R50+ViT-B_16.npz, timm's "
+                             "vit_base_r50_s16 or torchvision's ResNet-50")
+        state = {f"encoder.{name}": value for name, value in state.items()}
+    if "encoder.pos_embedding" in state:  # the grid of 224 pixels is 14x14, of 384 24x24
+        made_with["image_size"] = 16 * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
+    return state, made_with
+
+
+def read_file(path):
+    """The dict in a file of torch.save, .npz or .safetensors. Raises ValueError."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-        if start[8:] == b"{":  # safetensors: 8 bytes of length, then JSON
+        if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
-        if zipfile.is_zipfile(path):  # .npz, and what torch.save writes
-            with zipfile.ZipFile(path) as parts:
-                names, damaged = parts.namelist(), parts.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"damaged: {damaged} does not match its checksum")
-            if any(name.endswith(".npy") for name in names):
-                import numpy
-                return dict(numpy.load(path))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of old kinds of pickles
+        if zipfile.is_zipfile(path) and any(n.endswith(".npy") for n in zipfile.ZipFile(path).namelist()):
+            import numpy
+            return dict(numpy.load(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's scripts save one
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise WeightsError(f"{path}: needs the package {error.name}; install it, or pass a .pth "
-                           "file") from None
-    except Exception as error:  # torch.load fails in many ways
-        reason = error if isinstance(error, zipfile.BadZipFile) else type(error).__name__
-        raise WeightsError(f"{path}: cannot be read as weights ({reason}); expected tensors in .pth, .bin, "
-                           ".npz or .safetensors") from None
-    if isinstance(content, Mapping):
-        content = content.get("state_dict", content)
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to "
-                           "tensors")
+    except Exception as error:  # of many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: cannot be read as weights ({type(error).__name__}: {reason}); expected .pt, "
+                         ".pth, .bin, .npz or .safetensors") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
     return content
 
 
-def published_weights(name):
-    """The path of one of PUBLISHED, fetched once into torch.hub's cache, whole or not at all."""
-    _, address, sha256 = PUBLISHED[name]
+def download(name):
+    """The path of one of PUBLISHED, fetched once into torch.hub's cache."""
+    address, sha256 = PUBLISHED[name]
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
-    if os.path.exists(path):
-        return path
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    part = f"{path}.{os.getpid()}.part"
-    try:
-        torch.hub.download_url_to_file(address, part, sha256)
-        recognise(read_weights(part), address)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # no network, or another hash
-        raise WeightsError(f"{name}: cannot fetch {address} ({error}); pass the path of a copy") from None
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, path, sha256)
+        except (OSError, RuntimeError) as error:  # no network, or another hash
+            raise ValueError(f"{name}: cannot fetch {address} ({error}); pass the path of a copy") from None
     return path
 
 
@@ -608,7 +531,7 @@ def from_google(arrays):
                "kernel": "weight", "scale": "weight", "/": "."}
     state = {}
     for name, array in arrays.items():
-        if name.split("/")[0] in ("head", "pre_logits"):
+        if name.startswith(("head/", "pre_logits/")):
             continue
         value = torch.as_tensor(array)
         if name.endswith(("bias", "scale")):
@@ -636,7 +559,7 @@ def from_timm(tensors):
                r"^norm\.": "encoder_norm.", r"^blocks\.": "transformer.", r"\.(attn|mlp)\.": "."}
     state = {}
     for name, value in tensors.items():
-        if name.split(".")[0] in ("head", "pre_logits", "fc_norm"):
+        if name.startswith(("head.", "pre_logits.", "fc_norm.")):
             continue
         for theirs, ours in renamed.items():
             name = re.sub(theirs, ours, name)

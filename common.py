@@ -1,0 +1,296 @@
+"""What all scripts share: one-line errors, flags, processes, checkpoints and the log. Nothing of the method."""
+import argparse
+import json
+import math
+import os
+import sys
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+# ---------------------------------------- Errors
+
+
+class UserError(Exception):
+    """A user's mistake, in one line: the file or flag, its value, what was expected, what to do."""
+
+
+@contextmanager
+def users_mistakes():
+    """A ValueError inside, as of model.py for weights that do not fit, is a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def run(main):
+    """Call main(). A user's mistake is one line on stderr and status 2; everything else keeps its traceback."""
+    script = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except UserError as error:  # from a loader worker the text begins with a traceback: the last part is ours
+        text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+        print(f"{script}: error: {text}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError, ValueError) as error:  # CUDA's OutOfMemoryError is a RuntimeError
+        text = str(error).lower()
+        if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+            mend = "out of memory; lower --micro-batch, the size of crops or windows, or --width"
+        elif "more than 1 value per channel" in text:
+            mend = "BatchNorm of one image in a small crop; raise --micro-batch or the size of crops"
+        else:
+            raise
+        print(f"{script}: error: {mend} ({text.partition(chr(10))[0][:200]})", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------- Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, without abbreviations, with the script's docstring as its help."""
+
+    def __init__(self, doc=None, **options):
+        super().__init__(description=doc, allow_abbrev=False, **options,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+    def parse(self, recipes, argv=None):
+        """The flags, with the defaults of the chosen --data: recipes[data], else recipes["paper"]."""
+        first = Parser(add_help=False)
+        for flag in ("--data", "--steps", "--epochs"):
+            first.add_argument(flag)
+        given = first.parse_known_args(argv)[0]
+        recipe = recipes.get(given.data or "shapes", recipes["paper"])
+        replaced = ("steps", "epochs") if given.steps or given.epochs else ()  # the one replaces the other
+        self.set_defaults(**{name: value for name, value in recipe.items() if name not in replaced})
+        return self.parse_args(argv)
+
+
+def number(kind, least, most=math.inf):
+    """A type for argparse: an int or float from `least` to `most`."""
+    def convert(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
+    convert.__name__ = f"{kind.__name__} from {least} to {most}"  # argparse: "invalid int from 1 to inf value"
+    return convert
+
+
+def add_data_flags(group, data_sets, default="shapes"):
+    group.add_argument("--data", choices=data_sets, default=default,
+                       help="the data set; it decides the other defaults (%(default)s)")
+    group.add_argument("--root", metavar="DIR", help="folder of the data; shapes has none")
+    group.add_argument("--images", metavar="PATTERN",
+                       help='where the pictures are below --root, such as "imgs/*.jpg" (see README)')
+    group.add_argument("--workers", type=number(int, 0), help="loader processes per process (%(default)s)")
+
+
+def add_optimisation_flags(parser):
+    group = parser.add_argument_group("optimisation")
+    add, length = group.add_argument, group.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=number(int, 1), help="optimiser steps (%(default)s)")
+    length.add_argument("--epochs", type=number(float, 0), help="passes over the images instead (%(default)s)")
+    add("--batch-size", type=number(int, 1), help="images per step, over all processes (%(default)s)")
+    add("--lr", type=number(float, 0), help="peak learning rate of Adam (%(default)s; §5.1)")
+    add("--warmup", type=number(float, 0, 1),
+        help="share of the steps in which the rate rises, before the cosine; PAPER SILENT (%(default)s)")
+    add("--weight-decay", type=number(float, 0), help="L2 penalty of Adam (%(default)s; §5.1)")
+    add("--seed", type=number(int, 0), default=0, help="of weights, order, crops, noise, labels (%(default)s)")
+
+
+def add_machine_flags(parser):
+    group = parser.add_argument_group("machine")
+    group.add_argument("--out", metavar="DIR", help="folder of the run, which the same command continues "
+                                                    "(runs/DATA/STAGE)")
+    group.add_argument("--micro-batch", type=number(int, 1),
+                       help="images in one process's network at once: lower it to save memory (%(default)s)")
+    group.add_argument("--save-every", type=number(int, 1), help="steps between checkpoints (%(default)s)")
+    add_device_flags(group)
+
+
+def add_device_flags(group):
+    group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
+                       help="auto: the best there is")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
+                       help="of autocast; auto: bf16 on CUDA, else fp32")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+
+
+def agree(flag, asked, made, usual, source):
+    """The value of a flag: as asked for, or as the weights in `source` were made, which must agree; or usual."""
+    if asked is not None and made is not None and asked != made:
+        raise UserError(f"{flag} {asked}, but {source} was made with {made}; drop the flag or pass other weights")
+    return next(value for value in (asked, made, usual) if value is not None)
+
+
+# ---------------------------------------- Processes and the device
+
+
+def start_processes(device="auto"):
+    """Join torchrun's group, if there is one: (rank, world, this process's device)."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default
+                          in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        mps = torch.backends.mps.is_available() and world == 1  # MPS has no collectives
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda" and local >= torch.cuda.device_count():
+        raise UserError(f"--device cuda: process {local} of this machine, which has {torch.cuda.device_count()} "
+                        "GPUs; start as many processes as GPUs, or pass --device cpu")
+    if device == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world, torch.device(device)
+
+
+def total(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextmanager
+def local_first():
+    """One process of each machine runs the block before the others: it makes a file, they find it."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and first:
+        dist.barrier()
+
+
+def share(batch_size, world):
+    """Images per process of a global batch."""
+    if batch_size % world:
+        raise UserError(f"--batch-size {batch_size} does not divide over {world} processes; pass a multiple")
+    return batch_size // world
+
+
+def default_workers():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def autocast(precision, device):
+    """torch.autocast; it does nothing in fp32. On CPUs bf16 is mostly slower than fp32."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+# ---------------------------------------- A run: its length and rate, its checkpoints, its log
+
+
+def number_of_steps(args, images):
+    """--steps, or enough for --epochs over `images` images; the last batch reaches into the next epoch."""
+    return args.steps or max(1, math.ceil(args.epochs * images / args.batch_size))
+
+
+def cosine_rate(step, steps, peak, warmup):
+    """Rate of `step` (from 0): linear rise in the share `warmup` of the steps, then half a cosine to 0 (5.1)."""
+    rising = round(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def require_finite(step, loss, norm, scaler):
+    """UserError before a loss or gradient that is not finite reaches the weights. fp16's scaler skips a step
+    with such a gradient and halves its scale; when that has come down to 1 no lower scale will help."""
+    if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)):
+        raise UserError(f"step {step}: the loss is {loss:g} and its gradient's norm {norm:g}; stopped before they "
+                        "reached the weights. Lower --lr, raise --warmup, or pass --precision fp32")
+
+
+def save(path, content):
+    """torch.save, whole or not at all: written beside, flushed to disk, renamed."""
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def write_json(path, content):
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(content, file, indent=2)
+    os.replace(f"{path}.tmp", path)
+
+
+FREE = {"out", "root", "workers", "save_every", "device", "compile", "micro_batch"}  # may change on resume
+
+
+def resume(args, images):
+    """The checkpoint in --out, or None. UserError where it is of other flags or another number of images."""
+    path = os.path.join(args.out, "last.pt")
+    if not os.path.exists(path):
+        return None
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    then = {**checkpoint["args"], "number of images": checkpoint.get("images")}
+    now = {**vars(args), "number of images": images}
+    changed = [f"{key.replace('_', '-')} {then.get(key)} then, {now.get(key)} now"
+               for key in sorted(now.keys() | then.keys() - FREE) if then.get(key) != now.get(key) and key not in FREE]
+    if changed:
+        raise UserError(f"{path} is of a run with other flags ({'; '.join(changed)}); pass a new --out, or these")
+    return checkpoint
+
+
+class Log:
+    """log.jsonl and TensorBoard's events, where it is installed, in `out`; a progress bar. On the first process.
+
+    start: steps that a run which continues has done; what was logged after them is dropped.
+    """
+
+    def __init__(self, out, start, steps, rank):
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=rank > 0,
+                        mininterval=0.1 if sys.stderr.isatty() else 60)
+        self.file = self.board = None
+        if rank > 0:
+            return
+        os.makedirs(out, exist_ok=True)
+        self.file = open(os.path.join(out, "log.jsonl"), "a+", buffering=1)
+        self.file.seek(0)
+        for _ in range(start):  # a line a step
+            self.file.readline()
+        self.file.truncate(self.file.tell())
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(out, purge_step=start + 1)
+        except ImportError:
+            pass
+
+    def write(self, step, **values):
+        """A line of numbers after `step` steps."""
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+        self.bar.update()
+        if self.file:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
+
+    def close(self):
+        self.bar.close()
+        for stream in filter(None, (self.file, self.board)):
+            stream.close()
+
+
+def say(text, rank=0):
+    """Print a line, from the first process alone."""
+    if rank == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
