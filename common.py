@@ -1,4 +1,4 @@
-"""What all scripts share: one-line errors, flags, processes, checkpoints and the log. Nothing of the method."""
+"""What all scripts share: one-line errors, flags, processes, checkpoints, the log. Nothing of the method."""
 import argparse
 import json
 import math
@@ -26,24 +26,22 @@ def users_mistakes():
         raise UserError(str(error)) from error
 
 
+LESS = "lower --micro-batch, the size of crops or windows, or --width"
+MENDS = {"out of memory": LESS, "allocate": LESS,  # what torch and NumPy say on CUDA and on CPUs
+         "more than 1 value per channel": "raise --micro-batch or the size of crops"}  # BatchNorm
+
+
 def run(main):
-    """Call main(). A user's mistake is one line on stderr and status 2; everything else keeps its traceback."""
-    script = os.path.basename(sys.argv[0])
+    """Call main(). A user's mistake is one line on stderr and status 2; others keep their traceback."""
     try:
         main()
-    except UserError as error:  # from a loader worker the text begins with a traceback: the last part is ours
+    except (UserError, MemoryError, RuntimeError, ValueError) as error:
+        # From a loader worker the text begins with a traceback: the last part is ours
         text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-        print(f"{script}: error: {text}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError, ValueError) as error:  # CUDA's OutOfMemoryError is a RuntimeError
-        text = str(error).lower()
-        if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-            mend = "out of memory; lower --micro-batch, the size of crops or windows, or --width"
-        elif "more than 1 value per channel" in text:
-            mend = "BatchNorm of one image in a small crop; raise --micro-batch or the size of crops"
-        else:
+        mend = next((MENDS[part] for part in MENDS if part in text), None)
+        if not isinstance(error, UserError) and mend is None:
             raise
-        print(f"{script}: error: {mend} ({text.partition(chr(10))[0][:200]})", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}{f'; {mend}' if mend else ''}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -82,53 +80,52 @@ def number(kind, least, most=math.inf):
         if not least <= value <= most:
             raise ValueError
         return value
-    convert.__name__ = f"{kind.__name__} from {least} to {most}"  # argparse: "invalid int from 1 to inf value"
+    convert.__name__ = f"{kind.__name__} from {least} to {most}"  # for argparse's message
     return convert
 
 
 def add_data_flags(group, data_sets, default="shapes"):
-    group.add_argument("--data", choices=data_sets, default=default,
-                       help="the data set; it decides the other defaults (%(default)s)")
-    group.add_argument("--root", metavar="DIR", help="folder of the data; shapes has none")
-    group.add_argument("--images", metavar="PATTERN",
-                       help='where the pictures are below --root, such as "imgs/*.jpg" (see README)')
-    group.add_argument("--workers", type=number(int, 0), help="loader processes per process (%(default)s)")
+    add = group.add_argument
+    add("--data", choices=data_sets, default=default, help="it decides the other defaults (%(default)s)")
+    add("--root", metavar="DIR", help="folder of the data; shapes has none")
+    add("--images", metavar="PATTERN", help='pictures below --root, such as "imgs/*.jpg" (see README)')
+    add("--workers", type=number(int, 0), help="loader processes per process (%(default)s)")
 
 
 def add_optimisation_flags(parser):
     group = parser.add_argument_group("optimisation")
     add, length = group.add_argument, group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1), help="optimiser steps (%(default)s)")
-    length.add_argument("--epochs", type=number(float, 0), help="passes over the images instead (%(default)s)")
+    length.add_argument("--epochs", type=number(float, 0), help="passes over the images (%(default)s)")
     add("--batch-size", type=number(int, 1), help="images per step, over all processes (%(default)s)")
     add("--lr", type=number(float, 0), help="peak learning rate of Adam (%(default)s; §5.1)")
     add("--warmup", type=number(float, 0, 1),
         help="share of the steps in which the rate rises, before the cosine; PAPER SILENT (%(default)s)")
     add("--weight-decay", type=number(float, 0), help="L2 penalty of Adam (%(default)s; §5.1)")
-    add("--seed", type=number(int, 0), default=0, help="of weights, order, crops, noise, labels (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of weights, order, crops, noise, labels (0)")
 
 
 def add_machine_flags(parser):
     group = parser.add_argument_group("machine")
-    group.add_argument("--out", metavar="DIR", help="folder of the run, which the same command continues "
-                                                    "(runs/DATA/STAGE)")
-    group.add_argument("--micro-batch", type=number(int, 1),
-                       help="images in one process's network at once: lower it to save memory (%(default)s)")
-    group.add_argument("--save-every", type=number(int, 1), help="steps between checkpoints (%(default)s)")
+    add = group.add_argument
+    add("--out", metavar="DIR", help="folder of the run, which the same command continues (runs/DATA/STAGE)")
+    add("--micro-batch", type=number(int, 1),
+        help="images in one process's network at once: lower it to save memory (%(default)s)")
+    add("--save-every", type=number(int, 1), help="steps between checkpoints (%(default)s)")
     add_device_flags(group)
 
 
 def add_device_flags(group):
-    group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto",
-                       help="auto: the best there is")
-    group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-                       help="of autocast; auto: bf16 on CUDA, else fp32")
-    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    add = group.add_argument
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
+    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
+        help="of autocast; auto: bf16 on CUDA, else fp32")
+    add("--compile", action="store_true", help="torch.compile the network")
 
 
 def agree(flag, asked, made, usual, source):
-    """The value of a flag: as asked for, or as the weights in `source` were made, which must agree; or usual."""
-    if asked is not None and made is not None and asked != made:
+    """The value of a flag: as asked or as the weights in `source` were made, which must agree; else the usual."""
+    if None not in (asked, made) and asked != made:
         raise UserError(f"{flag} {asked}, but {source} was made with {made}; drop the flag or pass other weights")
     return next(value for value in (asked, made, usual) if value is not None)
 
@@ -143,10 +140,10 @@ def start_processes(device="auto"):
     if device == "auto":
         mps = torch.backends.mps.is_available() and world == 1  # MPS has no collectives
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if device == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"--device cuda: process {local} of this machine, which has {torch.cuda.device_count()} "
-                        "GPUs; start as many processes as GPUs, or pass --device cpu")
     if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs, expected one for each process of "
+                            "this machine; start fewer processes, or pass --device cpu")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
@@ -172,13 +169,6 @@ def local_first():
         dist.barrier()
 
 
-def share(batch_size, world):
-    """Images per process of a global batch."""
-    if batch_size % world:
-        raise UserError(f"--batch-size {batch_size} does not divide over {world} processes; pass a multiple")
-    return batch_size // world
-
-
 def default_workers():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -192,16 +182,25 @@ def autocast(precision, device):
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
+def say(text, rank=0):
+    """Print a line, from the first process alone."""
+    if rank == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
 # ---------------------------------------- A run: its length and rate, its checkpoints, its log
 
 
-def number_of_steps(args, images):
+def number_of_steps(args, images, world):
     """--steps, or enough for --epochs over `images` images; the last batch reaches into the next epoch."""
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} does not divide over {world} processes")
     return args.steps or max(1, math.ceil(args.epochs * images / args.batch_size))
 
 
 def cosine_rate(step, steps, peak, warmup):
-    """Rate of `step` (from 0): linear rise in the share `warmup` of the steps, then half a cosine to 0 (5.1)."""
+    """Rate of `step` (from 0): a linear rise in the share `warmup` of the steps, then half a cosine (5.1)."""
     rising = round(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
@@ -210,29 +209,25 @@ def cosine_rate(step, steps, peak, warmup):
 
 def require_finite(step, loss, norm, scaler):
     """UserError before a loss or gradient that is not finite reaches the weights. fp16's scaler skips a step
-    with such a gradient and halves its scale; when that has come down to 1 no lower scale will help."""
+    with such a gradient and halves its scale; when that has come down to 1 no lower one will help."""
     if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)):
-        raise UserError(f"step {step}: the loss is {loss:g} and its gradient's norm {norm:g}; stopped before they "
-                        "reached the weights. Lower --lr, raise --warmup, or pass --precision fp32")
+        raise UserError(f"step {step}: the loss is {loss:g}, its gradient's norm {norm:g}; they did not reach "
+                        "the weights. Lower --lr, raise --warmup, or pass --precision fp32")
 
 
 def save(path, content):
-    """torch.save, whole or not at all: written beside, flushed to disk, renamed."""
+    """torch.save, or json.dump for .json; whole or not at all: written beside, flushed to disk, renamed."""
     with open(f"{path}.tmp", "wb") as file:
-        torch.save(content, file)
+        if str(path).endswith(".json"):
+            file.write(json.dumps(content, indent=2).encode())
+        else:
+            torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
 
 
-def write_json(path, content):
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(content, file, indent=2)
-    os.replace(f"{path}.tmp", path)
-
-
-FREE = {"out", "root", "workers", "save_every", "device", "compile", "micro_batch"}  # may change on resume
+FREE = ("out", "root", "workers", "save_every", "device", "compile", "micro_batch")  # may change on resume
 
 
 def resume(args, images):
@@ -244,14 +239,14 @@ def resume(args, images):
     then = {**checkpoint["args"], "number of images": checkpoint.get("images")}
     now = {**vars(args), "number of images": images}
     changed = [f"{key.replace('_', '-')} {then.get(key)} then, {now.get(key)} now"
-               for key in sorted(now.keys() | then.keys() - FREE) if then.get(key) != now.get(key) and key not in FREE]
+               for key in {**then, **now} if then.get(key) != now.get(key) and key not in FREE]
     if changed:
-        raise UserError(f"{path} is of a run with other flags ({'; '.join(changed)}); pass a new --out, or these")
+        raise UserError(f"{path} is of a run with other flags ({'; '.join(changed)}); pass a new --out")
     return checkpoint
 
 
 class Log:
-    """log.jsonl and TensorBoard's events, where it is installed, in `out`; a progress bar. On the first process.
+    """On the first process: a progress bar, and in `out` log.jsonl and TensorBoard's events, where installed.
 
     start: steps that a run which continues has done; what was logged after them is dropped.
     """
@@ -284,13 +279,5 @@ class Log:
             self.board.add_scalar(name, value, step)
 
     def close(self):
-        self.bar.close()
-        for stream in filter(None, (self.file, self.board)):
+        for stream in filter(None, (self.bar, self.file, self.board)):
             stream.close()
-
-
-def say(text, rank=0):
-    """Print a line, from the first process alone."""
-    if rank == 0:
-        tqdm.write(text)
-        sys.stdout.flush()

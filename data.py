@@ -3,8 +3,8 @@
     samples = Samples(source, pretraining_transform(224), seed=0)      # samples[epoch, index]
     loader  = DataLoader(samples, batch_sampler=Order(len(source), batch_size=512, steps=1000, seed=0))
 
-A source (datasets.py) has len(source), source.name(i) and source.read(i) -> {"image": tv_tensors.Image, "mask":
-tv_tensors.Mask, "label": int}, what there is of these.
+A source (datasets.py) has len(source), source.name(i) and source.read(i) -> {"image": tv_tensors.Image,
+"mask": tv_tensors.Mask, "label": int}, what there is of these.
 
 Order, crop, flip and noise of a sample are functions of (seed, epoch, index) alone. So they are the same for
 any number of loader workers and processes and after a restart, and there is no state to save.
@@ -54,24 +54,24 @@ def read_image(file, name=None):
     mode, CMYK, palettes and grey included; alpha is dropped. Raises UnreadableImage, UserError for others."""
     name = name or file
     picture = open_picture(file, name)
-    if picture.mode.startswith(("I", "F")):
-        raise UserError(f"{name}: pixels of Pillow's mode {picture.mode}, expected 8 bits a channel; convert it, "
-                        "such as with Image.fromarray(np.uint8(255 * (x - low) / (high - low))).save(...)")
+    if picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise UserError(f"{name}: pixels of Pillow's mode {picture.mode}, expected 8 bits a channel; convert it "
+                        "with Image.fromarray(np.uint8(255 * (x - low) / (high - low))).save(...)")
     picture = ImageOps.exif_transpose(picture).convert("RGB")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def mask_values(path, colours=False):
-    """The values in a mask's file: (H, W) uint8 of an index image (palette or grey; its colours are not read);
-    colours: (H, W) int32, R * 65536 + G * 256 + B."""
+    """The values in a mask's file: (H, W) uint8 of an index image (palette or grey; its colours are not
+    read); colours: (H, W) int32, R * 65536 + G * 256 + B."""
     picture = open_picture(path, path)
     if picture.format == "JPEG":
         raise UserError(f"{path}: a mask in a JPEG, which changes values; expected a PNG")
     if colours:
         return np.array(picture.convert("RGB")).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
     if picture.mode not in ("1", "L", "P"):
-        raise UserError(f"{path}: a mask of Pillow's mode {picture.mode}, expected an 8-bit index image; if its "
-                        "colours are classes, write `R G B name` lines to classes.txt")
+        raise UserError(f"{path}: a mask of Pillow's mode {picture.mode}, expected an 8-bit index image; if "
+                        "its colours are classes, write `R G B name` lines to classes.txt")
     return np.array(picture).astype(np.uint8)
 
 
@@ -93,9 +93,9 @@ def read_mask(path, values):
         mask = np.where(keys[at] == found, np.array([known[key] for key in keys])[at], -1)
     if mask.min() < 0:
         wrong = int(found[mask < 0][0])
-        wrong, right = (f"colour ({wrong >> 16}, {wrong >> 8 & 255}, {wrong & 255})", "the colours") if colours \
-            else (f"value {wrong}", "the values " + ", ".join(map(str, keys)))
-        raise UserError(f"{path}: mask {wrong}, expected {right} of the data set or of classes.txt")
+        wrong = (wrong >> 16, wrong >> 8 & 255, wrong & 255) if colours else wrong
+        raise UserError(f"{path}: mask value {wrong}, expected {', '.join(map(str, values))}, those of the data "
+                        "set or of classes.txt")
     return torch.from_numpy(mask.astype(np.uint8))
 
 

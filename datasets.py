@@ -14,26 +14,25 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from glob import escape, glob
 from io import BytesIO
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
-from torchvision.tv_tensors import Image as ImageTensor
-from torchvision.tv_tensors import Mask
+from torchvision import tv_tensors
 from tqdm import tqdm
 
 import shapes
 from common import UserError
-from data import IGNORE, mask_values, read_image, read_mask
+from data import IGNORE, read_image, read_mask
 
 
 class DataSet(NamedTuple):
     images: str                      # pattern
     masks: str                       # pattern
+    values: tuple = ()               # mask values of its classes, in the order of classes/<name>.txt
+    ignored: tuple = ()              # other mask values
     places: tuple = ("",)            # root itself, or where the set may lie below it, as it is distributed
     words: tuple = ("train", "val")  # its own for {part}
     lists: str = ""                  # text files with the names of a part
@@ -42,17 +41,21 @@ class DataSet(NamedTuple):
     scales: tuple = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the evaluation (5.1)
 
 
-CONTEXT = DataSet("JPEGImages/*.jpg", "SegmentationClassContext/*.png", ("", "VOC2010", "VOCdevkit/VOC2010"),
-                  lists="ImageSets/SegmentationContext/{part}.txt", counts=(4998, 5105))
+CONTEXT = DataSet("JPEGImages/*.jpg", "SegmentationClassContext/*.png", tuple(range(1, 60)), (0,),
+                  ("", "VOC2010", "VOCdevkit/VOC2010"), counts=(4998, 5105),
+                  lists="ImageSets/SegmentationContext/{part}.txt")
 DATA_SETS = {
     "folder": DataSet("images/{part}/*", "masks/{part}/*", scales=(1.0,)),
-    "cityscapes": DataSet("leftImg8bit/{part}/*_leftImg8bit.png", "gtFine/{part}/*_gtFine_labelIds.png",
-                          counts=(2975, 500), crop_size=1024, scales=(1.0,)),
+    "cityscapes": DataSet(
+        "leftImg8bit/{part}/*_leftImg8bit.png", "gtFine/{part}/*_gtFine_labelIds.png",
+        (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), tuple(range(34)),
+        counts=(2975, 500), crop_size=1024, scales=(1.0,)),
     "pascal_context": CONTEXT,  # PAPER SILENT: 59 classes, without the background, or 60
-    "pascal_context_60": CONTEXT,
-    "ade20k": DataSet("images/{part}/*.jpg", "annotations/{part}/*.png", ("", "ADEChallengeData2016"),
-                      words=("training", "validation"), counts=(20_210, 2000)),
-    "voc": DataSet("JPEGImages/*.jpg", "SegmentationClass/*.png", ("", "VOC20??", "VOCdevkit/VOC20??"),
+    "pascal_context_60": CONTEXT._replace(values=tuple(range(60)), ignored=()),
+    "ade20k": DataSet("images/{part}/*.jpg", "annotations/{part}/*.png", tuple(range(1, 151)), (0,),
+                      ("", "ADEChallengeData2016"), ("training", "validation"), counts=(20_210, 2000)),
+    "voc": DataSet("JPEGImages/*.jpg", "SegmentationClass/*.png", tuple(range(21)),
+                   places=("", "VOC20??", "VOCdevkit/VOC20??"),
                    lists="ImageSets/Segmentation/{part}.txt"),  # PAPER SILENT on its evaluation
 }
 LABELLED = ("shapes", *DATA_SETS)  # for stage 3 and evaluation
@@ -83,38 +86,41 @@ class Source:
         return self.name_of(self.rows[i])
 
     def read(self, i):
-        return self.read_row(self.rows[i])
+        return {key: WRAP[key](value) for key, value in self.read_row(self.rows[i]).items()}
 
     def subset(self, chosen):
         return Source([self.rows[i] for i in chosen], self.name_of, self.read_row, self.note)
 
 
+WRAP = {"image": tv_tensors.Image, "mask": tv_tensors.Mask, "label": int}  # as torchvision's transforms want them
+draw = cache(shapes.draw)
+
+
 def toy(part):
-    """Toy pictures: rows (part, index)."""
+    """Toy pictures; rows (part, index)."""
     rows = [(part, i) for i in range(SHAPES_COUNTS[part])]
     return Source(rows, "{0[0]}-{0[1]:05d}".format, read_toy, f"{len(rows)} toy pictures")
 
 
-draw = cache(shapes.draw)
-
-
 def read_toy(row):
     image, mask, label = draw(*row)
-    sample = {"image": ImageTensor(torch.from_numpy(image).permute(2, 0, 1))}
+    sample = {"image": torch.from_numpy(image).permute(2, 0, 1)}
     if row[0] == "encoder_train":
-        return {**sample, "label": label}
-    return sample if row[0] == "unlabelled" else {**sample, "mask": Mask(torch.from_numpy(mask))}
+        sample["label"] = label
+    elif row[0] != "unlabelled":
+        sample["mask"] = torch.from_numpy(mask)
+    return sample
 
 
-def file_name(row):  # (path below root as bytes, label)
+def file_name(row):  # a record (path below root as bytes, label)
     return os.fsdecode(row["path"])
 
 
 def read_file(root, row):
-    return {"image": ImageTensor(read_image(os.path.join(root, file_name(row)))), "label": int(row["label"])}
+    return {"image": read_image(os.path.join(root, file_name(row))), "label": row["label"]}
 
 
-def member_name(tars, row):  # (number of the .tar, offset, size)
+def member_name(tars, row):  # a record (number of the .tar, offset, size)
     return f"{tars[row['tar']]}, byte {row['offset']}"
 
 
@@ -122,16 +128,20 @@ def read_member(tars, row):
     with open(tars[row["tar"]], "rb") as file:
         file.seek(row["offset"])
         image = read_image(BytesIO(file.read(row["size"])), member_name(tars, row))
-    return {"image": ImageTensor(image), "label": int(row["tar"])}
+    return {"image": image, "label": row["tar"]}
 
 
-def read_pair(root, values, row):  # (image path, mask path), below root
+def pair_name(row):  # (image path, mask path), below root
+    return row[0]
+
+
+def read_pair(root, values, row):
     image_path, mask_path = (os.path.join(root, path) for path in row)
     image, mask = read_image(image_path), read_mask(mask_path, values)
     if image.shape[1:] != mask.shape:
         raise UserError(f"{mask_path}: {tuple(mask.shape)} (H, W), but {image_path} is {tuple(image.shape[1:])}; "
                         "expected one size")
-    return {"image": ImageTensor(image), "mask": Mask(mask)}
+    return {"image": image, "mask": mask}
 
 
 # ---------------------------------------- Finding files
@@ -181,20 +191,19 @@ def find(root, pattern):
 
 
 def select(list_file, found):
-    """The keys of `found` that a text file selects, a line each: by the path of a picture or what `*` stands for,
-    the first word of published lists, which hold pairs."""
-    by_name = {unicodedata.normalize("NFC", path): key for key, path in found.items()}
-    by_name.update((key, key) for key in found)
+    """The keys of `found` that a text file selects, a line each: by the path of a picture or what `*` stands for.
+    The first word counts: published lists hold pairs."""
+    by_name = {**{unicodedata.normalize("NFC", path): key for key, path in found.items()}, **{k: k for k in found}}
     chosen = {}
     for number, line in enumerate(read_lines(list_file), start=1):
         words = line, line.split("\t")[0], line.split()[0]  # a name may hold spaces
         words = [unicodedata.normalize("NFC", word.lstrip("/")) for word in words]
         key = next((by_name[word] for word in words if word in by_name), None)
         if key is None or key in chosen:
-            problem = "names no picture of the data" if key is None else "stands there twice"
-            raise UserError(f"{list_file}, line {number}: {line!r} {problem}; expected paths below --root, or what * "
-                            "stands for in --images, each once")
-        chosen[key] = True
+            raise UserError(f"{list_file}, line {number}: {line!r} "
+                            f"{'is no image of the data' if key is None else 'stands there twice'}; expected paths "
+                            "below --root, or what * stands for in --images")
+        chosen[key] = line
     return list(chosen)
 
 
@@ -218,8 +227,8 @@ def home(args, places, folder):
     found = [path for place in places for path in sorted(glob(os.path.join(escape(args.root), place)))
              if os.path.isdir(os.path.join(path, folder))]
     if len(found) != 1:
-        problem = f"pass one of {', '.join(found)}" if found else f"no folder {folder} in it; see --root and --images"
-        raise UserError(f"--root {args.root}: {problem}")
+        raise UserError(f"--root {args.root}: " + (f"holds {', '.join(found)}; pass one" if found else
+                        f"no folder {folder} in it; mend that, or pass --images and --masks"))
     return found[0]
 
 
@@ -246,9 +255,7 @@ def classification_images(args):
     """(source, class names) of stage 1: class folders or ImageNet-21k's .tar files, in root or in root/train."""
     if args.data == "shapes":
         return toy("encoder_train"), list(shapes.CLASSES[1:])
-    root = home(args, ("",), "")
-    if os.path.isdir(os.path.join(root, "train")):
-        root = os.path.join(root, "train")
+    root = home(args, ("train", ""), "") if os.path.isdir(os.path.join(args.root or "", "train")) else home(args, ("",), "")
     tars = sorted(glob(os.path.join(escape(root), "*.tar")))
     if tars and args.data == "imagenet21k":
         names, rows = [Path(tar).stem for tar in tars], tar_members(tars)
@@ -264,18 +271,17 @@ def classification_images(args):
 
 def listed(root, patterns):
     """(all pictures that match, labelled by their folder right below the pattern's, the names of those)."""
-    found, left = [], []  # folder by folder: (its first part, the paths)
+    found, left, counts = [], [], Counter()  # found: folder by folder (its first part, the paths)
     for pattern in patterns:
         for taken, others in search(root, pattern):
             left += others
             if taken:
                 below = os.path.relpath(taken[0], folder_of(pattern) or ".").split(os.sep)
-                found.append((below[0] if len(below) > 1 else ".", np.array([*map(os.fsencode, taken)])))
+                name = below[0] if len(below) > 1 else "."
+                found.append((name, np.array([*map(os.fsencode, taken)])))
+                counts[name] += len(taken)
     if not found:
         raise UserError(f"{root}: no pictures {' or '.join(patterns)} in it")
-    counts = Counter()
-    for name, paths in found:
-        counts[name] += len(paths)
     number = {name: i for i, name in enumerate(sorted(counts))}
     paths = np.concatenate([paths for _, paths in found])
     rows = np.empty(len(paths), [("path", paths.dtype), ("label", np.int32)])
@@ -291,21 +297,19 @@ def tar_members(tars):
     """The pictures in .tar files: records (tar, offset, size), listed once into torch.hub's cache, and mapped."""
     known = repr([(os.path.basename(tar), os.path.getsize(tar)) for tar in tars]).encode()
     path = os.path.join(torch.hub.get_dir(), f"tars_{hashlib.sha256(known).hexdigest()[:16]}.npy")
+    record = [("tar", "<i4"), ("offset", "<i8"), ("size", "<i8")]
 
     def list_one(number):
-        rows = []
         try:
             with tarfile.open(tars[number], "r:") as tar:
-                for member in tar:
-                    tar.members.clear()  # tarfile would keep them all
-                    if member.isreg() and member.name.lower().endswith(PICTURES):
-                        rows.append((number, member.offset_data, member.size))
+                rows = [(number, member.offset_data, member.size) for member in tar if member.isreg()
+                        and member.name.lower().endswith(PICTURES) and os.path.basename(member.name)[0] != "."]
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
                     raise tarfile.ReadError("its end is missing")
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"{tars[number]}: not a whole .tar file ({error}); download it again") from None
-        return np.array(rows, [("tar", "<i4"), ("offset", "<i8"), ("size", "<i8")])
+        return np.array(rows, record)
 
     if not os.path.exists(path):
         with ThreadPoolExecutor(16) as pool:
@@ -329,36 +333,29 @@ class Classes(NamedTuple):
 
 def classes_of(args):
     """The Classes of --data; of a folder by its classes.txt."""
+    if args.data == "shapes":
+        names = list(shapes.CLASSES)
+        return Classes(names, palette(len(names)), {i: i for i in range(len(names))})
     if args.data == "folder":
         return own_classes(os.path.join(args.root or "", "classes.txt"))
-    if args.data == "shapes":
-        names, colours, first = list(shapes.CLASSES), palette(len(shapes.CLASSES)), 0
-    elif args.data == "cityscapes":
-        every = [c for c in torchvision.datasets.Cityscapes.classes if c.id >= 0]
-        names, colours = zip(*((c.name, c.color) for c in every if c.train_id < IGNORE))
-        first = 0  # of labelTrainIds, which users make; else labelIds
-        if "labelTrainIds" not in (args.masks or ""):
-            return Classes(list(names), list(colours), {**{c.id: c.train_id for c in every}, IGNORE: IGNORE})
-    else:
-        lines = read_lines(Path(__file__).parent / "classes" / f"{args.data.removesuffix('_60')}.txt")
-        names, colours = [line.split(maxsplit=3)[3] for line in lines], [
-            tuple(map(int, line.split()[:3])) for line in lines]
-        first = int(args.data in ("pascal_context", "ade20k"))  # 0 is no class
-        if args.data == "pascal_context":
-            names, colours = names[1:], colours[1:]
-    return Classes(list(names), list(colours),
-                   {0: IGNORE, IGNORE: IGNORE, **{first + i: i for i in range(len(names))}})
+    row = DATA_SETS[args.data]
+    values, ignored = row.values, (*row.ignored, IGNORE)
+    if "labelTrainIds" in (args.masks or ""):  # of Cityscapes, made by users
+        values, ignored = range(len(values)), (IGNORE,)
+    lines = read_lines(Path(__file__).parent / "classes" / f"{args.data.removesuffix('_60')}.txt")
+    lines = [line.split(maxsplit=3) for line in lines[-len(values):]]  # 59 classes are the last of 60
+    return Classes([line[3] for line in lines], [tuple(map(int, line[:3])) for line in lines],
+                   {**dict.fromkeys(ignored, IGNORE), **{value: k for k, value in enumerate(values)}})
 
 
 def own_classes(path):
     """Classes of a text file whose lines are all `name` (line n is value n, 255 is ignored), all `value name` or
     all `R G B name`. Lines with one name are one class; "ignore" is ignored."""
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such file; write a line for each class: `name` (line n is mask value n, from 0), "
-                        "`value name` or `R G B name`")
+        raise UserError(f"{path}: no such file; write a line for each class: `name` (line n is mask value n, from "
+                        "0), `value name` or `R G B name`")
     lines = [line.split() for line in read_lines(path)]
-    count = next(n for n in (3, 1, 0)
-                 if all(len(words) > n and all(map(str.isdecimal, words[:n])) for words in lines))
+    count = next(n for n in (3, 1, 0) if all(len(words) > n and all(map(str.isdecimal, words[:n])) for words in lines))
     keys = [tuple(map(int, words[:count])) if count else (i,) for i, words in enumerate(lines)]
     named = [" ".join(words[count:]) for words in lines]
     names = [name for name in dict.fromkeys(named) if name != "ignore"]
@@ -367,8 +364,8 @@ def own_classes(path):
         raise UserError(f"{path}: {wrong[0] if wrong else 'its lines'}: expected 2 to 255 classes, all lines `name`, "
                         "`value name` or `R G B name`, in whole numbers from 0 to 255, each once")
     colours = [keys[named.index(name)] for name in names] if count == 3 else palette(len(names))
-    values = {key if count == 3 else key[0]: IGNORE if name == "ignore" else names.index(name)
-              for key, name in zip(keys, named)}
+    classes = [IGNORE if name == "ignore" else names.index(name) for name in named]
+    values = dict(zip(keys if count == 3 else (key[0] for key in keys), classes))
     return Classes(names, colours, values if count else {IGNORE: IGNORE, **values})
 
 
@@ -384,13 +381,12 @@ def labelled(args, part, classes):
         return toy(part)
     row = DATA_SETS[args.data]
     images, masks = args.images or row.images, args.masks or row.masks
-    root = home(args, row.places, folder_of(masks))
-    words = {"train": row.words[0], "val": row.words[1], "test": "test"}
-    there = [p for p, word in words.items()
-             if os.path.isdir(os.path.join(root, os.path.dirname(images.replace("{part}", word).split("*")[0])))]
+    root, words = home(args, row.places, folder_of(masks)), dict(zip(("train", "val", "test"), (*row.words, "test")))
     list_file = {"train": args.train_list, "val": args.val_list}.get(part)
     if list_file is None and row.lists:
         list_file = os.path.join(root, row.lists.replace("{part}", part))
+    there = [p for p in words if os.path.isdir(os.path.join(
+        root, os.path.dirname(images.replace("{part}", words[p]).split("*")[0])))]
     if list_file is None and (part not in there or part != "train" and "{part}" not in images):
         return None
     found, with_mask, left = {}, {}, []
@@ -398,21 +394,21 @@ def labelled(args, part, classes):
         matches, others = find(root, images.replace("{part}", words[p]))
         found, left = {**found, **matches}, left + others
         with_mask.update(find(root, masks.replace("{part}", words[p]))[0])
-    keys = list(found) if list_file is None else select(list_file, found)
-    alone = [found[key] for key in keys if key not in with_mask]
     if list_file is None:
-        alone += [path for key, path in with_mask.items() if key not in found]
-        alone += [path for path in left if path not in set(with_mask.values())
-                  and (images[-1] == "*" or path.lower().endswith(PICTURES))]
+        keys, masks_there = list(found), set(with_mask.values())
+        alone = [path for key, path in with_mask.items() if key not in found] + [
+            path for path in left if path not in masks_there and (images[-1] == "*" or path.lower().endswith(PICTURES))]
+    else:
+        keys, alone = select(list_file, found), []
+    alone += [found[key] for key in keys if key not in with_mask]
     if alone or not keys:
         raise UserError(f"{os.path.join(root, *alone[:1])}: {len(alone)} files have no partner, this one first; "
                         f"expected pairs {images} and {masks}, equal in place of *; mend that, or pass --images and "
                         "--masks")
-    note, official = f"{len(keys)} pairs", row.counts[part == "val"]
-    if official not in (0, len(keys)):
-        note += f" (the official set has {official})"
+    official = row.counts[part == "val"]
+    note = f"{len(keys)} pairs" + (f" (the official set has {official})" if official not in (0, len(keys)) else "")
     rows = [(found[key], with_mask[key]) for key in keys]
-    return Source(rows, itemgetter(0), partial(read_pair, root, classes.values), note)
+    return Source(rows, pair_name, partial(read_pair, root, classes.values), note)
 
 
 def training_and_validation(args, classes):
@@ -449,23 +445,23 @@ def survey(source, classes, crop_size):
     """Read all masks of own data; lines on the share of each class. UserError for a value that is not listed, for
     fewer than two classes, and for palettes of which each file has its own."""
     root, values = source.read_row.args
-    in_colours = isinstance(next(iter(values)), tuple)
 
     def look(row):
         path = os.path.join(root, row[1])
-        mask, colours = read_mask(path, values), None if in_colours else Image.open(path).getpalette()
-        used = np.unique(mask_values(path)).tolist() if colours else []
-        return path, np.bincount(mask.flatten(), minlength=256), max(mask.shape), {
-            value: tuple(colours[3 * value:3 * value + 3]) for value in used}
+        mask, picture, coloured = read_mask(path, values), Image.open(path), {}
+        if picture.mode == "P" and not isinstance(next(iter(values)), tuple):
+            colours = picture.getpalette()
+            coloured = {k: tuple(colours[3 * k:3 * k + 3]) for _, k in picture.getcolors()}
+        return path, np.bincount(mask.flatten(), minlength=256), max(mask.shape), coloured
 
-    pixels, largest, first = np.zeros(256, np.int64), 0, {}  # first: {index: (its colour, the file)}
+    pixels, largest, first = np.zeros(256, np.int64), 0, {}  # first: {mask value: (its colour, the file)}
     with ThreadPoolExecutor(8) as pool:
-        for path, counts, size, colours in pool.map(look, source.rows):
+        for path, counts, size, coloured in pool.map(look, source.rows):
             pixels, largest = pixels + counts, max(largest, size)
-            for value, colour in colours.items():
+            for value, colour in coloured.items():
                 if first.setdefault(value, (colour, path))[0] != colour:
-                    raise UserError(f"{path}: value {value} is {colour} in its palette, and in {first[value][1]} "
-                                    f"{first[value][0]}; write `R G B name` lines to classes.txt to read colours")
+                    raise UserError(f"{path}: value {value} is {colour} in its palette, and {first[value][0]} in "
+                                    f"{first[value][1]}; write `R G B name` lines to classes.txt to read colours")
     counts, width = pixels[[*range(len(classes.names)), IGNORE]], max(map(len, classes.names))
     if (counts[:-1] > 0).sum() < 2:
         raise UserError(f"{root}: the masks hold fewer than two classes of {', '.join(classes.names[:8])}; mend "

@@ -252,7 +252,8 @@ def main():
         out = args.out or os.path.join(os.path.dirname(args.checkpoint), f"evaluate_{args.split}")
         say(as_text(metrics), rank)
         if rank == 0:
-            common.write_json(os.path.join(out, "metrics.json"), metrics)
+            os.makedirs(out, exist_ok=True)
+            common.save(os.path.join(out, "metrics.json"), metrics)
 
 
 if __name__ == "__main__":

@@ -90,12 +90,11 @@ def new_network(args, classes):
 def main():
     args = parse_arguments()
     rank, world, device = common.start_processes(args.device)
-    common.share(args.batch_size, world)
 
     # Data: all labelled images, or a subset of them
     classes = classes_of(args)
     train, val = training_and_validation(args, classes)
-    steps = common.number_of_steps(args, len(train))
+    steps = common.number_of_steps(args, len(train), world)
     checkpoint = common.resume(args, len(train))
     start = checkpoint["step"] if checkpoint else 0
     if args.data == "folder" and start == 0:
@@ -167,7 +166,7 @@ def main():
         if rank == 0:
             draw_predictions(model, val, classes, device, args).save(os.path.join(args.out, "predictions.png"))
     if rank == 0:
-        common.write_json(os.path.join(args.out, "metrics.json"), metrics)
+        common.save(os.path.join(args.out, "metrics.json"), metrics)
 
 
 @torch.inference_mode()

@@ -1,9 +1,9 @@
 """Stage 2: Decoder Denoising Pretraining (DDeP), or denoising pretraining of the whole network (DeP).
 
-    python pretrain_decoder.py --gamma 0.95                                                  # toy data, on a CPU
-    python pretrain_decoder.py --data folder --root photos --encoder-weights imagenet21k     # one GPU
+    python pretrain_decoder.py --gamma 0.95                                               # toy data, on a CPU
+    python pretrain_decoder.py --data folder --root photos --encoder-weights imagenet21k  # one GPU
     torchrun --nproc_per_node=8 pretrain_decoder.py --data imagenet21k --root imagenet21k \\
-        --encoder-weights imagenet21k --gamma 0.95                                           # eight
+        --encoder-weights imagenet21k --gamma 0.95                                        # eight
 
 In: images without labels, and the weights of the encoder. Out, in --out: last.pt, which finetune.py takes as
 --init; log.jsonl; panel.png; metrics.json.
@@ -110,12 +110,11 @@ def add_noise(args, x, seeds):
 def main():
     args = parse_arguments()
     rank, world, device = common.start_processes(args.device)
-    common.share(args.batch_size, world)
 
     # Data: images alone
     with common.local_first():  # one process of a machine writes the index of .tar files
         images = pretraining_images(args)
-    steps = common.number_of_steps(args, len(images))
+    steps = common.number_of_steps(args, len(images), world)
     checkpoint = common.resume(args, len(images))
     start = checkpoint["step"] if checkpoint else 0
 
@@ -179,7 +178,7 @@ def main():
     if rank == 0:
         metrics, panel = look_at(args, model, samples, device)
         panel.save(os.path.join(args.out, "panel.png"))
-        common.write_json(os.path.join(args.out, "metrics.json"), {"step": steps, **metrics})
+        common.save(os.path.join(args.out, "metrics.json"), {"step": steps, **metrics})
 
 
 @torch.no_grad()

@@ -51,12 +51,11 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     rank, world, device = common.start_processes(args.device)
-    common.share(args.batch_size, world)
 
     # Data: images with a class
     with common.local_first():  # one process of a machine writes the index of .tar files
         images, names = classification_images(args)
-    steps = common.number_of_steps(args, len(images))
+    steps = common.number_of_steps(args, len(images), world)
     checkpoint = common.resume(args, len(images))
     start = checkpoint["step"] if checkpoint else 0
 
@@ -117,7 +116,7 @@ def main(argv=None):
                 scaler=scaler.state_dict(), args=vars(args), images=len(images), class_names=names))
     log.close()
     if rank == 0:
-        common.write_json(os.path.join(args.out, "metrics.json"), {"step": steps})
+        common.save(os.path.join(args.out, "metrics.json"), {"step": steps})
 
 
 if __name__ == "__main__":
