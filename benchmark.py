@@ -3,9 +3,9 @@
     python benchmark.py                              # some minutes on two cores
     python benchmark.py --only step data --peers --json speed.json
 
-Within a group the cases take turns, round after round, so that a machine that is slow for a while is slow for all of
-them; a line shows the fastest and the median round. Compare lines of one run, by their ratios. --peers:
-segmentation_models_pytorch's Unet("resnet50") of the same widths, and torchvision's usual pipeline.
+Within a group the cases take turns, round after round, so that a machine that is slow for a while is slow
+for all of them; a line shows the fastest and the median round. Compare lines of one run, by their ratios.
+--peers: segmentation_models_pytorch's Unet("resnet50") of the same widths, and torchvision's usual pipeline.
 """
 import argparse
 import json
@@ -18,7 +18,6 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,55 +32,48 @@ from evaluate import predict
 from model import build_unet, freeze
 from pretrain_decoder import add_noise
 
-GROUPS = ("ceiling", "step", "toy", "evaluate", "data")
-WIDTHS = (1024, 512, 256, 128, 64)
+GROUPS = ("step", "toy", "evaluate", "data")
 
 
-def measure(title, cases, rounds, device, ceiling=None):
-    """Print a line a case: {name: (function, images it takes)}, each timed once a round; returns their rows."""
-    seconds, rows = {name: [] for name in cases}, []
-    flops, memory = {}, {}
-    for name, (function, _) in cases.items():  # once to warm up, counted
+def measure(title, cases, rounds, device):
+    """Time each of {name: (function, images it takes)} once a round, print a line each, return their rows."""
+    def run(function):
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    rows = {}
+    for name, (function, images) in cases.items():  # once to warm up, counted
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with FlopCounterMode(display=False) as counter:
-            function()
-        flops[name] = counter.get_total_flops()
-        memory[name] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
-    for _ in range(rounds):
-        for name, (function, _) in cases.items():
-            started = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
+            run(function)
+        rows[name] = {"group": title, "name": name, "gflop": counter.get_total_flops() / images / 1e9}
+        if device.type == "cuda":
+            rows[name]["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    turns = [{name: images / run(function) for name, (function, images) in cases.items()}
+             for _ in range(rounds)]
     print(f"\n{title}: images a second, fastest and median round")
-    peer = min((min(seconds[name]) / cases[name][1] for name in cases if name.startswith("peer")), default=None)
-    for name, (_, images) in cases.items():
-        fastest = min(seconds[name])
-        row = {"group": title, "name": name, "fastest": images / fastest,
-               "median": images / statistics.median(seconds[name]), "gflops": flops[name] / fastest / 1e9}
-        line = f"  {name:44} {row['fastest']:9.3f} {row['median']:9.3f} {row['gflops']:9.1f} GFLOP/s"
+    peer = [max(turn[name] for turn in turns) for name in cases if name.startswith("peer")]
+    for name, row in rows.items():
+        speeds = [turn[name] for turn in turns]
+        row.update(fastest=max(speeds), median=statistics.median(speeds), gflops=row["gflop"] * max(speeds))
+        line = f"  {name:32} {row['fastest']:9.3f} {row['median']:9.3f} {row['gflops']:9.1f} GFLOP/s"
         if peer:
-            row["ratio"] = peer * row["fastest"]
+            row["ratio"] = max(speeds) / max(peer)
             line += f" {row['ratio']:6.2f} x the peer"
-        if ceiling:
-            line += f" {row['gflops'] / ceiling:5.0%} of the ceiling"
-        if memory[name]:
-            row["memory_gb"] = memory[name]
-            line += f" {memory[name]:6.1f} GB"
-        print(line, flush=True)
-        rows.append(row)
-    return rows
+        print(line + (f" {row['memory_gb']:6.1f} GB" if "memory_gb" in row else ""), flush=True)
+    return list(rows.values())
 
 
 def training_step(network, batch, size, device, precision):
-    """A function: one step of stage 2 on a frozen encoder, on the same pictures each time."""
+    """(one step of stage 2 on a frozen encoder, always on the same pictures; how many)."""
     freeze(network.encoder)
     network.to(device, memory_format=torch.channels_last).train()
     args = argparse.Namespace(gamma=[0.95], sigma=None)
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=1e-5)
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-5)
     images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
 
     def step():
@@ -96,21 +88,7 @@ def training_step(network, batch, size, device, precision):
 
 def peer_unet():
     from segmentation_models_pytorch import Unet
-    return Unet("resnet50", encoder_weights=None, classes=3, decoder_channels=WIDTHS)
-
-
-def ceiling(device, precision):
-    """The decoder's own 3x3 convolutions, forward: {name: (function, images)}."""
-    cases, batch = {}, 64 if device.type == "cuda" else 4
-    for channels, side in zip(WIDTHS, (14, 28, 56, 112, 224)):
-        x = torch.randn(batch, channels, side, side, device=device).contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(channels, channels, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
-
-        def convolve(x=x, weight=weight):
-            with torch.no_grad(), common.autocast(precision, device):
-                F.conv2d(x, weight, padding=1)
-        cases[f"{channels} channels, {side} x {side}"] = (convolve, batch)
-    return cases
+    return Unet("resnet50", encoder_weights=None, classes=3, decoder_channels=(1024, 512, 256, 128, 64))
 
 
 def evaluation(device, precision):
@@ -123,34 +101,33 @@ def evaluation(device, precision):
     def run():
         with common.autocast(precision, device):
             predict(network, x, flip=True, window=1024)
-    return {"1024 x 2048, two windows, flip": (run, 1)}
+    return run, 1
 
 
-def loading(folder, peers):
+def loading(folder, peers, count=64):
     """JPEGs of 500x375, crop and flip, on one core, from a folder and from a .tar."""
-    random, count = np.random.default_rng(1), 64
-    os.makedirs(f"{folder}/photos/n00000001")
+    random, photos = np.random.default_rng(1), f"{folder}/photos/n00000001"
+    os.makedirs(photos)
+    os.makedirs(f"{folder}/tars")
     for i in range(count):  # noise on a smooth ground, which a JPEG stores as a photograph's size
-        ground = Image.fromarray(random.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
+        ground = Image.fromarray(random.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((500, 375))
         noisy = np.asarray(ground) + random.normal(0, 12, (375, 500, 3))
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(f"{folder}/photos/n00000001/{i}.jpg", quality=90)
-    for name in ("n00000001", "n00000002"):
-        os.makedirs(f"{folder}/tars", exist_ok=True)
-        with tarfile.open(f"{folder}/tars/{name}.tar", "w") as tar:
-            tar.add(f"{folder}/photos/n00000001", ".")
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(f"{photos}/{i}.jpg", quality=90)
+    for half in (0, 1):  # two classes
+        with tarfile.open(f"{folder}/tars/n0000000{half}.tar", "w") as tar:
+            for i in range(half, count, 2):
+                tar.add(f"{photos}/{i}.jpg", f"{i}.jpg")
     torch.hub.set_dir(f"{folder}/hub")  # where the index of the .tar files goes
-    cases = {}
+    loaders = {}
     for name, data, root in (("from a folder", "folder", "photos"), ("from a .tar", "imagenet21k", "tars")):
         source = pretraining_images(argparse.Namespace(data=data, root=f"{folder}/{root}", images=None))
-        loader = DataLoader(Samples(source, pretraining_transform(224)),
-                            batch_sampler=Order(len(source), 16, count // 16))
-        cases[name] = (lambda loader=loader: sum(1 for _ in loader), count)
+        loaders[name] = DataLoader(Samples(source, pretraining_transform(224)),
+                                   batch_sampler=Order(count, 16, count // 16))
     if peers:
         usual = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
                                     transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
-        loader = DataLoader(ImageFolder(f"{folder}/photos", usual), 16, shuffle=True)
-        cases["peer: torchvision's ImageFolder"] = (lambda: sum(1 for _ in loader), count)
-    return cases
+        loaders["peer: torchvision's ImageFolder"] = DataLoader(ImageFolder(f"{folder}/photos", usual), 16)
+    return {name: (lambda loader=loader: list(loader), count) for name, loader in loaders.items()}
 
 
 def main():
@@ -163,24 +140,26 @@ def main():
     args = parser.parse_args()
     _, _, device = common.start_processes(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-    rows, highest = [], None
+    machine = (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+               f"{time.strftime('%Y-%m-%d')}")
     print(machine)
-    if "ceiling" in args.only:
-        rows += measure("Ceiling: the decoder's convolutions", ceiling(device, args.precision), args.rounds, device)
-        highest = max(row["gflops"] for row in rows)
-    for batch in ((2, 8, 64) if device.type == "cuda" else (2, 8)) if "step" in args.only else ():
-        networks = {"resnet50": build_unet("resnet50"), "hybrid": build_unet("hybrid"),
-                    **({"peer: smp, resnet50": peer_unet()} if args.peers else {})}
-        for network in networks.values():
-            network.compile() if args.compile else None
-        cases = {name: training_step(network, batch, 224, device, args.precision) for name, network in networks.items()}
-        rows += measure(f"Stage 2, 224 px, x1, batch {batch}", cases, args.rounds, device, highest)
+    groups = {}  # title: what makes its cases
+    if "step" in args.only:
+        for batch in (2, 8, 64) if device.type == "cuda" else (2, 8):
+            networks = {"resnet50": build_unet("resnet50"), "hybrid": build_unet("hybrid")}
+            if args.peers:
+                networks["peer: smp, resnet50"] = peer_unet()
+            for network in networks.values() if args.compile else ():
+                network.compile()
+            groups[f"Stage 2, 224 px, x1, batch {batch}"] = {
+                name: training_step(network, batch, 224, device, args.precision)
+                for name, network in networks.items()}
     if "toy" in args.only:
-        step = training_step(build_unet("hybrid-small", 1 / 4), 8, 64, device, args.precision)
-        rows += measure("Stage 2 on toy data", {"64 px, batch 8": step}, args.rounds, device)
+        toy = build_unet("hybrid-small", 1 / 4)
+        groups["Stage 2 on toy data"] = {"64 px, batch 8": training_step(toy, 8, 64, device, args.precision)}
     if "evaluate" in args.only:
-        rows += measure("Evaluation", evaluation(device, args.precision), args.rounds, device)
+        groups["Evaluation"] = {"1024 x 2048, windows, flip": evaluation(device, args.precision)}
+    rows = [row for title, cases in groups.items() for row in measure(title, cases, args.rounds, device)]
     if "data" in args.only:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:

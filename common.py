@@ -124,9 +124,9 @@ def add_device_flags(group):
 
 
 def agree(flag, asked, made, usual, source):
-    """The value of a flag: as asked or as the weights in `source` were made, which must agree; else the usual."""
+    """What was asked for, or what the weights in `source` were made with; they must agree. Else the usual."""
     if None not in (asked, made) and asked != made:
-        raise UserError(f"{flag} {asked}, but {source} was made with {made}; drop the flag or pass other weights")
+        raise UserError(f"{flag} {asked}, but {source} was made with {made}; drop the flag")
     return next(value for value in (asked, made, usual) if value is not None)
 
 
@@ -142,8 +142,8 @@ def start_processes(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs, expected one for each process of "
-                            "this machine; start fewer processes, or pass --device cpu")
+            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs, expected one a process; start "
+                            "fewer processes, or pass --device cpu")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
@@ -211,8 +211,8 @@ def require_finite(step, loss, norm, scaler):
     """UserError before a loss or gradient that is not finite reaches the weights. fp16's scaler skips a step
     with such a gradient and halves its scale; when that has come down to 1 no lower one will help."""
     if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)):
-        raise UserError(f"step {step}: the loss is {loss:g}, its gradient's norm {norm:g}; they did not reach "
-                        "the weights. Lower --lr, raise --warmup, or pass --precision fp32")
+        raise UserError(f"step {step}: the loss is {loss:g}, its gradient's norm {norm:g}; the weights "
+                        "are as before. Lower --lr, raise --warmup, or pass --precision fp32")
 
 
 def save(path, content):

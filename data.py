@@ -55,8 +55,8 @@ def read_image(file, name=None):
     name = name or file
     picture = open_picture(file, name)
     if picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise UserError(f"{name}: pixels of Pillow's mode {picture.mode}, expected 8 bits a channel; convert it "
-                        "with Image.fromarray(np.uint8(255 * (x - low) / (high - low))).save(...)")
+        raise UserError(f"{name}: Pillow's mode {picture.mode}, expected 8 bits a channel; convert it with "
+                        "Image.fromarray(np.uint8(255 * (x - low) / (high - low))).save(...)")
     picture = ImageOps.exif_transpose(picture).convert("RGB")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
@@ -94,8 +94,8 @@ def read_mask(path, values):
     if mask.min() < 0:
         wrong = int(found[mask < 0][0])
         wrong = (wrong >> 16, wrong >> 8 & 255, wrong & 255) if colours else wrong
-        raise UserError(f"{path}: mask value {wrong}, expected {', '.join(map(str, values))}, those of the data "
-                        "set or of classes.txt")
+        raise UserError(f"{path}: mask value {wrong}, expected those of the data set or of classes.txt: "
+                        f"{', '.join(map(str, values))}")
     return torch.from_numpy(mask.astype(np.uint8))
 
 

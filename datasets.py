@@ -72,8 +72,8 @@ PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "
 class Source:
     """Pictures by number: len(source), source.name(i), source.read(i) -> {"image", "mask" or "label"}.
 
-    rows: a list, or for millions an array: str would take gigabytes in every process. name_of, read_row: of one
-    row. note: what was found.
+    rows: a list, or for millions an array: str would take gigabytes in every process. name_of, read_row: of
+    one row. note: what was found.
     """
 
     def __init__(self, rows, name_of, read_row, note=""):
@@ -92,7 +92,7 @@ class Source:
         return Source([self.rows[i] for i in chosen], self.name_of, self.read_row, self.note)
 
 
-WRAP = {"image": tv_tensors.Image, "mask": tv_tensors.Mask, "label": int}  # as torchvision's transforms want them
+WRAP = {"image": tv_tensors.Image, "mask": tv_tensors.Mask, "label": int}  # for torchvision's transforms
 draw = cache(shapes.draw)
 
 
@@ -139,8 +139,8 @@ def read_pair(root, values, row):
     image_path, mask_path = (os.path.join(root, path) for path in row)
     image, mask = read_image(image_path), read_mask(mask_path, values)
     if image.shape[1:] != mask.shape:
-        raise UserError(f"{mask_path}: {tuple(mask.shape)} (H, W), but {image_path} is {tuple(image.shape[1:])}; "
-                        "expected one size")
+        raise UserError(f"{mask_path}: {tuple(mask.shape)} (H, W), expected {tuple(image.shape[1:])} as "
+                        f"{image_path}")
     return {"image": image, "mask": mask}
 
 
@@ -191,27 +191,32 @@ def find(root, pattern):
 
 
 def select(list_file, found):
-    """The keys of `found` that a text file selects, a line each: by the path of a picture or what `*` stands for.
-    The first word counts: published lists hold pairs."""
-    by_name = {**{unicodedata.normalize("NFC", path): key for key, path in found.items()}, **{k: k for k in found}}
+    """The keys of `found` that a text file selects, a line each: by the path of an image or what `*` stands
+    for. The first word counts: published lists hold pairs."""
+    by_name = {unicodedata.normalize("NFC", path): key for key, path in found.items()}
+    by_name.update(zip(found, found))
     chosen = {}
     for number, line in enumerate(read_lines(list_file), start=1):
         words = line, line.split("\t")[0], line.split()[0]  # a name may hold spaces
         words = [unicodedata.normalize("NFC", word.lstrip("/")) for word in words]
         key = next((by_name[word] for word in words if word in by_name), None)
         if key is None or key in chosen:
-            raise UserError(f"{list_file}, line {number}: {line!r} "
-                            f"{'is no image of the data' if key is None else 'stands there twice'}; expected paths "
-                            "below --root, or what * stands for in --images")
+            raise UserError(f"{list_file}, line {number}: {line!r} {'twice' if key else 'is no image'}; "
+                            "expected paths below --root, or what * stands for in --images")
         chosen[key] = line
     return list(chosen)
+
+
+CLASSES_TXT = ("expected a line for each of 2 to 255 classes, all `name` (line n is mask value n, from 0), "
+               "all `value name` or all `R G B name`, each value from 0 to 255 and once")
 
 
 def read_lines(path):
     try:
         text = Path(path).read_text("utf-8-sig", "surrogateescape")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a text file") from None
+        more = f"; {CLASSES_TXT}" if str(path).endswith("classes.txt") else ""
+        raise UserError(f"{path}: cannot be read ({error.strerror}){more}") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
@@ -252,10 +257,12 @@ def pretraining_images(args):
 
 
 def classification_images(args):
-    """(source, class names) of stage 1: class folders or ImageNet-21k's .tar files, in root or in root/train."""
+    """(source, class names) of stage 1: class folders or ImageNet-21k's .tar files, in root or root/train."""
     if args.data == "shapes":
         return toy("encoder_train"), list(shapes.CLASSES[1:])
-    root = home(args, ("train", ""), "") if os.path.isdir(os.path.join(args.root or "", "train")) else home(args, ("",), "")
+    root = home(args, ("",), "")
+    if os.path.isdir(os.path.join(root, "train")):
+        root = os.path.join(root, "train")
     tars = sorted(glob(os.path.join(escape(root), "*.tar")))
     if tars and args.data == "imagenet21k":
         names, rows = [Path(tar).stem for tar in tars], tar_members(tars)
@@ -264,8 +271,8 @@ def classification_images(args):
     else:
         source, names = listed(root, [args.images or "*"])
     if len(names) < 2 or any(name == "." or name.lower() in PARTS for name in names):
-        raise UserError(f"{root}: its pictures lie in {', '.join(names[:8])}; expected a folder for each of two or "
-                        "more classes, and no parts of a data set among them; pass --root with that folder")
+        raise UserError(f"{root}: its pictures lie in {', '.join(names[:8])}; expected a folder for each "
+                        "of two or more classes, and no parts of a data set; pass --root with those")
     return source, names
 
 
@@ -285,16 +292,17 @@ def listed(root, patterns):
     number = {name: i for i, name in enumerate(sorted(counts))}
     paths = np.concatenate([paths for _, paths in found])
     rows = np.empty(len(paths), [("path", paths.dtype), ("label", np.int32)])
-    rows["path"], rows["label"] = paths, np.repeat([number[name] for name, _ in found], [len(p) for _, p in found])
-    shown = ", ".join(f"{name} {count}" for name, count in counts.most_common(8)) + ", ..." * (len(counts) > 8)
-    note = f"{len(rows)} pictures in {root} ({shown})"
+    rows["path"] = paths
+    rows["label"] = np.repeat([number[name] for name, _ in found], [len(paths) for _, paths in found])
+    shown = ", ".join(f"{name} {count}" for name, count in counts.most_common(8))
+    note = f"{len(rows)} pictures in {root} ({shown}{', ...' * (len(counts) > 8)})"
     if left:
         note += f"; left out {len(left)} other files or links that lead nowhere, such as {left[0]}"
     return Source(rows, file_name, partial(read_file, root), note), list(number)
 
 
 def tar_members(tars):
-    """The pictures in .tar files: records (tar, offset, size), listed once into torch.hub's cache, and mapped."""
+    """The pictures in .tar files, mapped records (tar, offset, size): listed once, into torch.hub's cache."""
     known = repr([(os.path.basename(tar), os.path.getsize(tar)) for tar in tars]).encode()
     path = os.path.join(torch.hub.get_dir(), f"tars_{hashlib.sha256(known).hexdigest()[:16]}.npy")
     record = [("tar", "<i4"), ("offset", "<i8"), ("size", "<i8")]
@@ -302,8 +310,8 @@ def tar_members(tars):
     def list_one(number):
         try:
             with tarfile.open(tars[number], "r:") as tar:
-                rows = [(number, member.offset_data, member.size) for member in tar if member.isreg()
-                        and member.name.lower().endswith(PICTURES) and os.path.basename(member.name)[0] != "."]
+                rows = [(number, member.offset_data, member.size) for member in tar if member.isreg() and
+                        member.name.lower().endswith(PICTURES) and os.path.basename(member.name)[0] != "."]
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
                     raise tarfile.ReadError("its end is missing")
@@ -325,10 +333,9 @@ def tar_members(tars):
 
 
 class Classes(NamedTuple):
-    """names and colours (R, G, B) of the classes; values: {mask value or (R, G, B): class index or IGNORE}."""
     names: list
-    colours: list
-    values: dict
+    colours: list  # (R, G, B)
+    values: dict   # {mask value or (R, G, B): class index or IGNORE}
 
 
 def classes_of(args):
@@ -349,20 +356,17 @@ def classes_of(args):
 
 
 def own_classes(path):
-    """Classes of a text file whose lines are all `name` (line n is value n, 255 is ignored), all `value name` or
-    all `R G B name`. Lines with one name are one class; "ignore" is ignored."""
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file; write a line for each class: `name` (line n is mask value n, from "
-                        "0), `value name` or `R G B name`")
+    """Classes of a text file whose lines are all `name` (line n is value n, from 0, and 255 is ignored), all
+    `value name` or all `R G B name`. Lines with one name are one class; "ignore" is ignored."""
     lines = [line.split() for line in read_lines(path)]
-    count = next(n for n in (3, 1, 0) if all(len(words) > n and all(map(str.isdecimal, words[:n])) for words in lines))
+    count = next(n for n in (3, 1, 0)
+                 if all(len(words) > n and all(map(str.isdecimal, words[:n])) for words in lines))
     keys = [tuple(map(int, words[:count])) if count else (i,) for i, words in enumerate(lines)]
     named = [" ".join(words[count:]) for words in lines]
     names = [name for name in dict.fromkeys(named) if name != "ignore"]
     wrong = [name for name in named if name[0] in "-+.0123456789"]  # `1: sky`, or lines of two forms
     if wrong or len(set(keys)) < len(keys) or not 2 <= len(names) <= 255 or max(map(max, keys)) > 255:
-        raise UserError(f"{path}: {wrong[0] if wrong else 'its lines'}: expected 2 to 255 classes, all lines `name`, "
-                        "`value name` or `R G B name`, in whole numbers from 0 to 255, each once")
+        raise UserError(f"{path}: {wrong[0] if wrong else f'{len(names)} classes'}; {CLASSES_TXT}")
     colours = [keys[named.index(name)] for name in names] if count == 3 else palette(len(names))
     classes = [IGNORE if name == "ignore" else names.index(name) for name in named]
     values = dict(zip(keys if count == 3 else (key[0] for key in keys), classes))
@@ -381,7 +385,8 @@ def labelled(args, part, classes):
         return toy(part)
     row = DATA_SETS[args.data]
     images, masks = args.images or row.images, args.masks or row.masks
-    root, words = home(args, row.places, folder_of(masks)), dict(zip(("train", "val", "test"), (*row.words, "test")))
+    root, words = home(args, row.places, folder_of(masks)), {"train": row.words[0], "val": row.words[1]}
+    words["test"] = "test"
     list_file = {"train": args.train_list, "val": args.val_list}.get(part)
     if list_file is None and row.lists:
         list_file = os.path.join(root, row.lists.replace("{part}", part))
@@ -394,19 +399,18 @@ def labelled(args, part, classes):
         matches, others = find(root, images.replace("{part}", words[p]))
         found, left = {**found, **matches}, left + others
         with_mask.update(find(root, masks.replace("{part}", words[p]))[0])
+    keys = list(found) if list_file is None else select(list_file, found)
+    alone = [found[key] for key in keys if key not in with_mask]
     if list_file is None:
-        keys, masks_there = list(found), set(with_mask.values())
-        alone = [path for key, path in with_mask.items() if key not in found] + [
-            path for path in left if path not in masks_there and (images[-1] == "*" or path.lower().endswith(PICTURES))]
-    else:
-        keys, alone = select(list_file, found), []
-    alone += [found[key] for key in keys if key not in with_mask]
+        alone += [path for key, path in with_mask.items() if key not in found]
+        left = set(left) - set(with_mask.values())  # of these, what may be an image
+        alone += sorted(path for path in left if images[-1] == "*" or path.lower().endswith(PICTURES))
     if alone or not keys:
-        raise UserError(f"{os.path.join(root, *alone[:1])}: {len(alone)} files have no partner, this one first; "
-                        f"expected pairs {images} and {masks}, equal in place of *; mend that, or pass --images and "
-                        "--masks")
-    official = row.counts[part == "val"]
-    note = f"{len(keys)} pairs" + (f" (the official set has {official})" if official not in (0, len(keys)) else "")
+        raise UserError(f"{os.path.join(root, *alone[:1])}: {len(alone)} files without a partner; expected "
+                        f"pairs {images} and {masks}, equal in place of *: see --images and --masks")
+    note, official = f"{len(keys)} pairs", row.counts[part == "val"]
+    if official not in (0, len(keys)):
+        note += f" (the official set has {official})"
     rows = [(found[key], with_mask[key]) for key in keys]
     return Source(rows, pair_name, partial(read_pair, root, classes.values), note)
 
@@ -415,8 +419,8 @@ def training_and_validation(args, classes):
     """(train, val or None): what --train-list, --val-list, --val-fraction and --labels make of the data."""
     train, val = labelled(args, "train", classes), labelled(args, "val", classes)
     if train is None:
-        raise UserError(f"{args.root}: no training images; expected images/train and masks/train, or --images and "
-                        "--masks with your patterns")
+        raise UserError(f"{args.root}: no training images; expected images/train and masks/train, or "
+                        "patterns in --images and --masks")
     if args.val_fraction is not None:
         ranked, count = ranking(train, "validation"), round(args.val_fraction * len(train))
         if val is not None or not 0 < count < len(train):
@@ -425,7 +429,7 @@ def training_and_validation(args, classes):
         train, val = train.subset(sorted(ranked[count:])), train.subset(sorted(ranked[:count]))
     both = {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val or []))}
     if both:
-        raise UserError(f"{min(both)} is a training and a validation image; expected lists without a common line")
+        raise UserError(f"{min(both)}: both a training and a validation image; expected lists that differ")
     if args.labels is not None:
         if args.labels > len(train):
             raise UserError(f"--labels {args.labels}: there are {len(train)} labelled images")
@@ -434,16 +438,16 @@ def training_and_validation(args, classes):
 
 
 def ranking(source, seed):
-    """The indices of a source by a hash of seed and name: subsets of one seed are nested, in whatever order the
-    files are found. PAPER SILENT on how subsets are drawn."""
+    """The indices of a source by a hash of seed and name: subsets of one seed are nested. PAPER SILENT on how
+    they are drawn."""
     def key(i):
         return hashlib.sha256(f"{seed}/{source.name(i)}".encode("utf-8", "surrogateescape")).digest()
     return sorted(range(len(source)), key=key)
 
 
 def survey(source, classes, crop_size):
-    """Read all masks of own data; lines on the share of each class. UserError for a value that is not listed, for
-    fewer than two classes, and for palettes of which each file has its own."""
+    """Read all masks of own data: lines on the share of each class. UserError for a value that is not listed,
+    for fewer than two classes, and for palettes of which each file has its own."""
     root, values = source.read_row.args
 
     def look(row):
@@ -460,15 +464,15 @@ def survey(source, classes, crop_size):
             pixels, largest = pixels + counts, max(largest, size)
             for value, colour in coloured.items():
                 if first.setdefault(value, (colour, path))[0] != colour:
-                    raise UserError(f"{path}: value {value} is {colour} in its palette, and {first[value][0]} in "
-                                    f"{first[value][1]}; write `R G B name` lines to classes.txt to read colours")
+                    raise UserError(f"{path}: value {value} is {colour} in its palette, {first[value][0]} in "
+                                    f"{first[value][1]}; write `R G B name` lines to classes.txt")
     counts, width = pixels[[*range(len(classes.names)), IGNORE]], max(map(len, classes.names))
     if (counts[:-1] > 0).sum() < 2:
-        raise UserError(f"{root}: the masks hold fewer than two classes of {', '.join(classes.names[:8])}; mend "
+        raise UserError(f"{root}: the masks hold fewer than two of {', '.join(classes.names[:8])}; mend "
                         "classes.txt")
     lines = [f"{name:{width}} {count / pixels.sum():8.2%} of the pixels"
              for name, count in zip([*classes.names, "ignored"], counts)]
     if largest < crop_size:
-        lines.append(f"no picture is larger than {largest} pixels, the rest of each crop of {crop_size} is padding; "
-                     f"pass --crop-size {largest}")
+        lines.append(f"no picture is larger than {largest} pixels, the rest of a crop of {crop_size} is "
+                     f"padding: pass --crop-size {largest}")
     return "\n".join(lines)

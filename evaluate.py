@@ -2,11 +2,11 @@
 
     python evaluate.py --checkpoint runs/shapes/finetune/last.pt                # its own validation images
     python evaluate.py --checkpoint last.pt --root elsewhere                    # ... which lie elsewhere now
-    python evaluate.py --checkpoint last.pt --data folder --root other_data     # other images with masks
+    python evaluate.py --checkpoint last.pt --data folder --root other          # other images with masks
     python evaluate.py --checkpoint last.pt --data folder --root photos --save-predictions out   # without
     torchrun --nproc_per_node=8 evaluate.py --checkpoint last.pt --flip --scales 0.5 0.75 1 1.25 1.5 1.75
 
-In: a checkpoint of finetune.py. Out: metrics.json in --out (fractions of 1); in the folder of --save-predictions
+In: a checkpoint of finetune.py. Out: metrics.json in --out (fractions of 1); in --save-predictions DIR
 index/, PNGs in the values of the training masks, and overlay/, their colours over the images.
 
 ONE confusion matrix counts the pixels of all images, without those of value 255. Per class IoU = TP / (TP +
@@ -44,16 +44,16 @@ def confusion_matrix(prediction, truth, num_classes):
 def scores(confusion, names):
     """IoU, accuracy (TP / (TP + FN)) and Dice by class, their means, pixel accuracy; from 0 to 1.
 
-    None for a class that does not occur; a mean is over those that do, in the truth or in a prediction. The
-    accuracy of a class that is not in the truth is 0.
+    None for a class that does not occur; a mean is over those that do, in the truth or in a prediction.
     """
     confusion = confusion.double()
     hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
     occurs = truth + predicted > 0
     found = {"pixel_accuracy": (hits.sum() / confusion.sum()).item() if occurs.any() else None}
-    for name, values in (("iou", hits / (truth + predicted - hits)), ("accuracy", hits / truth.clamp(min=1)),
-                         ("dice", 2 * hits / (truth + predicted))):
-        found["miou" if name == "iou" else f"mean_{name}"] = values[occurs].mean().item() if occurs.any() else None
+    for name, mean, values in (("iou", "miou", hits / (truth + predicted - hits)),
+                               ("accuracy", "mean_accuracy", hits / truth.clamp(min=1)),
+                               ("dice", "mean_dice", 2 * hits / (truth + predicted))):
+        found[mean] = values[occurs].mean().item() if occurs.any() else None
         found[name] = {key: value if there else None
                        for key, value, there in zip(names, values.tolist(), occurs.tolist())}
     return found
@@ -61,12 +61,13 @@ def scores(confusion, names):
 
 def as_text(metrics):
     """The scores as a table, in percent."""
-    rows = [(name, [metrics[column][name] for column in ("iou", "accuracy", "dice")]) for name in metrics["iou"]]
-    rows.append(("mean (mIoU)", [metrics["miou"], metrics["mean_accuracy"], metrics["mean_dice"]]))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:{width}}" + "".join(f"{'-':>11}" if v is None else f"{100 * v:11.2f}" for v in values)
-             for name, values in rows]
-    return "\n".join([f"{'class':{width}}      IoU %   accuracy       Dice", *lines])
+    rows = [(name, *(metrics[score][name] for score in ("iou", "accuracy", "dice")))
+            for name in metrics["iou"]]
+    rows.append(("mean (mIoU)", metrics["miou"], metrics["mean_accuracy"], metrics["mean_dice"]))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name:{width}}" + "".join(f"{'-' if v is None else f'{100 * v:.2f}':>10}" for v in values)
+             for name, *values in rows]
+    return "\n".join([f"{'class':{width}}     IoU %  accuracy      Dice", *lines])
 
 
 # ---------------------------------------- Predictions
@@ -75,7 +76,7 @@ def as_text(metrics):
 def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
     """Logits of images x (B, 3, H, W) in [-1, 1], averaged over scales and mirror images (5.1): (B, C, H, W).
 
-    The logits of other scales are brought to the size of x (bilinear). window, stride: see windows. PAPER
+    The logits of other scales are brought to the size of x (bilinear). window, stride: see in_windows. PAPER
     SILENT on logits or probabilities ("average the results").
     """
     total = 0
@@ -83,28 +84,28 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
         size = [max(1, round(scale * side)) for side in x.shape[-2:]]
         scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", antialias=True)
         for mirrored in (False, True)[:1 + flip]:
-            logits = windows(model, scaled.flip(3) if mirrored else scaled, window, stride or window)
+            logits = in_windows(model, scaled.flip(3) if mirrored else scaled, window, stride or window)
             logits = logits.flip(3) if mirrored else logits
             total = total + (logits if scale == 1 else F.interpolate(logits, x.shape[-2:], mode="bilinear"))
     return total / (len(scales) * (1 + flip))
 
 
-def windows(model, x, window, stride):
-    """Float32 logits of x, window by window of this side, every `stride` pixels, the last ones at the edges;
-    where they overlap their mean. Window 0: the whole image. 1024 on 1024x2048 are the two patches of 5.1."""
+def in_windows(model, x, window, stride):
+    """Float32 logits of x, window by window of this side, every `stride` pixels, the last ones at the edges,
+    and their mean where they overlap. 0: the whole image. 1024 on 1024x2048 are the two patches of 5.1."""
     height, width = x.shape[-2:]
     if not window or window >= max(height, width):
         return model(x).float()
-    tops = [*range(0, max(1, height - window), stride), max(0, height - window)]
-    lefts = [*range(0, max(1, width - window), stride), max(0, width - window)]
+    tops, lefts = ({*range(0, max(1, side - window), stride), max(0, side - window)}
+                   for side in (height, width))
     total, count = 0, torch.zeros(height, width, device=x.device)
-    for top in dict.fromkeys(tops):
-        for left in dict.fromkeys(lefts):
-            part = slice(top, top + window), slice(left, left + window)
-            logits = model(x[(..., *part)]).float()
+    for top in tops:
+        for left in lefts:
+            part = ..., slice(top, top + window), slice(left, left + window)
+            logits = model(x[part]).float()
             if isinstance(total, int):
                 total = logits.new_zeros(*logits.shape[:2], height, width)
-            total[(..., *part)] += logits
+            total[part] += logits
             count[part] += 1
     return total / count
 
@@ -121,25 +122,24 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
     indices = range(rank, len(source), world)
     loader = DataLoader(Samples(source, v2.Identity()), batch_size=1, sampler=[(0, i) for i in indices],
                         num_workers=workers)
-    for index, batch in zip(indices, tqdm(loader, unit="image", disable=rank > 0, delay=5, dynamic_ncols=True,
-                                          mininterval=0.1 if sys.stderr.isatty() else 60)):
+    bar = tqdm(loader, unit="image", disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)
+    for index, batch in zip(indices, bar):
         with common.autocast(precision, device):
             logits = predict(model, to_pixels(batch["image"].to(device)), **how)[0]  # (C, H, W)
         if not logits.isfinite().all():  # argmax of NaN is class 0
-            raise UserError(f"{source.name(index)}: the network's logits are not finite; its weights are of no use, "
-                            "or pass --precision fp32")
+            raise UserError(f"{source.name(index)}: the logits are not finite; train anew, or pass "
+                            "--precision fp32")
         prediction = logits.argmax(0)
         if "mask" in batch:
             confusion += confusion_matrix(prediction, batch["mask"][0].to(device), len(names))
         if write:
             write(index, batch["image"][0], prediction.byte().cpu())
-    confusion = common.total(confusion).cpu()
-    return {**scores(confusion, names), "images": len(source)}
+    return {**scores(common.total(confusion).cpu(), names), "images": len(source)}
 
 
 def protocol(data, encoder, crop_size):
-    """How a network is evaluated (5.1): arguments of predict. Table 7: a ResNet-50 at one scale. PAPER SILENT on the
-    windows of other sets than Cityscapes: of the size of the training crops."""
+    """How a network is evaluated (5.1): arguments of predict. Table 7: a ResNet-50 at one scale. PAPER SILENT
+    on the windows of other sets than Cityscapes: of the size of the training crops."""
     if data == "shapes":
         return dict(scales=(1.0,), flip=False, window=0)
     scales = (1.0,) if encoder == "resnet50" else datasets.DATA_SETS[data].scales
@@ -151,17 +151,17 @@ def writer(folder, source, classes):
     stems = [os.path.splitext(source.name(i))[0] for i in range(len(source))]
     if len(set(stems)) < len(stems):  # a.png beside a.jpg
         stems = [source.name(i) for i in range(len(source))]
-    value_of = {k: value for value, k in reversed(classes.values.items()) if k != IGNORE}  # the first one
-    in_colours = isinstance(next(iter(value_of.values())), tuple)
-    palette = np.zeros((256, 3), np.uint8)
+    value_of = {k: value for value, k in reversed(classes.values.items())}  # the first one of each class
+    in_colours = isinstance(value_of[0], tuple)
     table = np.array([k if in_colours else value_of[k] for k in range(len(classes.names))], np.uint8)
+    palette = np.zeros((256, 3), np.uint8)
     palette[table] = classes.colours
 
     def write(index, image, prediction):
-        masks = Image.fromarray(table[prediction.numpy()])
-        masks.putpalette(palette.tobytes())
+        mask = Image.fromarray(table[prediction.numpy()])
+        mask.putpalette(palette.tobytes())
         overlay = image.permute(1, 2, 0).numpy() // 2 + colour_mask(prediction, classes.colours) // 2
-        for kind, picture in (("index", masks), ("overlay", Image.fromarray(overlay))):
+        for kind, picture in (("index", mask), ("overlay", Image.fromarray(overlay))):
             below = os.path.relpath(os.path.join("/", stems[index]), "/")  # a name may begin with ../
             path = os.path.join(folder, kind, f"{below}.png")
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -175,18 +175,18 @@ def writer(folder, source, classes):
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
     parser.add_argument("--checkpoint", metavar="PATH", required=True, help="last.pt of finetune.py")
-    group = parser.add_argument_group("data (default: what the checkpoint was validated on)")
+    group = parser.add_argument_group("data (what the checkpoint was validated on)")
     common.add_data_flags(group, datasets.LABELLED, default=None)
-    group.add_argument("--masks", metavar="PATTERN", help='where the masks are, such as "labels/*_mask.png"')
-    group.add_argument("--split", choices=("train", "val", "test"), default="val", help="which part (%(default)s)")
+    group.add_argument("--masks", metavar="PATTERN", help='masks below --root, such as "labels/*_mask.png"')
+    group.add_argument("--split", choices=("train", "val", "test"), default="val", help="which part (val)")
     group.add_argument("--list", metavar="FILE", help="text file that selects images, one a line")
-    group = parser.add_argument_group("method (default: the protocol of the data set, §5.1)")
+    group = parser.add_argument_group("method (the protocol of the data set, §5.1)")
     group.add_argument("--scales", type=common.number(float, 0.01), nargs="+", help="to average over")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
     group.add_argument("--window", type=common.number(int, 0), help="side of the windows; 0: the whole image")
     group.add_argument("--stride", type=common.number(int, 1), help="step of the windows (their side)")
     group = parser.add_argument_group("machine")
-    group.add_argument("--out", metavar="DIR", help="folder of metrics.json (evaluate_SPLIT beside the checkpoint)")
+    group.add_argument("--out", metavar="DIR", help="of metrics.json (evaluate_SPLIT beside the checkpoint)")
     group.add_argument("--save-predictions", metavar="DIR", help="write predictions there; needs no masks")
     common.add_device_flags(group)
     return parser.parse({"paper": {"workers": common.default_workers()}}, argv)
@@ -194,9 +194,10 @@ def parse_arguments(argv=None):
 
 def choose_source(args, trained, classes):
     """(images to predict, whether they have masks): of --data, or of the flags that the training had."""
-    flags = dict(images=None, masks=None, train_list=None, val_list=None, val_fraction=None)
+    known = trained if args.data is None else {"root": None}
     given = {name: value for name, value in vars(args).items() if value is not None}
-    flags = argparse.Namespace(**{**flags, **(trained if args.data is None else {"root": None}), **given})
+    flags = argparse.Namespace(**{"images": None, "masks": None, "train_list": None, "val_list": args.list,
+                                  "val_fraction": None, **known, "labels": None, **given})
     part = args.split
     if args.data is not None:
         folder = datasets.folder_of(args.masks or datasets.DATA_SETS["folder"].masks)
@@ -205,14 +206,13 @@ def choose_source(args, trained, classes):
         if args.data != "folder" or os.path.exists(os.path.join(args.root, "classes.txt")):
             own = datasets.classes_of(flags)  # the same classes may have other mask values there
             if own.names != classes.names:
-                raise UserError(f"--data {args.data} has the classes {', '.join(own.names[:4])} ..., the checkpoint "
-                                f"{', '.join(classes.names[:4])} ...; pass data with the classes of the training")
+                raise UserError(f"--data {args.data}: classes {', '.join(own.names[:4])} ..., expected those "
+                                f"of the training, {', '.join(classes.names[:4])} ...")
             classes = own
         part = part if "{part}" in (args.images or "{part}") else "train"  # one folder: all of it
     if args.list is not None:
         flags.val_list, flags.val_fraction, part = args.list, None, "val"
     if flags.val_fraction is not None and part != "test":
-        flags.labels = None
         source = datasets.training_and_validation(flags, classes)[part == "val"]
     else:
         source = datasets.labelled(flags, part, classes)
@@ -227,14 +227,14 @@ def main():
     try:
         checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
         trained, names = checkpoint["args"], checkpoint["class_names"]
+        model = unet_of(checkpoint).to(device, memory_format=torch.channels_last)
     except Exception as error:  # of many kinds
-        raise UserError(f"{args.checkpoint}: not a checkpoint of finetune.py ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0]})") from None
+        raise UserError(f"{args.checkpoint}: expected a checkpoint of finetune.py ({type(error).__name__}: "
+                        f"{str(error).partition(chr(10))[0]})") from None
     if "mask_values" in checkpoint:
         classes = datasets.Classes(names, checkpoint["class_colours"], checkpoint["mask_values"])
     else:  # of an earlier version
         classes = datasets.classes_of(argparse.Namespace(**{"masks": None, **trained}))
-    model = unet_of(checkpoint).to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
 
@@ -249,11 +249,11 @@ def main():
     write = writer(args.save_predictions, source, classes) if args.save_predictions else None
     metrics = evaluate(model, source, names, device, rank, world, args.precision, args.workers, write, **how)
     if has_masks:
-        out = args.out or os.path.join(os.path.dirname(args.checkpoint), f"evaluate_{args.split}")
         say(as_text(metrics), rank)
-        if rank == 0:
-            os.makedirs(out, exist_ok=True)
-            common.save(os.path.join(out, "metrics.json"), metrics)
+    if has_masks and rank == 0:
+        out = args.out or os.path.join(os.path.dirname(args.checkpoint), f"evaluate_{args.split}")
+        os.makedirs(out, exist_ok=True)
+        common.save(os.path.join(out, "metrics.json"), metrics)
 
 
 if __name__ == "__main__":

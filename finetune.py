@@ -30,11 +30,11 @@ from model import ENCODERS, build_unet, load_weights, read_weights, unet_of, use
 from pictures import colour_mask, table
 
 # 5.1 sweeps lr and weight_decay over [1e-5, 3e-4]. PAPER SILENT on what won, on batch size and steps.
-PAPER = dict(steps=10_000, batch_size=16, micro_batch=4, lr=1e-4, warmup=0.0, weight_decay=1e-4, crop_size=512,
-             workers=common.default_workers(), save_every=500)
+PAPER = dict(steps=10_000, batch_size=16, micro_batch=4, lr=1e-4, warmup=0.0, weight_decay=1e-4,
+             crop_size=512, workers=common.default_workers(), save_every=500)
 RECIPES = {
-    "shapes": dict(steps=250, batch_size=8, micro_batch=8, lr=2e-3, warmup=0.04, weight_decay=0.0, crop_size=64,
-                   min_area=0.5, workers=0, save_every=125),
+    "shapes": dict(steps=250, batch_size=8, micro_batch=8, lr=2e-3, warmup=0.04, weight_decay=0.0,
+                   crop_size=64, min_area=0.5, workers=0, save_every=125),
     "paper": PAPER,
     "cityscapes": {**PAPER, "crop_size": DATA_SETS["cityscapes"].crop_size, "micro_batch": 2},
 }
@@ -44,8 +44,8 @@ def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
     group = parser.add_argument_group("method")
     add = group.add_argument
-    add("--init", default="none", metavar="PATH", help="a path, imagenet21k, imagenet1k or none (%(default)s)")
-    add("--encoder", choices=ENCODERS, help="the encoder (that of --init, else hybrid; shapes: hybrid-small)")
+    add("--init", default="none", metavar="PATH", help="a path, imagenet21k, imagenet1k or none (none)")
+    add("--encoder", choices=ENCODERS, help="(that of --init, else hybrid; shapes: hybrid-small)")
     add("--width", type=common.number(float, 1 / 64),
         help="decoder of [1024, 512, 256, 128, 64] * W (that of --init, else 1; shapes: 1/4; §4.3)")
     add("--labels", type=common.number(int, 1), help="how many labelled images, drawn by --seed (all)")
@@ -55,7 +55,7 @@ def parse_arguments(argv=None):
     add("--masks", metavar="PATTERN", help='where the masks are, such as "labels/*_mask.png"')
     add("--train-list", metavar="FILE", help="text file that selects training images, one a line")
     add("--val-list", metavar="FILE", help="the same for validation")
-    add("--val-fraction", type=common.number(float, 0, 1), help="hold out this share of the images for validation")
+    add("--val-fraction", type=common.number(float, 0, 1), help="hold out this share for validation")
     add("--crop-size", type=common.number(int, 32), help="side of the crops (%(default)s; §5.1)")
     add("--min-area", type=common.number(float, 0, 1),
         help="inception-style crops (§6) of at least this share of the image, instead of windows (§5.1)")
@@ -71,9 +71,10 @@ def new_network(args, classes):
     source, toy = args.init, args.data == "shapes"
     with common.local_first(), common.users_mistakes():
         state, made_with = read_weights(source) if source != "none" else ({}, {})
+    usual_encoder, usual_width = ("hybrid-small", 1 / 4) if toy else ("hybrid", 1.0)
     model_args = dict(
-        encoder=common.agree("--encoder", args.encoder, made_with.get("encoder"), "hybrid-small" if toy else "hybrid", source),
-        width=common.agree("--width", args.width, made_with.get("width"), 1 / 4 if toy else 1.0, source),
+        encoder=common.agree("--encoder", args.encoder, made_with.get("encoder"), usual_encoder, source),
+        width=common.agree("--width", args.width, made_with.get("width"), usual_width, source),
         out_channels=len(classes.names), condition_on_gamma=made_with.get("condition_on_gamma", False),
         image_size=made_with.get("image_size"))
     model = build_unet(**model_args)
@@ -83,7 +84,6 @@ def new_network(args, classes):
         fresh = () if same_classes else ("decoder.head.",) if has_decoder else ("decoder.",)
         with common.users_mistakes():
             load_weights(model, state, source, fresh)
-        say(f"{source}: its encoder{' and decoder' * has_decoder}; fresh: {fresh or 'nothing'}", int(os.environ.get("RANK", 0)))
     return model, model_args
 
 
@@ -102,7 +102,10 @@ def main():
 
     # Model: everything trains (section 2)
     torch.manual_seed(args.seed)
-    model, model_args = (unet_of(checkpoint), checkpoint["model_args"]) if checkpoint else new_network(args, classes)
+    if checkpoint:
+        model, model_args = unet_of(checkpoint), checkpoint["model_args"]
+    else:
+        model, model_args = new_network(args, classes)
     if args.init == "none":
         use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
     model.to(device, memory_format=torch.channels_last).train()
@@ -119,10 +122,11 @@ def main():
 
     samples = Samples(train, segmentation_transform(args.crop_size, args.min_area), args.seed)
     order = Order(len(train), args.batch_size, steps, args.seed, start, rank, world)
-    loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
+                        pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
-    say(f"stage 3: {model_args}, {train.note}, {len(train)} to train on and {len(val) if val else 0} to validate on, steps "
-        f"{start} to {steps}, {world} x {device}", rank)
+    say(f"stage 3: --init {args.init}, {model_args}, {train.note}: {len(train)} to train on, "
+        f"{len(val or [])} to validate on, steps {start} to {steps}, {world} x {device}", rank)
     for step, batch in enumerate(loader, start):
         for group in optimizer.param_groups:
             group["lr"] = common.cosine_rate(step, steps, args.lr, args.warmup)
@@ -153,18 +157,20 @@ def main():
         log.write(step + 1, loss=loss, rate=optimizer.param_groups[0]["lr"])
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(
-                step=step + 1, model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(), args=vars(args), images=len(train), class_names=classes.names,
-                class_colours=classes.colours, mask_values=classes.values))
+                step=step + 1, model=model.state_dict(), model_args=model_args, args=vars(args),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(train),
+                class_names=classes.names, class_colours=classes.colours, mask_values=classes.values))
     log.close()
 
     metrics = {"step": steps}
     if val:
         how = protocol(args.data, model_args["encoder"], args.crop_size)
-        metrics.update(evaluate(model, val, classes.names, device, rank, world, args.precision, args.workers, **how))
+        metrics.update(evaluate(
+            model, val, classes.names, device, rank, world, args.precision, args.workers, **how))
         say(f"{as_text(metrics)}\n{len(val)} validation images, {how}", rank)
         if rank == 0:
-            draw_predictions(model, val, classes, device, args).save(os.path.join(args.out, "predictions.png"))
+            page = draw_predictions(model, val, classes, device, args)
+            page.save(os.path.join(args.out, "predictions.png"))
     if rank == 0:
         common.save(os.path.join(args.out, "metrics.json"), metrics)
 

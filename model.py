@@ -33,8 +33,8 @@ def build_encoder(name, image_size=None):
     if name == "hybrid":  # PAPER SILENT on its size: R50+ViT-B/16
         return HybridViT(image_size=image_size or 224)
     if name == "hybrid-small":  # for the toy data on a CPU
-        return HybridViT(stem=48, widths=(16, 24, 32), units=(1, 2, 2), dim=128, depth=2, heads=4, mlp_dim=256,
-                         image_size=image_size or 64)
+        return HybridViT(stem=48, widths=(16, 24, 32), units=(1, 2, 2), dim=128, depth=2, heads=4,
+                         mlp_dim=256, image_size=image_size or 64)
     if name == "resnet50":  # Table 7
         return ResNet50()
     raise ValueError(f"no encoder called {name!r}; there are {', '.join(ENCODERS)}")
@@ -238,10 +238,7 @@ class ResNet50(nn.Module):
 
 
 def upsample_conv_coarse(x, weight):
-    """9 multiply-adds: the products of x with the nine taps, then their sums for the four copies of a position.
-
-    The sums cost memory traffic, which is little against products of a thousand channels.
-    """
+    """9 multiply-adds: products of x with the nine taps, then sums for the four copies of a position."""
     taps = weight.permute(2, 3, 0, 1).flatten(0, 2)                            # (9 O, I)
     products = F.linear(x.permute(0, 2, 3, 1), taps).unflatten(3, (3, 3, -1))  # (B, H, W, 3, 3, O)
     rows = sum_taps(products.unbind(3), dim=1)                                 # (B, 2H, W, 3, O)
@@ -249,7 +246,7 @@ def upsample_conv_coarse(x, weight):
 
 
 def sum_taps(taps, dim):
-    """Products of taps -1, 0, 1 with n positions along `dim` -> the 2n sums; 2i and 2i + 1 are copies of i."""
+    """Products of taps -1, 0, 1 with n positions along `dim` -> 2n sums; 2i and 2i + 1 are copies of i."""
     before, here, after = taps
     n, zero = here.shape[dim], torch.zeros_like(here.narrow(dim, 0, 1))
     even = torch.cat([zero, before], dim).narrow(dim, 0, n) + here + after  # 2i sees the copies i - 1, i, i
@@ -258,11 +255,11 @@ def sum_taps(taps, dim):
 
 
 def upsample_conv_fine(x, weight):
-    """16 multiply-adds: ONE 4x4 stride-2 transposed convolution, whose kernel is the 3x3 one summed over 2x2
-    shifts. Making the kernel is little work where channels are few and positions many."""
-    kernel = weight.flip(2, 3).transpose(0, 1)                       # (I, O, 3, 3)
+    """16 multiply-adds: ONE 4x4 stride-2 transposed convolution, its kernel the 3x3 one summed over shifts.
+    Better where channels are few and positions many: making the kernel is little work then."""
+    kernel = weight.flip(2, 3).transpose(0, 1)                          # (I, O, 3, 3)
     kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # (I, O, 4, 3)
-    kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))           # (I, O, 4, 4)
+    kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))              # (I, O, 4, 4)
     return F.conv_transpose2d(x, kernel.contiguous(memory_format=torch.channels_last), stride=2, padding=1)
 
 
@@ -439,11 +436,9 @@ def load_encoder_weights(encoder, source):
 
 
 def load_weights(model, state, source, fresh=()):
-    """Set every tensor of `model` but those whose names begin with one of `fresh`. ValueError: none is set."""
-    def chosen(state):
-        return {name: value for name, value in state.items() if not name.startswith(tuple(fresh))}
-
-    ours, theirs = chosen(model.state_dict()), chosen(state)
+    """Set every tensor of `model` but those whose names begin with one of `fresh`, or raise ValueError."""
+    ours, theirs = ({name: value for name, value in tensors.items() if not name.startswith(tuple(fresh))}
+                    for tensors in (model.state_dict(), state))
     for name in ours.keys() - theirs.keys():
         if name.endswith("num_batches_tracked"):  # older files lack these counters, which nothing reads
             theirs[name] = ours[name]
@@ -451,17 +446,18 @@ def load_weights(model, state, source, fresh=()):
     faults = {"missing": ours.keys() - theirs.keys(), "unexpected": theirs.keys() - ours.keys(),
               "of another shape": {name for name in shared if ours[name].shape != theirs[name].shape},
               "not finite": {name for name in shared if not theirs[name].isfinite().all()}}
-    found = [f"{len(names)} {fault} ({', '.join(sorted(names)[:3])})" for fault, names in faults.items() if names]
+    found = [f"{len(names)} {fault} ({', '.join(sorted(names)[:3])})" for fault, names in faults.items()
+             if names]
     if found:
-        raise ValueError(f"{source}: these weights do not fit the network; of its tensors {'; '.join(found)}")
+        raise ValueError(f"{source}: does not fit the network: {'; '.join(found)}")
     model.load_state_dict(theirs, strict=False)
 
 
 def read_weights(source):
     """(state, made_with) of one of PUBLISHED or of a file, recognised by its content. Raises ValueError.
 
-    state: our names -> tensors, "encoder.*" and, from stages 2 and 3, "decoder.*". made_with: what the file decides
-    of the arguments of build_unet, and the class names of stage 3.
+    state: our names -> tensors, "encoder.*" and, from stages 2 and 3, "decoder.*". made_with: what the file
+    decides of the arguments of build_unet, and the class names of stage 3.
     """
     content = read_file(download(source) if source in PUBLISHED else source)
     if "model_args" in content:  # a checkpoint of ours
@@ -478,9 +474,9 @@ def read_weights(source):
         elif "layer4.2.conv3.weight" in content:
             made_with, state = {"encoder": "resnet50"}, {k: v for k, v in content.items() if k[:3] != "fc."}
         else:
-            raise ValueError(f"{source}: not weights of a known kind (first keys: {list(content)[:3]}); expected "
-                             "a checkpoint of these scripts, Google's R50+ViT-B_16.npz, timm's "
-                             "vit_base_r50_s16 or torchvision's ResNet-50")
+            raise ValueError(f"{source}: unknown weights (first keys: {list(content)[:3]}); expected those "
+                             "of these scripts, Google's R50+ViT-B_16.npz, timm's vit_base_r50_s16 or "
+                             "torchvision's ResNet-50")
         state = {f"encoder.{name}": value for name, value in state.items()}
     if "encoder.pos_embedding" in state:  # the grid of 224 pixels is 14x14, of 384 24x24
         made_with["image_size"] = 16 * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
@@ -500,8 +496,7 @@ def read_file(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: cannot be read as weights ({type(error).__name__}: {reason}); expected .pt, "
-                         ".pth, .bin, .npz or .safetensors") from None
+        raise ValueError(f"{path}: cannot be read as weights ({type(error).__name__}: {reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
     return content

@@ -23,7 +23,7 @@ def colour_mask(mask, colours):
 
 
 def table(rows, titles, width=160, names=(), colours=()):
-    """A PIL image: rows of uint8 (H, W, 3), each drawn `width` wide below its title, and a legend of classes."""
+    """A PIL image: rows of uint8 (H, W, 3), drawn `width` wide below their titles, and a legend."""
     font, step = ImageFont.load_default(13), width + 6
     cells = [[Image.fromarray(cell) for cell in row] for row in rows]
     cells = [[cell.resize((width, max(1, round(cell.height * width / cell.width))),

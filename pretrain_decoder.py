@@ -30,8 +30,8 @@ from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet
 from pictures import from_pixels, table
 
 RECIPES = {  # PAPER SILENT on weight decay and warm-up of this stage: none
-    "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=1e-3, warmup=0.02, weight_decay=0.0, image_size=64,
-                   min_area=0.5, workers=0, save_every=400),
+    "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=1e-3, warmup=0.02, weight_decay=0.0,
+                   image_size=64, min_area=0.5, workers=0, save_every=400),
     "paper": dict(epochs=100, batch_size=512, micro_batch=64, warmup=0.0, weight_decay=0.0, image_size=224,
                   min_area=0.08, workers=common.default_workers(), save_every=1000),  # 5.1
 }
@@ -42,21 +42,22 @@ def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
     group = parser.add_argument_group("method")
     add, level = group.add_argument, group.add_mutually_exclusive_group()
-    add("--method", choices=("ddep", "dep"), default="ddep", help="train the decoder alone, or the encoder too")
+    add("--method", choices=("ddep", "dep"), default="ddep", help="train the decoder, or the encoder too")
     level.add_argument("--gamma", type=common.number(float, 0, 1), nargs="+", metavar="G",
                        help="gamma of Eq. 5 (0.95; §4.1); of two, drawn between them for each image (§4.4)")
     level.add_argument("--sigma", type=common.number(float, 0), help="sigma of Eq. 1, simple noise, instead")
     add("--target", choices=("noise", "image"), default="noise", help="what to predict (%(default)s; §3.2)")
     add("--condition", action="store_true", help="condition the decoder's norms on gamma (§4.4)")
-    add("--encoder", choices=ENCODERS, help="the encoder (that of the weights, else hybrid; shapes: hybrid-small)")
-    add("--encoder-weights", metavar="PATH", help="a checkpoint of stage 1 or published weights; imagenet21k "
-                                                  "(hybrid) and imagenet1k (resnet50) are downloaded")
+    add("--encoder", choices=ENCODERS, help="(that of the weights, else hybrid; shapes: hybrid-small)")
+    add("--encoder-weights", metavar="PATH",
+        help="of stage 1, or published: imagenet21k (hybrid) and imagenet1k (resnet50) are downloaded")
     add("--width", type=common.number(float, 1 / 64),
         help="decoder of [1024, 512, 256, 128, 64] * W (that of --init, else 1; shapes: 1/4; §4.3)")
     add("--init", metavar="PATH", help="a checkpoint of this stage, to go on from")
     group = parser.add_argument_group("data")
     common.add_data_flags(group, UNLABELLED)
-    group.add_argument("--image-size", type=common.number(int, 32), help="side of the crops (%(default)s; §5.1)")
+    group.add_argument("--image-size", type=common.number(int, 32),
+                       help="side of the crops (%(default)s; §5.1)")
     group.add_argument("--min-area", type=common.number(float, 0, 1),
                        help="least share of an image that a crop shows; PAPER SILENT (%(default)s)")
     common.add_optimisation_flags(parser)
@@ -77,18 +78,19 @@ def new_network(args):
     source, toy = args.init or args.encoder_weights, args.data == "shapes"
     if source is None and args.method == "ddep":
         if not toy or args.encoder not in (None, "hybrid-small"):
-            raise UserError("DDeP pretrains the decoder of a trained encoder: pass --encoder-weights PATH, or "
-                            "imagenet21k for the paper's")
+            raise UserError("DDeP pretrains the decoder of a trained encoder; pass --encoder-weights PATH "
+                            "or imagenet21k, the paper's")
         source = os.path.join(TOY_ENCODER, "last.pt")
         if not os.path.exists(os.path.join(TOY_ENCODER, "metrics.json")):
-            say(f"no encoder in {TOY_ENCODER}: training one first (stage 1, once)", int(os.environ.get("RANK", 0)))
+            say(f"no encoder in {TOY_ENCODER}: stage 1 first, once", int(os.environ.get("RANK", 0)))
             pretrain_encoder.main(["--out", TOY_ENCODER, "--device", args.device])
     with common.local_first(), common.users_mistakes():
         state, made_with = read_weights(source) if source else ({}, {})
     made_width = made_with.get("width") if args.init else None
+    usual_encoder, usual_width = ("hybrid-small", 1 / 4) if toy else ("hybrid", 1.0)
     model_args = dict(
-        encoder=common.agree("--encoder", args.encoder, made_with.get("encoder"), "hybrid-small" if toy else "hybrid", source),
-        width=common.agree("--width", args.width, made_width, 1 / 4 if toy else 1.0, source),
+        encoder=common.agree("--encoder", args.encoder, made_with.get("encoder"), usual_encoder, source),
+        width=common.agree("--width", args.width, made_width, usual_width, source),
         out_channels=3, condition_on_gamma=args.condition, image_size=made_with.get("image_size"))
     model = build_unet(**model_args)
     if source:
@@ -120,7 +122,10 @@ def main():
 
     # Model: in DDeP the encoder is frozen
     torch.manual_seed(args.seed)
-    model, model_args = (unet_of(checkpoint), checkpoint["model_args"]) if checkpoint else new_network(args)
+    if checkpoint:
+        model, model_args = unet_of(checkpoint), checkpoint["model_args"]
+    else:
+        model, model_args = new_network(args)
     if args.method == "ddep":
         freeze(model.encoder)  # before DDP and the optimiser see its parameters
     elif args.encoder_weights is None and args.init is None:
@@ -140,9 +145,11 @@ def main():
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, steps, args.seed, start, rank, world)
-    loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
+                        pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
-    say(f"stage 2: {args.method}, {model_args}, {images.note}, steps {start} to {steps}, {world} x {device}", rank)
+    say(f"stage 2: {args.method}, {model_args}, {images.note}, steps {start} to {steps}, {world} x {device}",
+        rank)
     for step, batch in enumerate(loader, start):
         for group in optimizer.param_groups:
             group["lr"] = common.cosine_rate(step, steps, args.lr, args.warmup)
@@ -172,8 +179,8 @@ def main():
         log.write(step + 1, loss=loss, rate=optimizer.param_groups[0]["lr"])
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(
-                step=step + 1, model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(), args=vars(args), images=len(images)))
+                step=step + 1, model=model.state_dict(), model_args=model_args, args=vars(args),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(images)))
     log.close()
     if rank == 0:
         metrics, panel = look_at(args, model, samples, device)
@@ -197,9 +204,10 @@ def look_at(args, model, samples, device):
     # What predicts without a network: the best multiple of the noisy image
     loss, a = loss_of(maps), (target * x_noisy).sum() / x_noisy.square().sum()
     multiple = noise.denoising_loss(a * x_noisy, target).item()
-    say(f"denoising loss {loss:.4f}; of the noisy image times {a:.3f}, which needs no network, {multiple:.4f}")
+    say(f"denoising loss {loss:.4f}; of {a:.3f} times the noisy image, for which no network is needed, "
+        f"{multiple:.4f}")
     if loss >= multiple:
-        say("WARNING: the network is not better than that: pretrain for more steps, or with another --lr")
+        say("WARNING: the network is no better than that: pretrain for more steps, or with another --lr")
 
     # Which maps of the encoder the decoder uses. Near 0 %: the blocks behind a map are hardly pretrained
     rises = {}
@@ -209,17 +217,18 @@ def look_at(args, model, samples, device):
     say("it rises, where one map of the encoder is replaced by its mean over the images, by "
         + ", ".join(f"{rise:.1%} (stride {stride})" for stride, rise in rises.items()))
 
-    prediction, gamma = model(x_noisy, gamma).float(), gamma.clamp(min=1e-3)  # no division by 0
-    root_gamma, root_rest = (g.sqrt().reshape(-1, 1, 1, 1) for g in (gamma, 1 - gamma))
-    scaled = x_noisy if args.sigma is None else x_noisy * root_gamma  # Eq. 1 is Eq. 5 divided by sqrt(gamma)
+    columns = {"image": x, "noisy image": x_noisy}
+    prediction = model.decoder(maps, x.shape[-2:], gamma)
     if args.target == "noise":
-        eps_hat, x_hat = prediction, noise.remove_noise(scaled, prediction, gamma)
-    else:
-        eps_hat, x_hat = (scaled - root_gamma * prediction) / root_rest.clamp(min=1e-3), prediction
-    columns = (x, x_noisy, eps_hat / 3, x_hat)  # [-1, 1] shows noise up to 3 standard deviations
-    rows = [[from_pixels(column[i]) for column in columns] for i in range(4)]
+        columns["predicted noise"] = prediction / 3  # [-1, 1] shows 3 standard deviations
+        if args.sigma is None:
+            prediction = noise.remove_noise(x_noisy, prediction, gamma.clamp(min=1e-3))  # no division by 0
+        else:
+            prediction = x_noisy - args.sigma * prediction
+    columns["denoised image"] = prediction
+    rows = [[from_pixels(pictures[i]) for pictures in columns.values()] for i in range(4)]
     metrics = {"loss": loss, "loss_of_multiple": multiple, "rise_of_loss_without_map": rises}
-    return metrics, table(rows, ["image", "noisy image", "predicted noise", "denoised image"])
+    return metrics, table(rows, list(columns))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Stage 1: train the encoder as a classifier (section 2: "The encoder is pre-trained on ImageNet-21k
 classification").
 
-    python pretrain_encoder.py                                                               # toy data, on a CPU
-    python pretrain_encoder.py --data folder --root imagenet                                 # one GPU
-    torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k    # eight
+    python pretrain_encoder.py                                                             # toy data, a CPU
+    python pretrain_encoder.py --data folder --root imagenet                               # one GPU
+    torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k  # eight
 
 In: class folders (root/train/<class>/ or root/<class>/) or .tar files. Out, in --out: last.pt, which stage 2
-takes as --encoder-weights; log.jsonl; metrics.json. The paper's encoder is published (imagenet21k): with it, skip
-this stage.
+takes as --encoder-weights; log.jsonl; metrics.json. The paper's encoder is published (imagenet21k): with it,
+skip this stage.
 """
 import math
 import os
@@ -23,7 +23,7 @@ from data import Order, Samples, in_parts, pretraining_transform, to_pixels
 from datasets import CLASSIFIED, classification_images
 from model import ENCODERS, Classifier, build_encoder, use_batch_statistics
 
-RECIPES = {  # PAPER SILENT on all of stage 1. "paper" holds the usual figures of ViT training on ImageNet with Adam.
+RECIPES = {  # PAPER SILENT on all of stage 1. "paper": the usual figures of ViT training on ImageNet
     "shapes": dict(encoder="hybrid-small", steps=500, batch_size=32, micro_batch=32, lr=2e-3, warmup=0.04,
                    weight_decay=0.0, image_size=64, min_area=0.5, workers=0, save_every=250),
     "paper": dict(encoder="hybrid", epochs=90, batch_size=4096, micro_batch=64, lr=1e-3, warmup=0.03,
@@ -80,10 +80,11 @@ def main(argv=None):
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, steps, args.seed, start, rank, world)
-    loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
+                        pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
-    say(f"stage 1: {args.encoder}, {len(names)} classes ({', '.join(names[:8])}{', ...' * (len(names) > 8)}), "
-        f"{images.note}, steps {start} to {steps}, {world} x {device}", rank)
+    say(f"stage 1: {args.encoder}, {len(names)} classes ({', '.join(names[:8])} ...), {images.note}, steps "
+        f"{start} to {steps}, {world} x {device}", rank)
     for step, batch in enumerate(loader, start):
         for group in optimizer.param_groups:
             group["lr"] = common.cosine_rate(step, steps, args.lr, args.warmup)
@@ -112,8 +113,9 @@ def main(argv=None):
         log.write(step + 1, loss=loss, rate=optimizer.param_groups[0]["lr"])
         if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(
-                step=step + 1, model=model.state_dict(), model_args=model_args, optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(), args=vars(args), images=len(images), class_names=names))
+                step=step + 1, model=model.state_dict(), model_args=model_args, args=vars(args),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(images),
+                class_names=names))
     log.close()
     if rank == 0:
         common.save(os.path.join(args.out, "metrics.json"), {"step": steps})

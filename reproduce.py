@@ -1,30 +1,31 @@
 """Every table of the paper is a command, and so is the same comparison on the toy data.
 
-    python reproduce.py                                                 # the comparison on the toy data
-    python reproduce.py list                                            # all tables, and what there is of them
-    python reproduce.py table6 --dry-run                                # the commands that are missing of it
+    python reproduce.py                                   # the comparison on the toy data
+    python reproduce.py list                              # all tables, and what there is of them
+    python reproduce.py table6 --dry-run                  # the commands that are missing of it
     python reproduce.py table6 --root imagenet21k=DIR pascal_context=DIR
     python reproduce.py table6 --root ... --shard 3/32    # a 32nd of its fine-tunings: for a Slurm array
 
 A table is data, below: a row is how a network is initialised, a column how many labels it is fine-tuned on.
-Tables share what they have in common, above all the pretrainings. A run with metrics.json is done: stop at any
-time, the same command goes on.
+Tables share what they have in common, above all the pretrainings. A run with metrics.json is done: stop at
+any time, the same command goes on.
 
 Rates are chosen as in 5.1: each cell runs a grid of them on a seed of its own, whose score does not enter the
-table, and takes the best. PAPER SILENT on the grid and on what a "task" is: here four by four values from 1e-5 to
-3e-4, and a task is a cell. All repeats share one pretraining, as in the paper.
+table, and takes the best. PAPER SILENT on the grid and on what a "task" is: here four by four values from
+1e-5 to 3e-4, and a task is a cell. All repeats share one pretraining, as in the paper.
 """
 import argparse
-import itertools
 import json
 import os
 import queue
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -38,11 +39,11 @@ from datasets import UNLABELLED
 
 
 class Row(NamedTuple):
-    init: str           # --init of finetune.py, or the flags of pretrain_decoder.py
+    init: str           # none, supervised, or the flags of pretrain_decoder.py
     paper: tuple = ()   # mIoU %, for each column
     network: str = ""   # --width or --encoder, where they are not the paper's x1 and Hybrid-ViT
     data: str = ""      # where it is not the table's
-    rates: tuple = ()   # of stage 2 and of stage 3 for each column, where the sweep has been made already
+    rates: dict = {}    # {column: flags of stage 2 and of stage 3}, where they have been chosen already
 
 
 class Table(NamedTuple):
@@ -62,23 +63,23 @@ CITYSCAPES, FIVE = ("100%", "1/4", "1/8", "1/30"), ("100%", "20%", "10%", "5%", 
 
 def three(prefix, none, supervised, ddep, network=""):
     """The three rows that most of the tables compare."""
-    encoder = "imagenet1k" if network == RESNET else "imagenet21k"
     return {f"{prefix}No pretraining": Row("none", none, network),
-            f"{prefix}Supervised": Row(encoder, supervised, network), f"{prefix}DDeP": Row(DDEP, ddep, network)}
+            f"{prefix}Supervised": Row("supervised", supervised, network),
+            f"{prefix}DDeP": Row(DDEP, ddep, network)}
 
 
 TABLES = {
     "shapes": Table("The toy data", "shapes", ("8 labels", "32 labels"), {
-        "No pretraining": Row("none", rates=("", "--lr 2e-3", "--lr 2e-3")),
-        "Supervised": Row("encoder", rates=("", "--lr 2e-3", "--lr 2e-3")),
-        "DeP": Row("--method dep --data shapes --gamma 0.95", rates=("--lr 1e-3", "--lr 2e-3", "--lr 2e-3")),
-        "DDeP": Row("--data shapes --gamma 0.95", rates=("--lr 1e-3", "--lr 2e-3", "--lr 2e-3"))}),
+        "No pretraining": Row("none"),
+        "Supervised": Row("supervised"),
+        "DeP": Row("--method dep --data shapes --gamma 0.95"),
+        "DDeP": Row("--data shapes --gamma 0.95")}),
     "table1": Table("Table 1: predicting the image or the noise; DeP", "cityscapes", CITYSCAPES, {
         "predict x": Row(f"{DEP_SIGMA} --target image", (70.44, 60.87, 55.44, 41.40)),
         "predict e": Row(DEP_SIGMA, (75.01, 67.26, 61.94, 48.36))}),
     "table2": Table("Table 2: denoising the whole network", "cityscapes", ("100%", "1/4", "2%", "1%"), {
         "No pretraining": Row("none", (63.47, 39.63, 21.23, 18.52)),
-        "Supervised": Row("imagenet21k", (80.36, 75.55, 41.33, 35.51)),
+        "Supervised": Row("supervised", (80.36, 75.55, 41.33, 35.51)),
         "DeP": Row(DEP_SIGMA, (77.14, 68.87, 42.79, 37.55))}),
     "figure5": Table("Figure 5 right: simple or scaled noise", "", ("100%", "10%", "5%", "1%"), {
         "Pascal Context, simple": Row(SIMPLE, (59.64, 44.70, 39.14, 18.05), data="pascal_context"),
@@ -91,18 +92,20 @@ TABLES = {
         "Pascal Context, from ImageNet-21k": Row(DDEP, (60.57, 50.61, 45.13), data="pascal_context"),
         "ADE20K, from ADE20K": Row("--data ade20k --gamma 0.95", (48.92, 36.14, 28.49), data="ade20k"),
         "ADE20K, from ImageNet-21k": Row(DDEP, (49.37, 37.14, 29.74), data="ade20k"),
-        "Cityscapes, from fine and coarse": Row("--data cityscapes_coarse --gamma 0.95", (80.53, 72.67, 62.23),
-                                                data="cityscapes"),
+        "Cityscapes, from fine and coarse": Row("--data cityscapes_coarse --gamma 0.95",
+                                                (80.53, 72.67, 62.23), data="cityscapes"),
         "Cityscapes, from ImageNet-21k": Row(DDEP, (80.72, 73.21, 66.51), data="cityscapes")}),
     "table4": Table("Table 4: fixed or random gamma; x3", "pascal_context", ("100%", "20%", "10%"), {
-        "gamma in U(0.9, 0.95)": Row("--data imagenet21k --gamma 0.9 0.95", (59.71, 52.53, 49.23), "--width 3"),
+        "gamma in U(0.9, 0.95)": Row("--data imagenet21k --gamma 0.9 0.95", (59.71, 52.53, 49.23),
+                                     "--width 3"),
         "gamma = 0.95": Row(DDEP, (59.97, 53.36, 49.84), "--width 3")}),
     # PAPER SILENT on DeP here but for scaled noise: gamma 0.95, the images and the length of Table 2
     "figure6": Table("Figure 6: Cityscapes", "cityscapes", CITYSCAPES, {
-        **three("x1 ", (63.47, 39.63, 34.74, 25.79), (80.36, 75.55, 72.56, 54.72), (80.72, 76.38, 73.21, 64.48)),
+        **three("x1 ", (63.47, 39.63, 34.74, 25.79), (80.36, 75.55, 72.56, 54.72),
+                (80.72, 76.38, 73.21, 64.48)),
         "x1 DeP": Row(f"{DEP} --gamma 0.95", (79.07, 74.68, 70.36, 61.79)),
-        **three("x2 ", (62.25, 37.72, 33.73, 24.93), (80.50, 75.57, 72.84, 60.36), (80.91, 76.86, 73.81, 64.75),
-                "--width 2")}),
+        **three("x2 ", (62.25, 37.72, 33.73, 24.93), (80.50, 75.57, 72.84, 60.36),
+                (80.91, 76.86, 73.81, 64.75), "--width 2")}),
     "table5": Table("Table 5: beside other methods", "cityscapes", CITYSCAPES, {
         "AdvSemSeg": (None, 62.3, 58.8, None), "s4GAN": (65.8, 61.9, 59.3, None),
         "DMT": (68.16, None, 63.03, 54.80), "ClassMix": (None, 63.63, 61.35, None),
@@ -130,60 +133,66 @@ LABELS = {  # images of a column; all of 100%
     "ade20k": {"20%": 4042, "10%": 2021, "5%": 1010, "1%": 202},
 }
 # Repeats (5.1), where they are not ten. PAPER SILENT on Cityscapes at other shares
-REPEATS = {("shapes", "8 labels"): 3, ("shapes", "32 labels"): 3, ("cityscapes", "1/8"): 6, ("cityscapes", "1/4"): 4,
-           ("pascal_context", "20%"): 5, ("ade20k", "20%"): 5}
+REPEATS = {("cityscapes", "1/8"): 6, ("cityscapes", "1/4"): 4, ("pascal_context", "20%"): 5,
+           ("ade20k", "20%"): 5, ("shapes", "8 labels"): 3, ("shapes", "32 labels"): 3}
 SWEEP_SEED = 100
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def grid(row, data):
     """[(flags of stage 2, flags of stage 3), ...]: the candidates of the sweep."""
-    if data == "shapes":  # as many for each row
-        twos = [f"--lr {rate}" for rate in ("3e-4", "1e-3", "3e-3")] if row.init.startswith("--") else [""]
-        decays = ("0",) if row.init.startswith("--") else ("0", "1e-4", "1e-3")
-        rates = ("1e-3", "2e-3", "4e-3")
+    if data != "shapes":
+        twos, (rates, decays) = [""], [("1e-5", "3e-5", "1e-4", "3e-4")] * 2
+    elif row.init.startswith("--"):  # nine for each row
+        twos, rates, decays = ["--lr 3e-4", "--lr 1e-3", "--lr 3e-3"], ("1e-3", "2e-3", "4e-3"), ("0",)
     else:
-        twos, decays, rates = [""], *(("1e-5", "3e-5", "1e-4", "3e-4"),) * 2
-    return [(two, f"--lr {rate} --weight-decay {decay}") for two, rate, decay in
-            itertools.product(twos, rates, decays)]
+        twos, rates, decays = [""], ("1e-3", "2e-3", "4e-3"), ("0", "1e-4", "1e-3")
+    return [(two, f"--lr {rate} --weight-decay {decay}") for two, rate, decay in product(twos, rates, decays)]
 
 
-# ---------------------------------------- Runs: a run is a command, a list of words, [script, "--out", DIR, ...]
-
-
-def slug(*parts):
-    return "_".join(" ".join(parts).replace("--", "").replace("/", "-").split())
+# ---------------------------------------- Runs. A run is a command, a list of words: SCRIPT --out DIR ...
 
 
 def runs_of(args, row, data, column, seed, rates):
     """The runs of one fine-tuning, in order: what it needs, then itself. rates: flags of stages 2 and 3."""
+    def out(*parts):
+        return os.path.join(args.out, "_".join(" ".join(parts).replace("--", "").replace("/", "-").split()))
+
     def root(data):
-        data = data.removesuffix("_coarse")
-        return [] if data == "shapes" else ["--root", args.roots.get(data, f"{data.upper()}_DIR")]
+        name = data.removesuffix("_coarse")
+        return [] if data == "shapes" else ["--root", args.roots.get(name, f"{name.upper()}_DIR")]
 
     runs, init, network = [], row.init, row.network.split()
-    if data == "shapes" and init != "none" and "dep" not in init:  # stage 1
-        out = os.path.join(args.out, "encoder")
-        runs.append(["pretrain_encoder.py", "--out", out])
-        init = os.path.join(out, "last.pt") if init == "encoder" else f"{init} --encoder-weights {out}/last.pt"
-    elif init.startswith("--") and "dep" not in init:
-        init += f" --encoder-weights {'imagenet1k' if row.network == RESNET else 'imagenet21k'}"
+    encoder = "imagenet1k" if row.network == RESNET else "imagenet21k"
+    if data == "shapes":  # stage 1
+        encoder = os.path.join(out("encoder"), "last.pt")
+        runs.append(["pretrain_encoder.py", "--out", out("encoder")])
     if init.startswith("--"):  # stage 2
-        out = os.path.join(args.out, slug("pretrain", row.init, row.network, rates[0]))
-        words = init.split()
+        folder = out("pretrain", init, row.network, rates[0])
+        words = [*init.split(), *network, *rates[0].split()]
+        if "dep" not in words:
+            words += ["--encoder-weights", encoder]
         images = words[words.index("--data") + 1]
-        runs.append(["pretrain_decoder.py", "--out", out, *words, *root(images), *network, *rates[0].split()])
-        init, network = os.path.join(out, "last.pt"), []
+        runs.append(["pretrain_decoder.py", "--out", folder, *words, *root(images)])
+        init, network = os.path.join(folder, "last.pt"), []
+    elif init == "supervised":
+        init, network = encoder, network if "--width" in network else []
     labels = LABELS[data].get(column)
-    out = os.path.join(args.out, slug(data, column, row.init, row.network, *rates, f"seed {seed}"))
-    subset = ["--labels", str(labels)] if labels else []
-    return [*runs, ["finetune.py", "--out", out, "--data", data, *root(data), "--init", init, *network, *subset, "--seed",
-                    str(seed), *rates[1].split()]]
+    return [*runs, ["finetune.py", "--out", out(data, column, row.init, row.network, *rates, f"seed {seed}"),
+                    "--data", data, *root(data), "--init", init, *network,
+                    *(["--labels", str(labels)] if labels else []), "--seed", str(seed), *rates[1].split()]]
 
 
 def result(run):
     """The content of a finished run's metrics.json, else None."""
     path = os.path.join(run[2], "metrics.json")
-    return json.load(open(path)) if os.path.exists(path) else None
+    return json.loads(open(path).read()) if os.path.exists(path) else None
+
+
+def can_start(run):
+    """Whether the pretraining of a fine-tuning is finished."""
+    init = run[run.index("--init") + 1]
+    return not init.endswith("last.pt") or os.path.exists(os.path.join(os.path.dirname(init), "metrics.json"))
 
 
 def cells(args):
@@ -193,48 +202,49 @@ def cells(args):
     """
     for name in args.tables:
         table = TABLES[name]
-        for row_name, row in table.rows.items():
-            for number, column in enumerate(table.columns if isinstance(row, Row) else ()):
-                data = row.data or table.data
-                sweep = [(rates, runs_of(args, row, data, column, SWEEP_SEED, rates)) for rates in grid(row, data)]
-                best = (row.rates[0], row.rates[1 + number]) if row.rates else ("", "")
-                if args.sweep or (args.sweep is None and data != "shapes"):
-                    found = [result(runs[-1]) for _, runs in sweep]
-                    best = None if None in found else max(zip(found, sweep), key=lambda p: p[0]["miou"])[1][0]
-                else:
-                    sweep = []
-                count = min(args.repeats, REPEATS.get((data, column), 10)) if best else 0
-                yield name, row_name, column, sweep, [runs_of(args, row, data, column, s, best) for s in range(count)]
+        rows = [(key, row) for key, row in table.rows.items() if isinstance(row, Row)]
+        for (key, row), column in product(rows, table.columns):
+            data, sweep = row.data or table.data, []
+            rates = row.rates.get(column, ("", ""))
+            if args.sweep or (args.sweep is None and data != "shapes"):
+                sweep = [(rates, runs_of(args, row, data, column, SWEEP_SEED, rates))
+                         for rates in grid(row, data)]
+                scores = [result(runs[-1]) for _, runs in sweep]
+                best = max(range(len(sweep)), key=lambda i: (scores[i] or {}).get("miou", 0))
+                rates = None if None in scores else sweep[best][0]
+            repeats = min(args.repeats, REPEATS.get((data, column), 10)) if rates else 0
+            yield name, key, column, sweep, [runs_of(args, row, data, column, seed, rates)
+                                             for seed in range(repeats)]
 
 
 def missing_runs(args):
-    """[(stage 1 to 3, run), ...] of what is not finished, each once, pretrainings first."""
+    """The runs that are not finished, each once, pretrainings first."""
     every = {}
     for *_, sweep, repeats in cells(args):
         for runs in [*(runs for _, runs in sweep), *repeats]:
             every.update({run[2]: run for run in runs})
-    stages = {"pretrain_encoder.py": 1, "pretrain_decoder.py": 2, "finetune.py": 3}
-    found = [(stages[run[0]], run) for run in every.values() if result(run) is None]
-    return sorted(found, key=lambda found: found[0])
+    scripts = ["pretrain_encoder.py", "pretrain_decoder.py", "finetune.py"]
+    missing = [run for run in every.values() if result(run) is None]
+    return sorted(missing, key=lambda run: scripts.index(run[0]))
 
 
 def show(args):
     """Each table with our mean ± standard deviation (number of runs) beside the paper's number."""
     measured = {}
-    for name, row_name, column, _, repeats in cells(args):
+    for name, key, column, _, repeats in cells(args):
         done = [100 * result(runs[-1])["miou"] for runs in repeats if result(runs[-1])]
-        spread = f" ± {statistics.stdev(done):.1f}" if len(done) > 1 else ""
-        measured[name, row_name, column] = f"{statistics.mean(done):.1f}{spread} ({len(done)})" if done else "-"
+        if done:
+            spread = f" ± {statistics.stdev(done):.1f}" if len(done) > 1 else ""
+            measured[name, key, column] = f"{statistics.mean(done):.1f}{spread} ({len(done)})"
     for name in args.tables:
         table = TABLES[name]
-        say(f"\n{name}: {table.title}; mIoU %, ours (runs) | paper\n")
+        say(f"\n{name}: {table.title}; mIoU %, ours (runs) / the paper's\n")
         say(f"| | {' | '.join(table.columns)} |\n|---{'|---' * len(table.columns)}|")
-        for row_name, row in table.rows.items():
+        for key, row in table.rows.items():
             paper = row.paper if isinstance(row, Row) else row
-            pairs = itertools.zip_longest(table.columns, paper)
-            texts = [" / ".join(filter(None, [measured.get((name, row_name, column)), str(number or "")]))
-                     for column, number in pairs]
-            say(f"| {row_name} | {' | '.join(texts)} |")
+            texts = [measured.get((name, key, column), "-") + (f" / {number:.2f}" if number else "")
+                     for column, number in zip_longest(table.columns, paper)]
+            say(f"| {key} | {' | '.join(texts)} |")
 
 
 # ---------------------------------------- The program
@@ -243,34 +253,30 @@ def show(args):
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("tables", nargs="*", default=["shapes"], metavar="TABLE", help=f"{', '.join(TABLES)}; all (of the paper); or list")
+    add("tables", nargs="*", default=["shapes"], metavar="TABLE", help=f"{', '.join(TABLES)}; all; or list")
     add("--root", nargs="+", default=[], metavar="SET=DIR", help="where the data sets lie")
     add("--out", default="results", metavar="DIR", help="where all runs go (%(default)s)")
     add("--sweep", action=argparse.BooleanOptionalAction,
         help="choose the rates (the default but for shapes), or take those in this file or of the scripts")
     add("--repeats", type=common.number(int, 1), default=10, help="at most so many of each fine-tuning")
-    add("--shard", metavar="I/N", help="fine-tunings alone, the I-th part of N of them; pretrainings must be finished")
-    parser.set_defaults(list=False)
+    add("--shard", metavar="I/N", help="part I (from 1) of N of the fine-tunings of finished pretrainings")
     add("--dry-run", action="store_true", help="print the commands that are missing, run nothing")
     args = parser.parse_args(argv)
+    args.list, args.roots = args.tables == ["list"], dict(pair.partition("=")[::2] for pair in args.root)
     if args.tables in (["all"], ["list"]):
-        args.tables, args.list = [name for name in TABLES if name != "shapes" or args.tables == ["list"]], args.tables
-    for name in args.tables:
-        if name not in TABLES:
-            parser.error(f"{name}: expected {', '.join(TABLES)}, all or list")
-    args.roots = dict(pair.partition("=")[::2] for pair in args.root)
-    for name in args.roots:
-        if name not in UNLABELLED:
-            parser.error(f"--root {name}: expected SET=DIR with a set of {', '.join(UNLABELLED)}")
+        args.tables = [name for name in TABLES if name != "shapes" or args.list]
+    wrong = {*args.tables} - {*TABLES} or {*args.roots} - {*UNLABELLED}
+    if wrong or not re.fullmatch("[1-9][0-9]*/[1-9][0-9]*", args.shard or "1/1"):
+        parser.error(f"{wrong or args.shard}: expected tables of {', '.join(TABLES)}, --root SET=DIR with SET "
+                     f"of {', '.join(UNLABELLED)}, --shard I/N")
     return args
 
 
-def start(run, gpus, free):
-    """Run a command and wait for it; its output goes to DIR/output.txt. Returns its exit status."""
+def start(run, gpus, threads, free):
+    """Run a command and wait for it, its output in DIR/output.txt; returns its exit status."""
     os.makedirs(run[2], exist_ok=True)
-    here, gpu = os.path.dirname(os.path.abspath(__file__)), free.get()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, os.path.join(here, run[0]), *run[1:]]
+    gpu, environment = free.get(), {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    words = [sys.executable, os.path.join(HERE, run[0]), *run[1:]]
     if gpus and run[0] != "finetune.py":  # all of them
         words[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     elif gpus:
@@ -281,32 +287,36 @@ def start(run, gpus, free):
     if status:
         say(f"failed: {shlex.join(run)}; see {output.name}")
     elif run[0] == "finetune.py" and not run[2].endswith("seed_0"):
-        os.remove(os.path.join(run[2], "last.pt"))  # of 1,400 fine-tunings
+        os.remove(os.path.join(run[2], "last.pt"))  # there are more than a thousand
     return status
 
 
 def main():
     args = parse_arguments()
     if args.dry_run:
-        for _, run in missing_runs(args):
-            say(shlex.join(["python", *run]))
+        for run in missing_runs(args):
+            torchrun = run[0] != "finetune.py" and "shapes" not in run
+            say(f"{'torchrun --nproc_per_node=8' if torchrun else 'python'} {shlex.join(run)}")
         return
     gpus, failed = torch.cuda.device_count(), []
     while not (args.list or failed):
         todo = missing_runs(args)
-        if args.shard is not None:
-            shard, count = map(int, args.shard.split("/"))
-            todo = [(stage, run) for stage, run in todo if stage == 3 and os.path.exists(run[run.index("--init") + 1])
-                    and zlib.crc32(run[2].encode()) % count == shard - 1]
-        if not todo:
+        if args.shard:
+            part, parts = map(int, args.shard.split("/"))
+            todo = [run for run in todo if run[0] == "finetune.py" and can_start(run)
+                    and zlib.crc32(run[2].encode()) % parts == part - 1]
+        runs = [run for run in todo if run[0] == todo[0][0]]  # of one stage
+        if not runs:
             break
-        runs = [run for stage, run in todo if stage == todo[0][0]]
         free = queue.Queue()
-        for slot in range(2 if not gpus else gpus if todo[0][0] == 3 else 1):
+        slots = min(len(runs), 2 if not gpus else gpus if runs[0][0] == "finetune.py" else 1)
+        for slot in range(slots):
             free.put(slot)
-        say(f"{len(todo)} runs are missing; now {len(runs)} of {runs[0][0]}, {free.qsize()} at a time")
-        with ThreadPoolExecutor(free.qsize()) as pool:
-            statuses = tqdm(pool.map(lambda run: start(run, gpus, free), runs), total=len(runs), unit="run")
+        threads = max(1, os.cpu_count() // slots)
+        say(f"{len(todo)} runs are missing; now {len(runs)} of {runs[0][0]}, {slots} at a time")
+        with ThreadPoolExecutor(slots) as pool:
+            statuses = pool.map(lambda run: start(run, gpus, threads, free), runs)
+            statuses = tqdm(statuses, total=len(runs), unit="run")
             failed = [run for run, status in zip(runs, statuses) if status]
     show(args)
     if failed:

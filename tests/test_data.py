@@ -1,0 +1,272 @@
+"""data.py: reading, crops, the order of samples."""
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+
+import data
+import datasets
+from common import UserError
+from conftest import jpeg, write_image, write_mask
+
+COLOURS = np.random.RandomState(0).randint(0, 256, (5, 7, 3), dtype=np.uint8)
+GREYS = COLOURS[..., :1].repeat(3, 2)
+RGB, GREY = Image.fromarray(COLOURS), Image.fromarray(COLOURS[..., 0])
+PALETTE = Image.fromarray(COLOURS[..., 0] % 3)
+PALETTE.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+
+# ---------------------------------------- Reading
+
+
+@pytest.mark.parametrize("name, picture, wanted", [
+    ("a.png", RGB, COLOURS), ("a.bmp", RGB, COLOURS), ("a.png", GREY, GREYS), ("a.tif", GREY, GREYS),
+    ("a.png", Image.merge("RGBA", (*RGB.split(), GREY)), COLOURS),
+    ("a.png", Image.merge("LA", (GREY, GREY)), GREYS),
+    ("a.png", Image.fromarray(COLOURS[..., 0] > 127), 255 * (GREYS > 127)),
+    ("a.png", PALETTE, np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]])[COLOURS[..., 0] % 3])])
+def test_every_8_bit_picture_becomes_rgb(name, picture, wanted, tmp_path):
+    picture.save(tmp_path / name)
+    image = data.read_image(tmp_path / name)
+    assert image.dtype == torch.uint8 and np.array_equal(image.permute(1, 2, 0), wanted)
+
+
+def test_a_cmyk_jpeg_has_its_colours_and_an_open_file_will_do():
+    file = io.BytesIO()
+    Image.new("CMYK", (6, 4), (0, 255, 255, 0)).save(file, "JPEG")  # all magenta and yellow: red
+    image = data.read_image(file, "a.jpg")
+    assert image.shape == (3, 4, 6) and image[:, 2, 2].tolist() == pytest.approx([255, 0, 0], abs=3)
+
+
+@pytest.mark.parametrize("tag, upright", [
+    (1, lambda x: x), (2, lambda x: x[:, ::-1]), (3, lambda x: x[::-1, ::-1]), (4, lambda x: x[::-1]),
+    (5, lambda x: x.swapaxes(0, 1)), (6, lambda x: np.rot90(x, -1)), (7, lambda x: np.rot90(x, 2).swapaxes(0, 1)),
+    (8, lambda x: np.rot90(x))])
+def test_pictures_are_turned_upright(tag, upright, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    RGB.save(tmp_path / "a.jpg", exif=exif)
+    wanted = upright(np.array(Image.open(tmp_path / "a.jpg")))  # Pillow itself does not turn it
+    assert np.array_equal(data.read_image(tmp_path / "a.jpg").permute(1, 2, 0), wanted)
+
+
+@pytest.mark.parametrize("name, kind", [("a.png", np.uint16), ("a.tif", np.uint16), ("a.tif", np.float32),
+                                        ("a.tif", np.int32)])
+def test_pixels_beyond_8_bits_are_refused_by_name(name, kind, tmp_path):
+    Image.fromarray(np.zeros((4, 5), kind)).save(tmp_path / name)
+    with pytest.raises(UserError, match=name) as caught:
+        data.read_image(tmp_path / name)
+    assert not isinstance(caught.value, data.UnreadableImage)  # stage 2 would replace it, picture by picture
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", jpeg(1)[:300]])
+def test_a_broken_picture_is_named(content, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(content)
+    for read in (data.read_image, lambda path: data.read_mask(path, {0: 0, 1: 1})):
+        with pytest.raises(data.UnreadableImage, match="a.jpg"):
+            read(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("coloured", [False, True])
+def test_an_index_mask_is_its_indices_never_its_colours(coloured, tmp_path):
+    indices = np.array([[0, 1, 2], [200, 2, 0]], np.uint8)
+    mask = Image.fromarray(indices)
+    if coloured:
+        mask.putpalette(np.random.RandomState(0).randint(0, 256, 768).tolist())
+    mask.save(tmp_path / "a.png")
+    found = data.read_mask(tmp_path / "a.png", {0: 2, 1: 1, 2: 0, 200: data.IGNORE, 255: 1})
+    assert found.dtype == torch.uint8 and found.tolist() == [[2, 1, 0], [255, 0, 2]]
+
+
+def test_a_mask_of_1_bit_holds_0_and_1(tmp_path):
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "a.png")
+    assert data.read_mask(tmp_path / "a.png", {0: 5, 1: 6}).tolist() == [[6, 5]]
+
+
+@pytest.mark.parametrize("convert", [lambda x: x, lambda x: x.convert("RGBA"), lambda x: x.quantize(4)])
+def test_colours_are_classes_where_they_are_listed(convert, tmp_path):
+    values = {(255, 0, 0): 1, (0, 0, 0): 0, (10, 20, 30): data.IGNORE, (0, 0, 255): 2}
+    colours = [[(0, 0, 0), (255, 0, 0)], [(10, 20, 30), (255, 0, 0)], [(0, 0, 255), (0, 0, 0)]]
+    convert(Image.fromarray(np.array(colours, np.uint8))).save(tmp_path / "a.png")
+    assert data.read_mask(tmp_path / "a.png", values).tolist() == [[0, 1], [255, 1], [2, 0]]
+
+
+@pytest.mark.parametrize("mask, values, wrong", [
+    ([[0, 7]], {0: 0, 1: 1, 255: 255}, r"\b7\b"), ([[0, 255]], {0: 0, 1: 1}, r"\b255\b"),
+    ([[[0, 0, 0], [0, 3, 201]]], {(0, 0, 0): 0, (9, 9, 9): 1}, r"0, 3, 201"),
+    ([[[0, 0, 0], [255, 255, 254]]], {(0, 0, 0): 0, (9, 9, 9): 1}, r"255, 255, 254")])
+def test_a_value_that_is_not_listed_is_refused_with_its_file(mask, values, wrong, tmp_path):
+    write_mask(tmp_path / "odd.png", mask)
+    with pytest.raises(UserError, match=f"odd.png.*{wrong}"):
+        data.read_mask(tmp_path / "odd.png", values)
+
+
+@pytest.mark.parametrize("name, mask, values", [
+    ("a.jpg", np.zeros((4, 5)), {0: 0, 1: 1}), ("a.jpg", np.zeros((4, 5, 3)), {(0, 0, 0): 0, (1, 1, 1): 1}),
+    ("a.png", np.zeros((4, 5, 3)), {0: 0, 1: 1})])
+def test_a_jpeg_and_colours_that_are_not_listed_are_no_mask(name, mask, values, tmp_path):
+    write_mask(tmp_path / name, mask)
+    with pytest.raises(UserError, match=name):
+        data.read_mask(tmp_path / name, values)
+
+
+def test_pixels_are_in_minus_one_to_one():
+    image = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+    x = data.to_pixels(image)
+    assert x.dtype == torch.float32 and x.shape == (2, 3, 4, 5) and x[1, :, 3, 4].tolist() == pytest.approx([-1, -0.6, 1])
+
+
+# ---------------------------------------- Crops: every pixel says where it came from
+
+
+def places(height, width):
+    """An image whose pixels are (y, x, 0), its mask (y + 3 x) % 250."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([y, x, 0 * x]).byte()
+    return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(((y + 3 * x) % 250).byte())}
+
+
+def crops(transform, source, count=12):
+    for seed in range(count):
+        torch.manual_seed(seed)
+        yield transform(source)
+
+
+def test_a_window_moves_and_flips_image_and_mask_together():
+    flips, tops, lefts = set(), set(), set()
+    for out in crops(data.segmentation_transform(24), places(50, 90)):
+        (y, x, _), mask = out["image"].long(), out["mask"].long()
+        assert mask.shape == (24, 24) and torch.equal(mask, (y + 3 * x) % 250)
+        assert (y.diff(dim=0) == 1).all() and (y.diff(dim=1) == 0).all() and (x.diff(dim=1).abs() == 1).all()
+        flips.add(x.diff(dim=1).unique().item())
+        tops.add(y.min().item())
+        lefts.add(x.min().item())
+    assert flips == {1, -1} and len(tops) > 6 and len(lefts) > 6 and max(lefts) > 26
+
+
+@pytest.mark.parametrize("height, width", [(10, 8), (40, 8), (10, 40)])
+def test_a_smaller_picture_is_padded_with_ignore(height, width):
+    for out in crops(data.segmentation_transform(16), places(height, width)):
+        (y, x, blue), mask = out["image"].long(), out["mask"].long()
+        inside = blue == 0
+        assert inside.sum() == min(height, 16) * min(width, 16) and torch.equal(mask == 255, ~inside)
+        assert torch.equal(mask[inside], ((y + 3 * x) % 250)[inside])
+
+
+@pytest.mark.parametrize("size", [24, 96])
+def test_an_inception_crop_keeps_image_and_mask_aligned_and_mixes_no_values(size):
+    source = places(60, 80)
+    source["mask"] = tv_tensors.Mask(source["image"][1] * 3)  # multiples of 3: a mean would mostly be none
+    flips = set()
+    for out in crops(data.segmentation_transform(size, 0.3), source):
+        x, mask = out["image"][1].double(), out["mask"].double()
+        assert x.shape == mask.shape == (size, size) and (mask % 3 == 0).all()
+        assert (x - mask / 3).abs().max() <= 2  # bilinear and nearest differ by a source pixel or two
+        flips.add((x[:, -1] > x[:, 0]).all().item())
+    assert flips == {True, False}
+
+
+# ---------------------------------------- Order
+
+
+def order(count=37, batch_size=8, steps=9, **more):
+    return list(data.Order(count, batch_size, steps, **more))
+
+
+@pytest.mark.parametrize("count, batch_size", [(10, 4), (3, 8), (7, 7), (1, 4)])
+def test_each_epoch_shows_every_image_once_and_every_batch_is_full(count, batch_size):
+    batches = order(count, batch_size, steps=3 * count)
+    assert [len(batch) for batch in batches] == [batch_size] * 3 * count
+    assert len(data.Order(count, batch_size, 3 * count)) == 3 * count
+    keys = [key for batch in batches for key in batch]
+    for epoch in range(3 * batch_size):
+        seen = keys[epoch * count:(epoch + 1) * count]
+        assert sorted(seen) == [(epoch, i) for i in range(count)]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    first, second = ([i for _, i in order(37, 37, 2)[epoch]] for epoch in (0, 1))
+    assert first != second and first != sorted(first) and order(seed=1) != order(seed=0) == order()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_processes_share_one_global_batch(world):
+    shares = [order(rank=rank, world=world) for rank in range(world)]
+    assert [sum(parts, []) for parts in zip(*shares)] == order()
+
+
+@pytest.mark.parametrize("start", [1, 4, 5, 8, 9])
+def test_a_restart_continues_the_order(start):
+    assert order(start=start) == order()[start:] and len(data.Order(37, 8, 9, start=start)) == 9 - start
+
+
+# ---------------------------------------- Samples
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(few):
+    def samples(seed):
+        return data.Samples(datasets.toy("train"), data.segmentation_transform(32), seed)
+
+    wanted = samples(5)[2, 7]
+    again = samples(5)
+    torch.manual_seed(123)
+    assert same(again[2, 7], wanted) and not same(again[3, 7], wanted) and same(again[2, 7], wanted)
+    assert not same(samples(6)[2, 7], wanted)
+    seeds = {int(again[epoch, i]["noise_seed"]) for epoch in range(3) for i in range(12)}
+    assert len(seeds) == 36 and all(0 <= seed < 2 ** 63 for seed in seeds)
+
+
+def test_batches_are_the_same_for_0_and_2_workers_and_after_a_restart(few):
+    samples = data.Samples(datasets.toy("unlabelled"), data.pretraining_transform(32, 0.3), seed=5)
+
+    def run(workers, start=0):
+        batches = data.Order(12, batch_size=5, steps=6, seed=5, start=start)
+        return list(DataLoader(samples, batch_sampler=batches, num_workers=workers))
+
+    plain = run(0)
+    for workers, start in ((2, 0), (0, 3), (2, 5)):
+        for ours, theirs in zip(run(workers, start), plain[start:], strict=True):
+            assert same(ours, theirs)
+
+
+def photos(tmp_path, broken):
+    for i in range(4):
+        write_image(tmp_path / f"{i}.png", 32, 32, seed=i)
+    for i in broken:
+        (tmp_path / f"{i}.png").write_text("broken")
+    return datasets.listed(str(tmp_path), ["*"])[0]
+
+
+@pytest.mark.parametrize("broken, index, shown", [([1], 1, 2), ([1, 2], 1, 3), ([3], 3, 0), ([1], 0, 0)])
+def test_an_undecodable_picture_is_replaced_by_the_next_and_named(broken, index, shown, tmp_path, capsys):
+    samples = data.Samples(photos(tmp_path, broken), torch.nn.Identity(), replace=True)
+    wanted = np.array(Image.open(tmp_path / f"{shown}.png"))
+    assert np.array_equal(samples[0, index]["image"].permute(1, 2, 0), wanted)
+    err = capsys.readouterr().err
+    assert all((f"{i}.png" in err) == (index != shown) for i in broken)
+
+
+def test_an_undecodable_picture_is_an_error_where_none_may_take_its_place(tmp_path):
+    with pytest.raises(data.UnreadableImage, match="1.png"):
+        data.Samples(photos(tmp_path, [1]), torch.nn.Identity())[0, 1]
+
+
+def test_pictures_none_of_which_decodes_end_with_an_error(tmp_path):
+    with pytest.raises(UserError, match="2.png"):
+        data.Samples(photos(tmp_path, range(4)), torch.nn.Identity(), replace=True)[0, 2]
+
+
+@pytest.mark.parametrize("count, most", [(14, 3), (8, 8), (8, 100), (7, 1), (9, 8)])
+def test_a_batch_in_parts_keeps_its_order_in_few_parts_of_nearly_one_size(count, most):
+    parts = data.in_parts({"image": torch.arange(count), "mask": torch.arange(count) + 50}, most)
+    sizes = [len(part["image"]) for part in parts]
+    assert len(parts) == int(np.ceil(count / most)) and max(sizes) <= most and max(sizes) - min(sizes) <= 1
+    assert torch.cat([part["image"] for part in parts]).tolist() == list(range(count))
+    assert all(torch.equal(part["mask"], part["image"] + 50) for part in parts)

@@ -1,0 +1,329 @@
+"""model.py: the networks against JAX, torchvision and torch's own operations; weights of every kind."""
+import argparse
+import copy
+import math
+import pickle
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.models import resnet50
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import jax_reference
+import model
+from conftest import DEVICES, ROOT, same_tensors
+from model import Classifier, HybridViT, ResNet50, UNet, build_encoder, build_unet, freeze
+
+SMALL = ["hybrid-small", "resnet50"]  # the encoders that a test can afford
+on_devices = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+def tiny(encoder="hybrid-small", **options):
+    torch.manual_seed(0)
+    return build_unet(encoder, 1 / 32, **options)
+
+
+# ---------------------------------------- Encoders
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Full-size, from a stand-in for Google's file, which is known by its content, not by its name."""
+    heads = {"head/kernel": (768, 3), "head/bias": (3,), "pre_logits/kernel": (768, 768)}
+    path = tmp_path_factory.mktemp("google") / "whatever.bin"
+    with open(path, "wb") as file:
+        np.savez(file, **jax_reference.make_weights(0), **{k: np.zeros(v, np.float32) for k, v in heads.items()})
+    encoder = HybridViT().eval()
+    model.load_encoder_weights(encoder, path)
+    path.unlink()
+    return encoder
+
+
+@on_devices
+@torch.no_grad()
+def test_hybrid_vit_answers_what_the_original_jax_model_answers(published, device):
+    """At stride 16 the float32 features of JAX lie 2.65e-5 from the exact ones: no port can come closer."""
+    expected = np.load(Path(__file__).with_name("jax_hybrid_vit_b16.npz"))
+    maps = published.to(device)(torch.from_numpy(jax_reference.make_image(0)).to(device))
+    parts = (np.s_[:, ::8, ::7, ::7], np.s_[:, ::8, ::5, ::5], np.s_[:, ::8, ::3, ::3], np.s_[:, ::4])
+    for stride, ours, part, limit in zip((2, 4, 8, 16), maps, parts, (1e-6, 4e-6, 1.2e-5, 3e-5)):
+        theirs = torch.from_numpy(expected[f"stride{stride}"]).double()
+        error = torch.linalg.vector_norm(ours[part].cpu().double() - theirs) / torch.linalg.vector_norm(theirs)
+        assert error <= limit * (1 if device == "cpu" else 4), stride
+
+
+@torch.no_grad()
+def test_the_position_grid_is_interpolated_with_corners_on_corners():
+    encoder = HybridViT(8, (2, 2, 2), (1, 1, 1), dim=8, depth=1, heads=2, mlp_dim=8, image_size=64)  # 4x4
+    wanted = encoder.pos_embedding[0, 1:].reshape(4, 4, 8).numpy()
+    for axis, size in ((0, 7), (1, 2)):  # along one axis, then along the other
+        wanted = np.apply_along_axis(lambda v: np.interp(np.linspace(0, 3, size), np.arange(4), v), axis, wanted)
+    position = encoder.position(7, 2)
+    assert torch.equal(position[:, 0], encoder.pos_embedding[:, 0])
+    np.testing.assert_allclose(position[0, 1:].numpy(), wanted.reshape(14, 8), atol=1e-6)
+
+
+@on_devices
+@torch.no_grad()
+def test_resnet50_answers_what_torchvision_answers_to_its_own_preprocessing(device):
+    torch.manual_seed(0)
+    reference, encoder = resnet50(weights=None).double().eval().to(device), ResNet50().double().to(device)
+    encoder.load_state_dict({k: v for k, v in reference.state_dict().items() if k[:3] != "fc."})
+    values = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.float64, device=device)
+    mean, std = values.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 3, 1, 1)
+    names = ["relu", "layer1", "layer2", "layer3", "layer4"]
+    wanted = create_feature_extractor(reference, names)((values / 255 - mean) / std).values()
+    for ours, theirs in zip(encoder((values - 127.5) / 127.5), wanted, strict=True):
+        assert torch.linalg.vector_norm(ours - theirs) < 1e-5 * torch.linalg.vector_norm(theirs)
+
+
+@pytest.mark.parametrize("of_the_batch", [False, True])
+def test_resnet50_normalises_by_what_is_stored_unless_told_to_use_the_batch(of_the_batch):
+    unet, seen = tiny("resnet50"), []
+    if of_the_batch:
+        model.use_batch_statistics(unet, sync=False)
+    unet.train()
+    bn = unet.encoder.bn1
+    nn.init.constant_(bn.running_var, 4.0)
+    stored = copy.deepcopy(bn.state_dict())
+    bn.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    unet(torch.randn(3, 3, 64, 64))
+    inputs, output = seen[0]
+    own = ((inputs - inputs.mean((0, 2, 3), keepdim=True))
+           / inputs.var((0, 2, 3), correction=0, keepdim=True).add(bn.eps).sqrt())
+    torch.testing.assert_close(output, own if of_the_batch else inputs / 2, rtol=1e-4, atol=1e-5)
+    assert same_tensors(stored, bn.state_dict()) != of_the_batch
+    stored = copy.deepcopy(bn.state_dict())
+    unet.eval()(torch.randn(3, 3, 64, 64))
+    assert same_tensors(stored, bn.state_dict())
+
+
+# ---------------------------------------- The decoder and the UNet
+
+
+@pytest.mark.parametrize("name, encoder_count, channels, skips", [
+    ("hybrid", sum(map(math.prod, jax_reference.key_shapes().values())), 768, (0, 512, 256, 64, 0)),
+    ("resnet50", 25_557_032 - 2048 * 1000 - 1000, 2048, (1024, 512, 256, 64, 0))])  # torchvision's, without fc
+def test_the_sizes_at_the_head_of_model_py_are_those_of_the_papers_networks(name, encoder_count, channels, skips):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    line = next(line for line in model.__doc__.splitlines() if line.split()[:1] == [name])
+    said = [(int(n.replace(",", "")), float(g)) for n, g in re.findall(r"([\d,]+) +([\d.]+) G", line)]
+    counts = [encoder_count]
+    for width in (1, 2, 3):
+        outs = [c * width for c in (1024, 512, 256, 128, 64)]
+        blocks = zip([channels, *outs], skips, outs)  # of two bias-free convolutions and two norms; then the head
+        counts.append(sum(9 * (i + s) * o + 9 * o * o + 4 * o for i, s, o in blocks) + 3 * outs[-1] * 9 + 3)
+    assert [n for n, _ in said] == counts
+    with torch.device("meta"), torch.no_grad():
+        encoder, x = build_encoder(name), torch.zeros(1, 3, 224, 224)
+        maps = encoder(x)
+        calls = [(encoder, (x,)), *((UNet(encoder, width).decoder, (maps, (224, 224))) for width in (1, 2, 3))]
+        for (module, inputs), (parameters, multiply_adds) in zip(calls, said, strict=True):
+            with FlopCounterMode(display=False) as counter:
+                module(*inputs)
+            assert sum(p.numel() for p in module.parameters()) == parameters
+            assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, abs=0.051)
+
+
+@on_devices
+@pytest.mark.parametrize("size", [(7, 4), (1, 1), (1, 6)])
+@pytest.mark.parametrize("upsample_conv", [model.upsample_conv_coarse, model.upsample_conv_fine])
+def test_upsample_conv_is_nearest_upsampling_and_a_3x3_convolution(upsample_conv, size, device):
+    x = torch.randn(2, 5, *size, dtype=torch.float64, requires_grad=True, device=device)
+    weight = torch.randn(6, 5, 3, 3, dtype=torch.float64, requires_grad=True, device=device)
+    ours = upsample_conv(x, weight)
+    theirs = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
+    torch.testing.assert_close(ours, theirs)
+    out = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad(y, (x, weight), out) for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize("upsample_conv", [model.upsample_conv_coarse, model.upsample_conv_fine])
+def test_a_block_is_upsample_concatenate_and_twice_conv_norm_relu(upsample_conv):
+    block = model.DecoderBlock(6, 4, 8, upsample_conv)
+    x, skip = torch.randn(2, 6, 5, 3), torch.randn(2, 4, 10, 6)
+    y = torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], dim=1)
+    for conv in (block.conv1, block.conv2):
+        y = F.relu(F.group_norm(conv(y), 4, eps=1e-6))
+    torch.testing.assert_close(block(x, skip), y, rtol=1e-4, atol=1e-5)
+
+
+@on_devices
+@pytest.mark.parametrize("encoder", SMALL)
+@torch.no_grad()
+def test_the_output_has_the_size_of_the_input_and_does_not_depend_on_the_batch(encoder, device):
+    unet = tiny(encoder, out_channels=5).to(device)
+    for size in ((64, 64), (33, 50), (1, 70), (16, 1), (1, 1)):
+        x = torch.randn(2, 3, *size, device=device)
+        y = unet(x)
+        assert y.shape == (2, 5, *size)
+        torch.testing.assert_close(unet(x[1:]), y[1:], rtol=1e-3, atol=1e-4)
+
+
+def test_any_module_with_channels_and_strides_is_an_encoder():
+    class Somebodys(nn.Module):
+        channels, strides = (8, 24), (4, 8)
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 24, 2, stride=2)
+
+        def forward(self, x):
+            a = self.a(x)
+            return a, self.b(a)
+
+    unet = UNet(Somebodys(), width=1 / 16)
+    y = unet(torch.randn(2, 3, 21, 30))
+    assert y.shape == (2, 3, 21, 30)
+    y.square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in unet.encoder.parameters())  # the skip is connected
+
+
+def test_replacing_the_head_keeps_everything_else():
+    unet = tiny().double()
+    before = copy.deepcopy(unet.state_dict())
+    unet.decoder.replace_head(19)
+    after = unet.state_dict()
+    assert unet(torch.randn(1, 3, 32, 32).double()).shape == (1, 19, 32, 32)
+    changed = {name for name in before.keys() | after.keys() if not torch.equal(after[name], before[name])}
+    assert changed == {"decoder.head.weight", "decoder.head.bias"}
+
+
+@on_devices
+@torch.no_grad()
+def test_conditioning_starts_as_none_then_follows_each_images_gamma(device):
+    plain, unet = tiny().to(device), tiny(condition_on_gamma=True).to(device)
+    extra = unet.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert extra and all("gamma" in name for name in extra)
+    x = torch.randn(1, 3, 32, 32, device=device).expand(3, -1, -1, -1)
+    torch.testing.assert_close(unet(x, 0.3), plain(x))
+    for module in unet.modules():
+        if isinstance(module, model.DecoderNorm):
+            nn.init.normal_(module.gamma.weight)
+    y = unet(x, torch.tensor([0.3, 0.9, 1.0], device=device))
+    for i, gamma in enumerate((0.3, 0.9, None)):  # None: a clean image
+        torch.testing.assert_close(y[i:i + 1], unet(x[:1], gamma), rtol=1e-3, atol=1e-4)
+    assert (y[0] - y[1]).abs().max() > 1e-2 and (y[1] - y[2]).abs().max() > 1e-2
+
+
+@on_devices
+@pytest.mark.parametrize("encoder", SMALL)
+def test_a_frozen_encoder_keeps_every_byte_and_has_no_gradients(encoder, device):
+    unet = tiny(encoder).to(device)
+    freeze(unet.encoder)
+    before = copy.deepcopy({**unet.encoder.state_dict(), **dict(unet.encoder.named_buffers())})
+    model.use_batch_statistics(unet, sync=False)  # BatchNorm's statistics are the trap
+    for part in (unet, unet.encoder, *unet.encoder.modules()):
+        part.train()
+    head = unet.decoder.head.weight.clone()
+    optimizer = torch.optim.Adam(unet.parameters(), lr=0.1, weight_decay=0.1)
+    unet(torch.randn(2, 3, 64, 64, device=device)).square().mean().backward()
+    optimizer.step()
+    assert not any(part.training for part in unet.encoder.modules()) and unet.decoder.training
+    assert not any(p.requires_grad or p.grad is not None for p in unet.encoder.parameters())
+    assert same_tensors({**unet.encoder.state_dict(), **dict(unet.encoder.named_buffers())}, before)
+    assert not torch.equal(unet.decoder.head.weight, head)
+
+
+def test_the_classifier_is_linear_in_the_mean_of_the_coarsest_map():
+    classifier, x = Classifier(build_encoder("hybrid-small"), 7), torch.randn(2, 3, 64, 32)
+    mean = classifier.encoder(x)[-1].flatten(2).mean(2)
+    torch.testing.assert_close(classifier(x), mean @ classifier.head.weight.T + classifier.head.bias)
+
+
+@pytest.mark.parametrize("encoder", SMALL)
+@torch.no_grad()
+def test_the_unet_is_exported_at_a_fixed_size(encoder, tmp_path):
+    unet, x = tiny(encoder).eval(), torch.rand(1, 3, 50, 64)
+    torch.testing.assert_close(torch.export.export(unet, (x,)).module()(x), unet(x))
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    import onnxruntime
+    torch.onnx.export(unet, (x,), tmp_path / "unet.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "unet.onnx")
+    answer = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(answer), unet(x), rtol=1e-3, atol=1e-4)
+
+
+def test_model_py_and_noise_py_need_torch_alone(monkeypatch):
+    for name in ("torchvision", "numpy", "PIL", "tqdm", *(path.stem for path in ROOT.glob("*.py"))):
+        monkeypatch.setitem(sys.modules, name, None)
+    theirs, noise = (runpy.run_path(str(ROOT / name)) for name in ("model.py", "noise.py"))
+    x = torch.zeros(1, 3, 20, 30)
+    y = theirs["build_unet"]("hybrid-small", 1 / 32)(noise["sample_noise"](x.shape, [0]))
+    assert noise["denoising_loss"](y, x) > 0
+
+
+# ---------------------------------------- Weights
+
+
+def as_timm(state):
+    """HybridViT's tensors under timm's names."""
+    renamed = {r"block(\d)\.unit(\d+)": lambda m: f"stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}",
+               r"(conv|gn)_proj": r"downsample.\1", r"(conv|gn)_root": r"stem.\1", r"\bgn": "norm",
+               r"^(stem|stages)": r"patch_embed.backbone.\1", "^embedding": "patch_embed.proj",
+               r"^transformer(\.\d+\.)(qkv|proj)": r"blocks\1attn.\2", r"^transformer(\.\d+\.)fc": r"blocks\1mlp.fc",
+               "^transformer": "blocks", "^cls": "cls_token", "^pos_embedding": "pos_embed", "^encoder_norm": "norm"}
+    names = {name: name for name in state}
+    for ours, theirs in renamed.items():
+        names = {name: re.sub(ours, theirs, new) for name, new in names.items()}
+    return {names[name]: value for name, value in state.items()}
+
+
+def test_timms_names_are_those_of_timm():
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        theirs = timm.create_model("vit_base_r50_s16_224", num_classes=0).state_dict()
+        ours = as_timm(HybridViT().state_dict())
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def write(kind, path):
+    """A file of weights -> (its encoder's state, what decides of the network)."""
+    torch.manual_seed(1)
+    if kind == "torchvision":
+        net = resnet50()
+        nn.init.normal_(net.bn1.running_mean)
+        torch.save(net.state_dict(), path)
+        return {k: v for k, v in net.state_dict().items() if k[:3] != "fc."}, {"encoder": "resnet50"}
+    if kind == "stage 1":
+        made_with, net = {"encoder": "hybrid-small"}, Classifier(build_encoder("hybrid-small"), 6)
+    else:
+        made_with = {"encoder": "hybrid-small", "width": 1 / 32, "out_channels": 3, "image_size": 96}
+        net = build_unet(**made_with)
+    content, state = {"model": net.state_dict(), "model_args": made_with}, net.encoder.state_dict()
+    if kind not in ("stage 1", "stage 2"):
+        made_with, timm = {"encoder": "hybrid"}, {**as_timm(state), "head.weight": torch.zeros(5, 128)}
+        content = {
+            "timm": timm, "timm, wrapped": {"model": timm, "epoch": 3}, "timm, Lightning": {"state_dict": timm},
+            "timm, DDP": {f"module.{k}": v for k, v in timm.items()},
+            "timm, Namespace": {"model": timm, "args": argparse.Namespace(lr=0.1)}}[kind]
+    torch.save(content, path)
+    return state, {**made_with, "image_size": 64 if kind == "stage 1" else 96}
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "stage 1", "stage 2", "timm", "timm, wrapped", "timm, Lightning",
+                                  "timm, DDP", "timm, Namespace"])
+def test_weights_of_every_kind_are_taken_whole(kind, tmp_path):
+    path = tmp_path / "weights.bin"
+    state, made_with = write(kind, path)
+    name = made_with["encoder"].replace("hybrid-small", "hybrid").replace("hybrid", "hybrid-small")
+    encoder = build_encoder(name, made_with.get("image_size"))
+    model.load_encoder_weights(encoder, str(path))
+    assert same_tensors(encoder.state_dict(), state)
+    said = model.read_weights(str(path))[1]
+    assert {key: said.get(key) for key in made_with} == made_with
