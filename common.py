@@ -98,10 +98,10 @@ def add_optimisation_flags(parser):
     length.add_argument("--steps", type=number(int, 1), help="optimiser steps (%(default)s)")
     length.add_argument("--epochs", type=number(float, 0), help="passes over the images (%(default)s)")
     add("--batch-size", type=number(int, 1), help="images per step, over all processes (%(default)s)")
-    add("--lr", type=number(float, 0), help="peak learning rate of Adam (%(default)s; §5.1)")
+    add("--lr", type=number(float, 0), help="peak rate (%(default)s; stage 2: 6e-5, for x2 1e-4; §5.1)")
     add("--warmup", type=number(float, 0, 1),
         help="share of the steps in which the rate rises, before the cosine; PAPER SILENT (%(default)s)")
-    add("--weight-decay", type=number(float, 0), help="L2 penalty of Adam (%(default)s; §5.1)")
+    add("--weight-decay", type=number(float, 0), help="(%(default)s; stage 3: §5.1)")
     add("--seed", type=number(int, 0), default=0, help="of weights, order, crops, noise, labels (0)")
 
 
@@ -123,11 +123,17 @@ def add_device_flags(group):
     add("--compile", action="store_true", help="torch.compile the network")
 
 
-def agree(flag, asked, made, usual, source):
-    """What was asked for, or what the weights in `source` were made with; they must agree. Else the usual."""
-    if None not in (asked, made) and asked != made:
-        raise UserError(f"{flag} {asked}, but {source} was made with {made}; drop the flag")
-    return next(value for value in (asked, made, usual) if value is not None)
+def network_args(args, made_with, source):
+    """encoder, width and image_size for build_unet: as the flags ask or as the weights in `source` were made,
+    which must agree, else the paper's; those of a small network for the toy data."""
+    toy = args.data == "shapes"
+    usual = {"encoder": "hybrid-small" if toy else "hybrid", "width": 0.25 if toy else 1.0}
+    for name in usual:
+        asked, made = getattr(args, name), made_with.get(name)
+        if None not in (asked, made) and asked != made:
+            raise UserError(f"--{name} {asked}, but {source} was made with {made}; drop the flag")
+        usual[name] = asked or made or usual[name]
+    return {**usual, "image_size": made_with.get("image_size")}
 
 
 # ---------------------------------------- Processes and the device

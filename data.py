@@ -57,40 +57,30 @@ def read_image(file, name=None):
     if picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise UserError(f"{name}: Pillow's mode {picture.mode}, expected 8 bits a channel; convert it with "
                         "Image.fromarray(np.uint8(255 * (x - low) / (high - low))).save(...)")
-    picture = ImageOps.exif_transpose(picture).convert("RGB")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def mask_values(path, colours=False):
-    """The values in a mask's file: (H, W) uint8 of an index image (palette or grey; its colours are not
-    read); colours: (H, W) int32, R * 65536 + G * 256 + B."""
-    picture = open_picture(path, path)
-    if picture.format == "JPEG":
-        raise UserError(f"{path}: a mask in a JPEG, which changes values; expected a PNG")
-    if colours:
-        return np.array(picture.convert("RGB")).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
-    if picture.mode not in ("1", "L", "P"):
-        raise UserError(f"{path}: a mask of Pillow's mode {picture.mode}, expected an 8-bit index image; if "
-                        "its colours are classes, write `R G B name` lines to classes.txt")
-    return np.array(picture).astype(np.uint8)
+    ImageOps.exif_transpose(picture, in_place=True)
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def read_mask(path, values):
     """A mask as class indices uint8 (H, W), IGNORE where ignored. Raises UserError for other values.
 
-    values: {value: class index or IGNORE}, its keys 0 to 255, or (R, G, B).
+    values: {value: class index or IGNORE}. Its keys are 0 to 255, of an index image (palette or grey; its
+    colours are not read), or all (R, G, B).
     """
-    colours = isinstance(next(iter(values)), tuple)
-    found = mask_values(path, colours)
-    known = {(r << 16) + (g << 8) + b: k for (r, g, b), k in values.items()} if colours else values
-    keys = np.array(sorted(known), np.int32)
-    if not colours:  # a table is faster than a search
-        table = np.full(256, -1, np.int16)
-        table[keys] = [known[key] for key in keys]
-        mask = table[found]
-    else:
+    picture, colours = open_picture(path, path), isinstance(next(iter(values)), tuple)
+    if picture.format == "JPEG" or not (colours or picture.mode in ("1", "L", "P")):
+        raise UserError(f"{path}: a {picture.format} of Pillow's mode {picture.mode}, expected a PNG of "
+                        "8-bit indices or, where classes.txt has `R G B name` lines, of colours")
+    if colours:
+        found = np.array(picture.convert("RGB")).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
+        known = {(r << 16) + (g << 8) + b: k for (r, g, b), k in values.items()}
+        keys = np.array(sorted(known))
         at = np.searchsorted(keys, found).clip(max=len(keys) - 1)
         mask = np.where(keys[at] == found, np.array([known[key] for key in keys])[at], -1)
+    else:  # a table is faster than a search
+        found, table = np.array(picture).astype(np.uint8), np.full(256, -1, np.int16)
+        table[list(values)] = list(values.values())
+        mask = table[found]
     if mask.min() < 0:
         wrong = int(found[mask < 0][0])
         wrong = (wrong >> 16, wrong >> 8 & 255, wrong & 255) if colours else wrong
@@ -103,7 +93,7 @@ def read_mask(path, values):
 
 
 def pretraining_transform(size, min_area=0.08):
-    """Inception-style crop (6) of min_area to all of the picture, aspect ratio 3/4 to 4/3, and flip."""
+    """Inception-style crop (§6) of min_area to all of the picture, aspect ratio 3/4 to 4/3, and flip."""
     return v2.Compose([v2.RandomResizedCrop(size, scale=(min_area, 1.0), antialias=True),
                        v2.RandomHorizontalFlip()])
 
@@ -112,7 +102,7 @@ def segmentation_transform(size, min_area=None):
     """Training crop of image and mask to size x size, and flip. Masks are scaled without mixing values.
 
     PAPER SILENT on which crop. None: a random window (5.1: "random cropping ... to a fixed size"), smaller
-    pictures padded, with IGNORE in the mask. min_area: inception-style (6).
+    pictures padded, with IGNORE in the mask. min_area: inception-style (§6).
     """
     if min_area is not None:
         return pretraining_transform(size, min_area)
@@ -185,7 +175,6 @@ class Order(Sampler):
 
 def in_parts(batch, micro_batch):
     """A batch in as few parts of at most `micro_batch` images as there can be, of nearly one size."""
-    count = len(batch["image"])
-    parts = -(-count // micro_batch)
-    bounds = [count * i // parts for i in range(parts + 1)]
-    return [{key: value[a:b] for key, value in batch.items()} for a, b in zip(bounds, bounds[1:])]
+    parts = -(-len(batch["image"]) // micro_batch)
+    split = [value.tensor_split(parts) for value in batch.values()]
+    return [dict(zip(batch, values)) for values in zip(*split)]

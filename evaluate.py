@@ -13,6 +13,7 @@ ONE confusion matrix counts the pixels of all images, without those of value 255
 FP + FN); mIoU is its mean over the classes that occur in the truth or in a prediction.
 """
 import argparse
+import math
 import os
 import sys
 
@@ -44,18 +45,21 @@ def confusion_matrix(prediction, truth, num_classes):
 def scores(confusion, names):
     """IoU, accuracy (TP / (TP + FN)) and Dice by class, their means, pixel accuracy; from 0 to 1.
 
-    None for a class that does not occur; a mean is over those that do, in the truth or in a prediction.
+    None for a class that occurs neither in the truth nor (but for the accuracy) in a prediction; means are
+    over the others (PAPER SILENT).
     """
     confusion = confusion.double()
     hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    occurs = truth + predicted > 0
-    found = {"pixel_accuracy": (hits.sum() / confusion.sum()).item() if occurs.any() else None}
+
+    def number(value):
+        return None if math.isnan(value) else value  # 0 / 0
+
+    found = {"pixel_accuracy": number((hits.sum() / confusion.sum()).item())}
     for name, mean, values in (("iou", "miou", hits / (truth + predicted - hits)),
-                               ("accuracy", "mean_accuracy", hits / truth.clamp(min=1)),
+                               ("accuracy", "mean_accuracy", hits / truth),
                                ("dice", "mean_dice", 2 * hits / (truth + predicted))):
-        found[mean] = values[occurs].mean().item() if occurs.any() else None
-        found[name] = {key: value if there else None
-                       for key, value, there in zip(names, values.tolist(), occurs.tolist())}
+        found[mean] = number(values.nanmean().item())
+        found[name] = dict(zip(names, map(number, values.tolist())))
     return found
 
 
@@ -83,8 +87,8 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
     for scale in scales:
         size = [max(1, round(scale * side)) for side in x.shape[-2:]]
         scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", antialias=True)
-        for mirrored in (False, True)[:1 + flip]:
-            logits = in_windows(model, scaled.flip(3) if mirrored else scaled, window, stride or window)
+        for mirrored in {False, flip}:
+            logits = in_windows(model, scaled.flip(3) if mirrored else scaled, window, stride)
             logits = logits.flip(3) if mirrored else logits
             total = total + (logits if scale == 1 else F.interpolate(logits, x.shape[-2:], mode="bilinear"))
     return total / (len(scales) * (1 + flip))
@@ -93,7 +97,7 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
 def in_windows(model, x, window, stride):
     """Float32 logits of x, window by window of this side, every `stride` pixels, the last ones at the edges,
     and their mean where they overlap. 0: the whole image. 1024 on 1024x2048 are the two patches of 5.1."""
-    height, width = x.shape[-2:]
+    (height, width), stride = x.shape[-2:], min(stride or window, window)
     if not window or window >= max(height, width):
         return model(x).float()
     tops, lefts = ({*range(0, max(1, side - window), stride), max(0, side - window)}
@@ -179,7 +183,6 @@ def parse_arguments(argv=None):
     common.add_data_flags(group, datasets.LABELLED, default=None)
     group.add_argument("--masks", metavar="PATTERN", help='masks below --root, such as "labels/*_mask.png"')
     group.add_argument("--split", choices=("train", "val", "test"), default="val", help="which part (val)")
-    group.add_argument("--list", metavar="FILE", help="text file that selects images, one a line")
     group = parser.add_argument_group("method (the protocol of the data set, §5.1)")
     group.add_argument("--scales", type=common.number(float, 0.01), nargs="+", help="to average over")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
@@ -195,23 +198,21 @@ def parse_arguments(argv=None):
 def choose_source(args, trained, classes):
     """(images to predict, whether they have masks): of --data, or of the flags that the training had."""
     known = trained if args.data is None else {"root": None}
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    flags = argparse.Namespace(**{"images": None, "masks": None, "train_list": None, "val_list": args.list,
+    given = {name: value for name, value in vars(args).items() if value is not None}  # these come last
+    flags = argparse.Namespace(**{"images": None, "masks": None, "train_list": None, "val_list": None,
                                   "val_fraction": None, **known, "labels": None, **given})
     part = args.split
     if args.data is not None:
         folder = datasets.folder_of(args.masks or datasets.DATA_SETS["folder"].masks)
         if args.data == "folder" and not os.path.isdir(os.path.join(args.root or "", folder)):
             return datasets.pretraining_images(args), False
-        if args.data != "folder" or os.path.exists(os.path.join(args.root, "classes.txt")):
+        if args.data != "folder" or os.path.exists(os.path.join(args.root or "", "classes.txt")):
             own = datasets.classes_of(flags)  # the same classes may have other mask values there
             if own.names != classes.names:
                 raise UserError(f"--data {args.data}: classes {', '.join(own.names[:4])} ..., expected those "
                                 f"of the training, {', '.join(classes.names[:4])} ...")
             classes = own
         part = part if "{part}" in (args.images or "{part}") else "train"  # one folder: all of it
-    if args.list is not None:
-        flags.val_list, flags.val_fraction, part = args.list, None, "val"
     if flags.val_fraction is not None and part != "test":
         source = datasets.training_and_validation(flags, classes)[part == "val"]
     else:
@@ -238,8 +239,7 @@ def main():
     if args.compile:
         model.compile()
 
-    with common.local_first():
-        source, has_masks = choose_source(args, trained, classes)
+    source, has_masks = choose_source(args, trained, classes)
     if not has_masks and not args.save_predictions:
         raise UserError(f"{args.root}: no masks in it to compare with; pass --save-predictions DIR")
     data = args.data or trained["data"]

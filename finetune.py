@@ -5,9 +5,10 @@
     torchrun --nproc_per_node=8 finetune.py --data cityscapes --root cityscapes --init ddep.pt --labels 372
 
     --init ddep.pt or dep.pt: a checkpoint of pretrain_decoder.py, all but its head         "DDeP", "DeP"
-    --init encoder.pt or imagenet21k: of pretrain_encoder.py or published, the encoder      "Supervised"
+    --init encoder.pt or imagenet21k: of pretrain_encoder.py or published, encoder only     "Supervised"
     --init none: fresh weights                                                              "No Pretraining"
-    --init finetuned.pt: a checkpoint of this stage; with the same classes its head, too
+
+or from a checkpoint of this stage; with the same classes its head is kept, too.
 
 In: pairs of image and mask. Out, in --out: last.pt, which evaluate.py takes; log.jsonl; metrics.json, by the
 evaluation protocol of the data set; predictions.png.
@@ -68,22 +69,17 @@ def parse_arguments(argv=None):
 
 def new_network(args, classes):
     """(the UNet with the weights of --init and a head for the classes, its model_args)."""
-    source, toy = args.init, args.data == "shapes"
     with common.local_first(), common.users_mistakes():
-        state, made_with = read_weights(source) if source != "none" else ({}, {})
-    usual_encoder, usual_width = ("hybrid-small", 1 / 4) if toy else ("hybrid", 1.0)
-    model_args = dict(
-        encoder=common.agree("--encoder", args.encoder, made_with.get("encoder"), usual_encoder, source),
-        width=common.agree("--width", args.width, made_with.get("width"), usual_width, source),
-        out_channels=len(classes.names), condition_on_gamma=made_with.get("condition_on_gamma", False),
-        image_size=made_with.get("image_size"))
+        state, made_with = read_weights(args.init) if args.init != "none" else ({}, {})
+    model_args = dict(**common.network_args(args, made_with, args.init), out_channels=len(classes.names),
+                      condition_on_gamma=made_with.get("condition_on_gamma", False))
     model = build_unet(**model_args)
     if state:
         has_decoder = any(name.startswith("decoder.") for name in state)
         same_classes = has_decoder and made_with["class_names"] == classes.names
         fresh = () if same_classes else ("decoder.head.",) if has_decoder else ("decoder.",)
         with common.users_mistakes():
-            load_weights(model, state, source, fresh)
+            load_weights(model, state, args.init, fresh)
     return model, model_args
 
 
@@ -127,9 +123,9 @@ def main():
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 3: --init {args.init}, {model_args}, {train.note}: {len(train)} to train on, "
         f"{len(val or [])} to validate on, steps {start} to {steps}, {world} x {device}", rank)
-    for step, batch in enumerate(loader, start):
+    for step, batch in enumerate(loader, start + 1):
         for group in optimizer.param_groups:
-            group["lr"] = common.cosine_rate(step, steps, args.lr, args.warmup)
+            group["lr"] = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
 
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
@@ -140,7 +136,7 @@ def main():
         for part in parts:
             x = to_pixels(part["image"].to(device))                 # (B, 3, H, W) in [-1, 1]
             mask = part["mask"].to(device).long()                   # (B, H, W)
-            network.require_backward_grad_sync = part is parts[-1]  # DDP exchanges gradients once a step
+            network.require_backward_grad_sync = part is parts[-1]  # DDP: exchange gradients once a step
             with common.autocast(args.precision, device):
                 logits = network(x)                                 # (B, classes, H, W)
             part_loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum") / labelled
@@ -148,16 +144,16 @@ def main():
             loss += part_loss.detach()
 
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # clips nothing
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # measures it, clips nothing
         loss = common.total(loss).item()
-        common.require_finite(step + 1, loss, norm.item(), scaler)
+        common.require_finite(step, loss, norm.item(), scaler)
         scaler.step(optimizer)
         scaler.update()
 
-        log.write(step + 1, loss=loss, rate=optimizer.param_groups[0]["lr"])
-        if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps):
+        log.write(step, loss=loss, rate=optimizer.param_groups[0]["lr"])
+        if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(
-                step=step + 1, model=model.state_dict(), model_args=model_args, args=vars(args),
+                step=step, model=model.state_dict(), model_args=model_args, args=vars(args),
                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(train),
                 class_names=classes.names, class_colours=classes.colours, mask_values=classes.values))
     log.close()
@@ -176,10 +172,10 @@ def main():
 
 
 @torch.inference_mode()
-def draw_predictions(model, source, classes, device, args, rows=6):
-    """A PIL page: image, truth and prediction of `rows` images, spread over the source."""
-    page, samples = [], Samples(source, v2.Identity())
-    for row in range(min(rows, len(source))):
+def draw_predictions(model, source, classes, device, args):
+    """A PIL page: image, truth and prediction of six images, spread over the source."""
+    page, samples, rows = [], Samples(source, v2.Identity()), min(6, len(source))
+    for row in range(rows):
         sample = samples[0, row * len(source) // rows]
         with common.autocast(args.precision, device):
             logits = predict(model, to_pixels(sample["image"][None].to(device)), window=args.crop_size)

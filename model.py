@@ -77,7 +77,7 @@ class StdConv2d(nn.Conv2d):
 
 
 def group_norm(channels):
-    """GroupNorm of 32 groups as published; in narrow (toy) layers of two channels or more each."""
+    """GroupNorm of 32 groups as published; narrow layers have fewer, of at least two channels each."""
     groups = math.gcd(32, channels)
     if groups == channels > 1:
         groups //= 2
@@ -266,7 +266,7 @@ def upsample_conv_fine(x, weight):
 class DecoderNorm(nn.Module):
     """GroupNorm; with conditioning (4.4) then a scale and shift per channel, linear in the embedded gamma.
 
-    PAPER SILENT on the norm. With GroupNorm an image does not depend on the rest of its (small) batch.
+    PAPER SILENT on both. With GroupNorm an image does not depend on the rest of its (small) batch.
     """
 
     def __init__(self, channels, gamma_dim=None):
@@ -289,9 +289,8 @@ class DecoderNorm(nn.Module):
 class DecoderBlock(nn.Module):
     """[x2 upsampling] -> [concatenate the skip] -> (3x3 conv -> norm -> ReLU) twice.
 
-    PAPER SILENT on all of it: the block of TransUNet (Chen et al., 2021), the paper's architecture.
-    PAPER SILENT on upsampling: nearest, which makes one cheap operation with the convolution behind it.
-    upsample_conv: one of the two above, or None.
+    PAPER SILENT on all of it: after the block of TransUNet (Chen et al., 2021), but with GroupNorm and
+    nearest upsampling, cheap with the convolution behind it. upsample_conv: one of the two above, or None.
     """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample_conv=None, gamma_dim=None):
@@ -306,7 +305,7 @@ class DecoderBlock(nn.Module):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
 
     def forward(self, x, skip=None, gamma=None):
-        # conv1 over [upsampled x, skip], as the sum of its two parts
+        # conv1(cat([upsampled x, skip])), as the sum of its parts, of which the first has a cheap form
         weight_x, weight_skip = self.conv1.weight.tensor_split([self.in_channels], dim=1)
         y = self.upsample_conv(x, weight_x) if self.upsample_conv else F.conv2d(x, weight_x, padding=1)
         if skip is not None:
@@ -336,7 +335,7 @@ class UNetDecoder(nn.Module):
         for i, out in enumerate(widths):
             upsample_conv = None
             if i >= 5 - math.log2(strides[-1]):
-                upsample_conv = upsample_conv_coarse if i < 2 else upsample_conv_fine
+                upsample_conv = upsample_conv_coarse if i < 2 else upsample_conv_fine  # measured
                 stride //= 2
             level = strides.index(stride) if stride in strides[:-1] else None
             skip = 0 if level is None else channels[level]
@@ -378,7 +377,7 @@ class UNet(nn.Module):
         self.decoder = UNetDecoder(encoder.channels, encoder.strides, width, out_channels, condition_on_gamma)
 
     def encode(self, x):
-        """The maps of x, padded below and right to a multiple of the coarsest stride."""
+        """The maps of x, padded (PAPER SILENT) below and right to a multiple of the coarsest stride."""
         stride = self.encoder.strides[-1]
         padding = (0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride)
         return self.encoder(F.pad(x, padding, mode="replicate") if any(padding) else x)
@@ -423,7 +422,7 @@ def freeze(module):
 
 PUBLISHED = {  # name: (address, first digits of its SHA-256 or None)
     "imagenet21k": ("https://storage.googleapis.com/vit_models/imagenet21k/R50+ViT-B_16.npz", None),
-    "imagenet1k": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),
+    "imagenet1k": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),  # V1
 }
 
 

@@ -4,31 +4,26 @@
     x_noisy = scaled_additive_noise(x, eps, gamma=0.95)    # Eq. 5
     loss = denoising_loss(model(x_noisy), eps)             # Eq. 6
 
-x and e are (B, C, H, W) of one float dtype, which results keep. gamma in [0, 1] and sigma >= 0 are floats or
-tensors (B,), one value per image.
+x and e are (B, C, H, W); results have x's dtype. gamma in [0, 1] and sigma >= 0 are floats, or tensors (B,)
+with a value per image.
 
-THE PIXEL RANGE. gamma and sigma mean nothing without it. PAPER SILENT: here pixels x lie in [-1, 1], which is
-what the published encoder takes: x = (value - 127.5) / 127.5 for 8-bit values. sigma = 0.23 is then 29 grey
-levels of 255. Noisy images are never clipped (Figure 4). Eq. 5 keeps the variance of x~ at 1 only where the
-variance of x is 1; photographs in [-1, 1] have about 0.25.
+THE PIXEL RANGE. gamma and sigma mean nothing without it. PAPER SILENT (Figure 4 is drawn in [0, 1]): here
+pixels x lie in [-1, 1], which is what the published encoder takes: x = (value - 127.5) / 127.5 for 8-bit
+values. sigma = 0.23 is then 29 grey levels of 255. Noisy images are never clipped (Figure 4). Eq. 5 keeps the
+variance of x~ at 1 only where the variance of x is 1; photographs in [-1, 1] have about 0.25.
 
 Two ways to write one noise: x~ = sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma e) / sqrt(1 + sigma^2), with
 
     gamma   sigma = sqrt(1/gamma - 1)  sqrt(1 - gamma)  where the paper uses it
-    0.95    0.2294                     0.2236           main setting (4.1, Table 4)
+    0.95    0.2294                     0.2236           main setting (Table 4)
     0.90    0.3333                     0.3162           lower end of U(0.9, 0.95) in Table 4
     0.6098  0.8000                     0.6247           DeP in Table 2: sigma = 0.8
 
-The paper's "optimal noise magnitude", 0.22, is sqrt(1 - gamma) at gamma = 0.95. (Table 4's caption says sigma
-where its values are gamma.)
+The paper's "optimal noise magnitude" (4.1), 0.22, is read here as sqrt(1 - gamma) at gamma = 0.95. (Table 4's
+caption says sigma where its values are gamma.)
 """
 import torch
 import torch.nn.functional as F
-
-
-def gamma_to_sigma(gamma):
-    """sigma = sqrt(1/gamma - 1), for gamma in (0, 1]."""
-    return (1 / gamma - 1) ** 0.5
 
 
 def sigma_to_gamma(sigma):
@@ -51,8 +46,8 @@ def denoising_loss(prediction, target):
     """Eq. 2 (target = x: predict the image) and Eqs. 3, 4, 6 (target = e: predict the noise).
 
     prediction, target: (B, C, H, W). Returns a float32 scalar: the MEAN over all elements. The paper writes
-    the squared norm, a sum over C H W elements. The mean is that sum divided by a constant, to which Adam is
-    indifferent: it does not grow with the image, and a model that answers 0 to unit noise has loss 1.
+    the squared norm, a sum over C H W elements. The mean is that sum divided by a constant, to which Adam
+    without weight decay is indifferent; a model that answers 0 to unit noise has loss 1.
     """
     return F.mse_loss(prediction.float(), target.float())
 

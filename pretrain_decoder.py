@@ -1,6 +1,6 @@
 """Stage 2: Decoder Denoising Pretraining (DDeP), or denoising pretraining of the whole network (DeP).
 
-    python pretrain_decoder.py --gamma 0.95                                               # toy data, on a CPU
+    python pretrain_decoder.py --gamma 0.95                 # toy data, on a CPU; stage 1 first where missing
     python pretrain_decoder.py --data folder --root photos --encoder-weights imagenet21k  # one GPU
     torchrun --nproc_per_node=8 pretrain_decoder.py --data imagenet21k --root imagenet21k \\
         --encoder-weights imagenet21k --gamma 0.95                                        # eight
@@ -29,7 +29,7 @@ from datasets import UNLABELLED, pretraining_images
 from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet_of, use_batch_statistics
 from pictures import from_pixels, table
 
-RECIPES = {  # PAPER SILENT on weight decay and warm-up of this stage: none
+RECIPES = {  # PAPER SILENT on weight decay and warm-up of this stage: none on real data
     "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=1e-3, warmup=0.02, weight_decay=0.0,
                    image_size=64, min_area=0.5, workers=0, save_every=400),
     "paper": dict(epochs=100, batch_size=512, micro_batch=64, warmup=0.0, weight_decay=0.0, image_size=224,
@@ -44,16 +44,17 @@ def parse_arguments(argv=None):
     add, level = group.add_argument, group.add_mutually_exclusive_group()
     add("--method", choices=("ddep", "dep"), default="ddep", help="train the decoder, or the encoder too")
     level.add_argument("--gamma", type=common.number(float, 0, 1), nargs="+", metavar="G",
-                       help="gamma of Eq. 5 (0.95; §4.1); of two, drawn between them for each image (§4.4)")
+                       help="gamma of Eq. 5 (0.95; Table 4), or two: drawn between them for each image (§4.4)")
     level.add_argument("--sigma", type=common.number(float, 0), help="sigma of Eq. 1, simple noise, instead")
     add("--target", choices=("noise", "image"), default="noise", help="what to predict (%(default)s; §3.2)")
     add("--condition", action="store_true", help="condition the decoder's norms on gamma (§4.4)")
     add("--encoder", choices=ENCODERS, help="(that of the weights, else hybrid; shapes: hybrid-small)")
-    add("--encoder-weights", metavar="PATH",
-        help="of stage 1, or published: imagenet21k (hybrid) and imagenet1k (resnet50) are downloaded")
+    weights = group.add_mutually_exclusive_group()
+    weights.add_argument("--encoder-weights", metavar="PATH", help="of stage 1, or published: imagenet21k "
+                         "(hybrid) and imagenet1k (resnet50, PAPER SILENT) are downloaded")
+    weights.add_argument("--init", metavar="PATH", help="a checkpoint of this stage, to go on from")
     add("--width", type=common.number(float, 1 / 64),
         help="decoder of [1024, 512, 256, 128, 64] * W (that of --init, else 1; shapes: 1/4; §4.3)")
-    add("--init", metavar="PATH", help="a checkpoint of this stage, to go on from")
     group = parser.add_argument_group("data")
     common.add_data_flags(group, UNLABELLED)
     group.add_argument("--image-size", type=common.number(int, 32),
@@ -64,34 +65,29 @@ def parse_arguments(argv=None):
     common.add_machine_flags(parser)
     args = parser.parse(RECIPES, argv)
     if args.gamma is None and args.sigma is None:
-        args.gamma = [0.95]  # 4.1
+        args.gamma = [0.95]
     if args.gamma and (len(args.gamma) > 2 or args.gamma != sorted(args.gamma)):
         parser.error(f"--gamma {args.gamma}: expected one value, or LOW HIGH")
-    if args.lr is None:
-        args.lr = 1e-4 if args.width == 2 else 6e-5  # 5.1: 6e-5 for x1 and x3, 1e-4 for x2
     args.out = args.out or os.path.join("runs", args.data, f"pretrain_decoder_{args.method}")
     return args
 
 
-def new_network(args):
+def new_network(args, rank):
     """(the UNet with the weights that the flags name, its model_args)."""
-    source, toy = args.init or args.encoder_weights, args.data == "shapes"
+    source = args.init or args.encoder_weights
     if source is None and args.method == "ddep":
-        if not toy or args.encoder not in (None, "hybrid-small"):
+        if args.data != "shapes" or args.encoder not in (None, "hybrid-small"):
             raise UserError("DDeP pretrains the decoder of a trained encoder; pass --encoder-weights PATH "
-                            "or imagenet21k, the paper's")
+                            "or imagenet21k")
         source = os.path.join(TOY_ENCODER, "last.pt")
-        if not os.path.exists(os.path.join(TOY_ENCODER, "metrics.json")):
-            say(f"no encoder in {TOY_ENCODER}: stage 1 first, once", int(os.environ.get("RANK", 0)))
+        if not os.path.exists(os.path.join(TOY_ENCODER, "metrics.json")):  # not finished
+            say(f"no encoder in {TOY_ENCODER}: stage 1 first, once", rank)
             pretrain_encoder.main(["--out", TOY_ENCODER, "--device", args.device])
     with common.local_first(), common.users_mistakes():
         state, made_with = read_weights(source) if source else ({}, {})
-    made_width = made_with.get("width") if args.init else None
-    usual_encoder, usual_width = ("hybrid-small", 1 / 4) if toy else ("hybrid", 1.0)
-    model_args = dict(
-        encoder=common.agree("--encoder", args.encoder, made_with.get("encoder"), usual_encoder, source),
-        width=common.agree("--width", args.width, made_width, usual_width, source),
-        out_channels=3, condition_on_gamma=args.condition, image_size=made_with.get("image_size"))
+    if args.encoder_weights:  # of a whole network the encoder alone
+        made_with.pop("width", None)
+    model_args = dict(**common.network_args(args, made_with, source), condition_on_gamma=args.condition)
     model = build_unet(**model_args)
     if source:
         with common.users_mistakes():
@@ -125,7 +121,7 @@ def main():
     if checkpoint:
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:
-        model, model_args = new_network(args)
+        model, model_args = new_network(args, rank)
     if args.method == "ddep":
         freeze(model.encoder)  # before DDP and the optimiser see its parameters
     elif args.encoder_weights is None and args.init is None:
@@ -135,9 +131,10 @@ def main():
         model.compile()  # in place: no "_orig_mod." in the names of parameters
     network = DistributedDataParallel(model) if world > 1 else model
 
-    # Adam (5.1). PAPER SILENT on its betas: torch's defaults
+    # Adam (5.1): 6e-5 for x1 and x3, 1e-4 for x2. PAPER SILENT on its betas: torch's defaults
+    peak_rate = args.lr or (1e-4 if model_args["width"] == 2 else 6e-5)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.Adam(trained, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -150,9 +147,9 @@ def main():
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 2: {args.method}, {model_args}, {images.note}, steps {start} to {steps}, {world} x {device}",
         rank)
-    for step, batch in enumerate(loader, start):
+    for step, batch in enumerate(loader, start + 1):
         for group in optimizer.param_groups:
-            group["lr"] = common.cosine_rate(step, steps, args.lr, args.warmup)
+            group["lr"] = common.cosine_rate(step - 1, steps, peak_rate, args.warmup)
 
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
@@ -160,7 +157,7 @@ def main():
         for part in parts:
             x = to_pixels(part["image"].to(device))                        # (B, 3, H, W) in [-1, 1]
             x_noisy, eps, gamma = add_noise(args, x, part["noise_seed"])   # the same, the same, (B,)
-            network.require_backward_grad_sync = part is parts[-1]  # DDP exchanges gradients once a step
+            network.require_backward_grad_sync = part is parts[-1]  # DDP: exchange gradients once a step
             with common.autocast(args.precision, device):
                 prediction = network(x_noisy, gamma)                       # (B, 3, H, W)
             target = eps if args.target == "noise" else x
@@ -170,16 +167,16 @@ def main():
             loss += part_loss.detach()
 
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trained, math.inf)  # clips nothing
+        norm = torch.nn.utils.clip_grad_norm_(trained, math.inf)  # measures it, clips nothing
         loss = common.total(loss).item()
-        common.require_finite(step + 1, loss, norm.item(), scaler)
+        common.require_finite(step, loss, norm.item(), scaler)
         scaler.step(optimizer)
         scaler.update()
 
-        log.write(step + 1, loss=loss, rate=optimizer.param_groups[0]["lr"])
-        if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps):
+        log.write(step, loss=loss, rate=optimizer.param_groups[0]["lr"])
+        if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(
-                step=step + 1, model=model.state_dict(), model_args=model_args, args=vars(args),
+                step=step, model=model.state_dict(), model_args=model_args, args=vars(args),
                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(images)))
     log.close()
     if rank == 0:
@@ -190,7 +187,7 @@ def main():
 
 @torch.no_grad()
 def look_at(args, model, samples, device):
-    """({losses}, a picture) of 16 images with their noise; prints what the losses say."""
+    """({losses}, a picture) of the first 16 training images; prints what the losses say."""
     model.eval()
     batch = next(iter(DataLoader(samples, batch_sampler=Order(len(samples.source), 16, 1, args.seed))))
     x = to_pixels(batch["image"].to(device))
@@ -201,12 +198,11 @@ def look_at(args, model, samples, device):
     def loss_of(maps):
         return noise.denoising_loss(model.decoder(maps, x.shape[-2:], gamma), target).item()
 
-    # What predicts without a network: the best multiple of the noisy image
-    loss, a = loss_of(maps), (target * x_noisy).sum() / x_noisy.square().sum()
-    multiple = noise.denoising_loss(a * x_noisy, target).item()
-    say(f"denoising loss {loss:.4f}; of {a:.3f} times the noisy image, for which no network is needed, "
-        f"{multiple:.4f}")
-    if loss >= multiple:
+    # What needs no network: the best multiple of the noisy image
+    loss, multiple = loss_of(maps), (target * x_noisy).sum() / x_noisy.square().sum()
+    loss_of_multiple = noise.denoising_loss(multiple * x_noisy, target).item()
+    say(f"denoising loss {loss:.4f}; of {multiple:.3f} times the noisy image {loss_of_multiple:.4f}")
+    if loss >= loss_of_multiple:
         say("WARNING: the network is no better than that: pretrain for more steps, or with another --lr")
 
     # Which maps of the encoder the decoder uses. Near 0 %: the blocks behind a map are hardly pretrained
@@ -214,7 +210,7 @@ def look_at(args, model, samples, device):
     for i, stride in enumerate(model.encoder.strides):
         mean = maps[i].mean(0, keepdim=True).expand_as(maps[i])
         rises[stride] = loss_of([*maps[:i], mean, *maps[i + 1:]]) / loss - 1
-    say("it rises, where one map of the encoder is replaced by its mean over the images, by "
+    say("rise of the loss where one map of the encoder is replaced by its mean: "
         + ", ".join(f"{rise:.1%} (stride {stride})" for stride, rise in rises.items()))
 
     columns = {"image": x, "noisy image": x_noisy}
@@ -227,7 +223,7 @@ def look_at(args, model, samples, device):
             prediction = x_noisy - args.sigma * prediction
     columns["denoised image"] = prediction
     rows = [[from_pixels(pictures[i]) for pictures in columns.values()] for i in range(4)]
-    metrics = {"loss": loss, "loss_of_multiple": multiple, "rise_of_loss_without_map": rises}
+    metrics = {"loss": loss, "loss_of_multiple": loss_of_multiple, "rise_of_loss_without_map": rises}
     return metrics, table(rows, list(columns))
 
 

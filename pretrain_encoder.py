@@ -6,8 +6,8 @@ classification").
     torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k  # eight
 
 In: class folders (root/train/<class>/ or root/<class>/) or .tar files. Out, in --out: last.pt, which stage 2
-takes as --encoder-weights; log.jsonl; metrics.json. The paper's encoder is published (imagenet21k): with it,
-skip this stage.
+takes as --encoder-weights; log.jsonl; metrics.json, which says that the run is finished. Such an encoder is
+published (--encoder-weights imagenet21k): with it, skip this stage.
 """
 import math
 import os
@@ -85,9 +85,9 @@ def main(argv=None):
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 1: {args.encoder}, {len(names)} classes ({', '.join(names[:8])} ...), {images.note}, steps "
         f"{start} to {steps}, {world} x {device}", rank)
-    for step, batch in enumerate(loader, start):
+    for step, batch in enumerate(loader, start + 1):
         for group in optimizer.param_groups:
-            group["lr"] = common.cosine_rate(step, steps, args.lr, args.warmup)
+            group["lr"] = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
 
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
@@ -95,7 +95,7 @@ def main(argv=None):
         for part in parts:
             x = to_pixels(part["image"].to(device))                 # (B, 3, H, W) in [-1, 1]
             label = part["label"].to(device)                        # (B,)
-            network.require_backward_grad_sync = part is parts[-1]  # DDP exchanges gradients once a step
+            network.require_backward_grad_sync = part is parts[-1]  # DDP: exchange gradients once a step
             with common.autocast(args.precision, device):
                 logits = network(x)                                 # (B, classes)
             # The parts of all processes add up to the mean over the global batch
@@ -104,16 +104,16 @@ def main(argv=None):
             loss += part_loss.detach()
 
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # clips nothing
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # measures it, clips nothing
         loss = common.total(loss).item()
-        common.require_finite(step + 1, loss, norm.item(), scaler)
+        common.require_finite(step, loss, norm.item(), scaler)
         scaler.step(optimizer)
         scaler.update()
 
-        log.write(step + 1, loss=loss, rate=optimizer.param_groups[0]["lr"])
-        if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps):
+        log.write(step, loss=loss, rate=optimizer.param_groups[0]["lr"])
+        if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(
-                step=step + 1, model=model.state_dict(), model_args=model_args, args=vars(args),
+                step=step, model=model.state_dict(), model_args=model_args, args=vars(args),
                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(images),
                 class_names=names))
     log.close()

@@ -267,8 +267,8 @@ def parse_arguments(argv=None):
         args.tables = [name for name in TABLES if name != "shapes" or args.list]
     wrong = {*args.tables} - {*TABLES} or {*args.roots} - {*UNLABELLED}
     if wrong or not re.fullmatch("[1-9][0-9]*/[1-9][0-9]*", args.shard or "1/1"):
-        parser.error(f"{wrong or args.shard}: expected tables of {', '.join(TABLES)}, --root SET=DIR with SET "
-                     f"of {', '.join(UNLABELLED)}, --shard I/N")
+        parser.error(f"{wrong or args.shard}: expected tables of {', '.join(TABLES)}, --root SET=DIR of "
+                     f"{', '.join(UNLABELLED)}, --shard I/N")
     return args
 
 

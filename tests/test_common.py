@@ -1,0 +1,152 @@
+"""common.py: what a user's mistake looks like, flags, rates and lengths by hand, checkpoints and the log."""
+import argparse
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from common import UserError
+
+
+class Pictures(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        raise UserError("imgs/a.png: broken")
+
+
+def raises(error):
+    raise error
+
+
+@pytest.mark.parametrize("main, part", [
+    (lambda: raises(UserError("--lr 7: too high")), "--lr 7: too high"),
+    (lambda: next(iter(torch.utils.data.DataLoader(Pictures(), num_workers=1))), "error: imgs/a.png: broken"),
+    (lambda: torch.empty(10 ** 15), "--micro-batch"), (lambda: np.ones(10 ** 15), "--micro-batch"),
+    (lambda: raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")), "--micro-batch"),
+    (lambda: torch.nn.BatchNorm2d(3)(torch.ones(1, 3, 1, 1)), "--micro-batch"),
+    (lambda: common.Parser().parse_args(["--nonsense"]), "--nonsense")])
+def test_what_a_user_can_mend_is_one_line_and_status_2(main, part, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["/a/finetune.py"])
+    with pytest.raises(SystemExit) as end:
+        common.run(main)
+    out, err = capfd.readouterr()
+    assert end.value.code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("finetune.py: ") and part in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", [ValueError("a"), RuntimeError("shape"), KeyError("a"), KeyboardInterrupt()])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)) as caught:
+        common.run(lambda: raises(error))
+    assert caught.value is error
+
+
+def test_a_value_error_about_weights_is_a_users_mistake():
+    with pytest.raises(UserError, match="a.pt"), common.users_mistakes():
+        raise ValueError("a.pt: no weights")
+
+
+RECIPES = {"shapes": dict(steps=500, lr=0.5, workers=0), "paper": dict(epochs=90, lr=0.25, workers=3),
+           "mine": dict(steps=7, lr=0.125, workers=1)}
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    ([], (500, None, 0.5)), (["--data", "mine"], (7, None, 0.125)), (["--data=other"], (None, 90, 0.25)),
+    (["--epochs", "3"], (None, 3, 0.5)), (["--data", "other", "--steps", "4"], (4, None, 0.25)),
+    (["--lr", "1e-3", "--steps=9"], (9, None, 1e-3))])
+def test_defaults_follow_the_data_and_steps_and_epochs_replace_each_other(flags, wanted):
+    parser = common.Parser()
+    common.add_data_flags(parser, ("shapes", "mine", "other"))
+    common.add_optimisation_flags(parser)
+    args = parser.parse(RECIPES, flags)
+    assert (args.steps, args.epochs, args.lr) == wanted
+
+
+@pytest.mark.parametrize("flags", [
+    ["--steps", "3", "--epochs", "2"], ["--steps", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--warmup", "1.5"],
+    ["--batch-size", "2.5"], ["--step", "3"], ["--seed", "x"]])
+def test_a_flag_without_a_sensible_value_is_a_users_mistake_that_names_it(flags):
+    parser = common.Parser()
+    common.add_optimisation_flags(parser)
+    with pytest.raises(UserError, match=flags[-2]):
+        parser.parse_args(flags)
+    assert common.number(float, 0, 1)("0.5") == 0.5 and common.number(int, 3)("3") == 3
+
+
+def test_a_flag_is_as_asked_and_as_the_weights_were_made_or_as_usual():
+    for asked, made, wanted in ((None, None, 1), (2, None, 2), (None, 3, 3), (4, 4, 4), (0, None, 0)):
+        assert common.agree("--width", asked, made, 1, "w.pt") == wanted
+    with pytest.raises(UserError, match=r"--width.*0\.25.*w\.pt.*3\.5"):
+        common.agree("--width", 0.25, 3.5, 1, "w.pt")
+
+
+@pytest.mark.parametrize("steps, epochs, images, batch, wanted", [
+    (None, 2, 12, 5, 5), (None, 2, 10, 5, 4), (None, 0.001, 10, 5, 1), (7, None, 10, 5, 7)])
+def test_the_number_of_steps_is_given_or_covers_the_epochs(steps, epochs, images, batch, wanted):
+    args = argparse.Namespace(steps=steps, epochs=epochs, batch_size=batch)
+    assert common.number_of_steps(args, images, world=1) == wanted
+    with pytest.raises(UserError, match=f"{batch}.* 3 "):
+        common.number_of_steps(args, images, world=3)
+
+
+def test_the_rate_rises_linearly_then_falls_as_half_a_cosine():
+    rates = [common.cosine_rate(step, 110, 2.0, 1 / 11) for step in range(110)]
+    assert rates[:11] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1.2, 1.4, 1.6, 1.8, 2, 2])
+    assert (rates[35], rates[60], rates[85]) == pytest.approx((1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5)))
+    assert 0 < rates[109] == pytest.approx(2 * (math.pi / 200) ** 2, rel=1e-3)  # 1 + cos(pi - a) = a^2 / 2
+    assert common.cosine_rate(0, 100, 3.0, 0) == common.cosine_rate(0, 1, 3.0, 0) == 3.0
+
+
+@pytest.mark.parametrize("loss, norm, scale, fine", [
+    (1, 2, 1, True), (1, math.inf, 2, True), (1, math.nan, 1, False), (1, math.inf, 1, False),
+    (math.nan, 1, 2, False), (math.inf, 1, 1, False)])
+def test_what_is_not_finite_is_refused_where_no_lower_scale_can_help(loss, norm, scale, fine):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+    if fine:
+        common.require_finite(5, loss, norm, scaler)
+    else:
+        with pytest.raises(UserError, match="5"):
+            common.require_finite(5, loss, norm, scaler)
+
+
+@pytest.mark.parametrize("module, name", [(os, "replace"), (os, "fsync"), (torch, "save"), (json, "dumps")])
+def test_a_save_that_is_interrupted_leaves_the_file_before_it(module, name, tmp_path, monkeypatch):
+    path = tmp_path / ("a.json" if module is json else "a.pt")
+    common.save(path, {"step": 1})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, name, lambda *_, **__: raises(KeyboardInterrupt()))
+        common.save(path, {"step": 2})
+    assert (json.loads(path.read_text()) if module is json else torch.load(path)) == {"step": 1}
+    common.save(path, {"step": 3})
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_run_is_resumed_with_the_flags_and_images_that_it_began_with(tmp_path):
+    args = argparse.Namespace(out=str(tmp_path), lr=0.125, workers=1, batch_size=8, steps=9)
+    assert common.resume(args, 50) is None
+    common.save(tmp_path / "last.pt", {"args": vars(args), "images": 50, "step": 4})
+    assert common.resume(args, 50)["step"] == 4
+    free = dict(root="elsewhere", workers=7, save_every=3, device="cpu", compile=True, micro_batch=2)
+    assert common.resume(argparse.Namespace(**{**vars(args), **free}), 50)["step"] == 4
+    for change, images, said in (({"lr": 0.25}, 50, ["lr", "0.125", "0.25"]), ({}, 51, ["50", "51"]),
+                                 ({"batch_size": 16}, 50, ["batch-size", "16"]), ({"new": 77}, 50, ["77"])):
+        with pytest.raises(UserError) as caught:
+            common.resume(argparse.Namespace(**{**vars(args), **change}), images)
+        assert all(part in str(caught.value) for part in [str(tmp_path), *said])
+
+
+def test_the_log_of_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is not installed
+    for start, value, rank in ((0, 1.0, 0), (2, 5.0, 0), (2, 9.0, 1)):  # process 1 writes none
+        log = common.Log(tmp_path, start, 4, rank)
+        for step in range(start, 4):
+            log.write(step + 1, loss=value)
+        log.close()
+        with open(tmp_path / "log.jsonl", "a") as file:
+            file.write('{"step": 5, "lo')  # as of a run that is killed while it writes
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()[:-1]]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0)]
