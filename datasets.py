@@ -152,12 +152,12 @@ def walk(root, folder):
     try:
         with os.scandir(os.path.join(root, folder)) as entries:
             entries = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
-    except OSError as error:
+        below = [entry.name for entry in entries if entry.is_dir()]
+    except OSError as error:  # also for a link that leads round in a circle
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); expected a folder") from None
     yield folder, [entry for entry in entries if not entry.is_dir()]
-    for entry in entries:
-        if entry.is_dir():
-            yield from walk(root, os.path.join(folder, entry.name))
+    for name in below:
+        yield from walk(root, os.path.join(folder, name))
 
 
 def search(root, pattern):
@@ -382,7 +382,7 @@ def palette(count):
 def labelled(args, part, classes):
     """The pairs of a part, train, val or test, by the data flags of finetune.py; None where there is none."""
     if args.data == "shapes":
-        return toy(part)
+        return toy(part) if part in SHAPES_COUNTS else None
     row = DATA_SETS[args.data]
     images, masks = args.images or row.images, args.masks or row.masks
     root, words = home(args, row.places, folder_of(masks)), {"train": row.words[0], "val": row.words[1]}

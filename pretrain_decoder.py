@@ -44,7 +44,7 @@ def parse_arguments(argv=None):
     add, level = group.add_argument, group.add_mutually_exclusive_group()
     add("--method", choices=("ddep", "dep"), default="ddep", help="train the decoder, or the encoder too")
     level.add_argument("--gamma", type=common.number(float, 0, 1), nargs="+", metavar="G",
-                       help="gamma of Eq. 5 (0.95; Table 4), or two: drawn between them for each image (§4.4)")
+                       help="of Eq. 5 (0.95; Table 4), or two: drawn between them for each image (§4.4)")
     level.add_argument("--sigma", type=common.number(float, 0), help="sigma of Eq. 1, simple noise, instead")
     add("--target", choices=("noise", "image"), default="noise", help="what to predict (%(default)s; §3.2)")
     add("--condition", action="store_true", help="condition the decoder's norms on gamma (§4.4)")

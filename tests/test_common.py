@@ -24,6 +24,7 @@ def raises(error):
 
 @pytest.mark.parametrize("main, part", [
     (lambda: raises(UserError("--lr 7: too high")), "--lr 7: too high"),
+    (common.users_mistakes()(lambda: raises(ValueError("a.pt: no weights"))), "a.pt: no weights"),
     (lambda: next(iter(torch.utils.data.DataLoader(Pictures(), num_workers=1))), "error: imgs/a.png: broken"),
     (lambda: torch.empty(10 ** 15), "--micro-batch"), (lambda: np.ones(10 ** 15), "--micro-batch"),
     (lambda: raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")), "--micro-batch"),
@@ -38,16 +39,11 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(main, part, monkeypatch, 
     assert err.startswith("finetune.py: ") and part in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("error", [ValueError("a"), RuntimeError("shape"), KeyError("a"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [ValueError("a"), RuntimeError("b"), KeyError("c"), KeyboardInterrupt()])
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught:
         common.run(lambda: raises(error))
     assert caught.value is error
-
-
-def test_a_value_error_about_weights_is_a_users_mistake():
-    with pytest.raises(UserError, match="a.pt"), common.users_mistakes():
-        raise ValueError("a.pt: no weights")
 
 
 RECIPES = {"shapes": dict(steps=500, lr=0.5, workers=0), "paper": dict(epochs=90, lr=0.25, workers=3),
@@ -77,11 +73,18 @@ def test_a_flag_without_a_sensible_value_is_a_users_mistake_that_names_it(flags)
     assert common.number(float, 0, 1)("0.5") == 0.5 and common.number(int, 3)("3") == 3
 
 
-def test_a_flag_is_as_asked_and_as_the_weights_were_made_or_as_usual():
-    for asked, made, wanted in ((None, None, 1), (2, None, 2), (None, 3, 3), (4, 4, 4), (0, None, 0)):
-        assert common.agree("--width", asked, made, 1, "w.pt") == wanted
-    with pytest.raises(UserError, match=r"--width.*0\.25.*w\.pt.*3\.5"):
-        common.agree("--width", 0.25, 3.5, 1, "w.pt")
+@pytest.mark.parametrize("data, encoder, width, made_with, wanted", [
+    ("shapes", None, None, {}, ("hybrid-small", 0.25, None)), ("x", None, None, {}, ("hybrid", 1, None)),
+    ("shapes", "resnet50", 3, {}, ("resnet50", 3, None)),
+    ("x", "hybrid", None, {"encoder": "hybrid", "width": 2}, ("hybrid", 2, None)),
+    ("x", None, None, {"encoder": "resnet50", "image_size": 384}, ("resnet50", 1, 384))])
+def test_the_network_is_as_asked_and_as_its_weights_were_made(data, encoder, width, made_with, wanted):
+    args = argparse.Namespace(data=data, encoder=encoder, width=width)
+    made = common.network_args(args, made_with, "w.pt")
+    assert made == dict(zip(("encoder", "width", "image_size"), wanted))
+    args.encoder = "hybrid"
+    with pytest.raises(UserError, match="hybrid.*w.pt.*mine"):
+        common.network_args(args, {"encoder": "mine"}, "w.pt")
 
 
 @pytest.mark.parametrize("steps, epochs, images, batch, wanted", [

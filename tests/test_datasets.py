@@ -47,9 +47,6 @@ def pixels(path, mode=None):
     return np.array(image.convert(mode) if mode else image)
 
 
-# ---------------------------------------- The named sets, each in its exact tree
-
-
 def every_value(values, height=24, width=32, seed=0):
     """A mask (height, width) in which every one of `values` occurs."""
     mask = np.random.RandomState(seed).choice(list(values), height * width)
@@ -110,7 +107,8 @@ SETS = {  # its files, places of --root, a mask, what its values mean, numbers o
 def test_a_named_set_is_read_pixel_for_pixel_wherever_root_points(data, place, tmp_path):
     make, _, mask, meaning, count, train, val, pictures = SETS[data]
     make(tmp_path)
-    source, unlabelled = pairs(data, tmp_path / place), datasets.pretraining_images(flags(data, tmp_path / place))
+    source = pairs(data, tmp_path / place)
+    unlabelled = datasets.pretraining_images(flags(data, tmp_path / place))
     assert len(set(names(unlabelled))) == len(unlabelled) == pictures and "mask" not in unlabelled.read(0)
     assert (len(source), len(pairs(data, tmp_path / place, "val"))) == (train, val)
     wanted, sample = np.vectorize(meaning)(pixels(tmp_path / mask)), source.read(0)
@@ -141,8 +139,6 @@ def test_train_ids_of_cityscapes_are_classes_as_they_are_and_coarse_is_more_pict
 @pytest.mark.parametrize("data, spoil, named", [
     ("cityscapes", lambda root: (root / "gtFine").rename(root / "gt"), "gtFine"),
     ("cityscapes", lambda root: (root / SETS["cityscapes"][2]).unlink(), "aachen_000000_000019_left"),
-    ("ade20k", lambda root: (root / SETS["ade20k"][2]).unlink(), "ADE_train_00000000.jpg"),
-    ("voc", lambda root: (root / SETS["voc"][2]).unlink(), "2007_000032.jpg"),
     ("voc", lambda root: next(root.rglob("Segmentation/train.txt")).unlink(), "train.txt"),
     ("voc", lambda root: voc(root, 2007), "VOC2007.*VOC2012"),
     ("pascal_context", lambda root: (root / "VOCdevkit/VOC2010").rename(root / "VOCdevkit/VOC2012"),
@@ -152,9 +148,6 @@ def test_a_set_with_a_fault_is_refused_by_name(data, spoil, named, tmp_path):
     spoil(tmp_path)
     with pytest.raises(UserError, match=named):
         pairs(data, tmp_path)
-
-
-# ---------------------------------------- ImageNet-21k, unopened, and class folders
 
 
 @pytest.fixture
@@ -209,11 +202,8 @@ def test_class_folders_are_labelled_by_their_names(place, tmp_path):
 def test_splits_and_loose_pictures_are_not_taken_for_classes(paths, tmp_path):
     for path in paths:
         write_image(tmp_path / path)
-    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+    with pytest.raises(UserError, match=tmp_path.name):
         datasets.classification_images(flags("folder", tmp_path))
-
-
-# ---------------------------------------- Own folders: patterns
 
 
 def own(root, *paths):
@@ -230,7 +220,7 @@ def own(root, *paths):
     ("imgs/*.jpg", "labels/*_mask.png", "imgs/1/a.jpg labels/1/a_mask.png imgs/2/a.jpg labels/2/a_mask.png"),
     ("*/x.jpg", "*/label.png", "1/x.jpg 1/label.png 2/x.jpg 2/label.png"),
     ("images/{part}/*", "masks/{part}/*",
-     "images/train/a b.jpg masks/train/a b.png images/train/s/ö.png masks/train/s/ö.png"),
+     "images/train/a.jpg masks/train/a.png images/train/s/ö.png masks/train/s/ö.png"),
     ("all/*.jpg", "all/*.jpg.png", "all/a.jpg all/a.jpg.png all/b.jpg all/b.jpg.png"),
     ("imgs/*", "masks/*", "imgs/a.JPG masks/a.bmp imgs/b.webp masks/b.PNG")])
 def test_patterns_pair_what_is_equal_in_place_of_the_star(images, masks, files, tmp_path):
@@ -243,6 +233,10 @@ def test_patterns_pair_what_is_equal_in_place_of_the_star(images, masks, files, 
         sample = source.read(i)
         assert np.array_equal(sample["image"].permute(1, 2, 0), pixels(tmp_path / files[2 * i]))
         assert np.array_equal(sample["mask"], pixels(tmp_path / files[2 * i + 1]))
+    extra = str(Path(files[0]).with_suffix(".JPEG"))  # a picture that no pattern takes, or a second one
+    write_image(tmp_path / extra)
+    with pytest.raises(UserError, match=extra):
+        pairs("folder", tmp_path, images=images, masks=masks)
 
 
 @pytest.mark.parametrize("spoil, named", [
@@ -262,12 +256,6 @@ def test_a_folder_with_a_fault_is_refused_by_name(spoil, named, folder):
     with pytest.raises(UserError, match=named):
         parts(folder)
         pairs("folder", folder).read(2)
-
-
-def test_a_picture_that_no_pattern_takes_is_refused_by_name(tmp_path):
-    own(tmp_path, "imgs/a.jpg", "labels/a_mask.png", "imgs/b.JPG", "labels/b.png")
-    with pytest.raises(UserError, match="imgs/b.JPG"):
-        pairs("folder", tmp_path, images="imgs/*.jpg", masks="labels/*_mask.png")
 
 
 def test_links_are_followed_and_what_is_hidden_never_matches(folder, tmp_path):
@@ -308,15 +296,20 @@ def test_composed_and_decomposed_names_match(forms, tmp_path):
 
 @pytest.mark.parametrize("data", ["folder", "voc"])
 @pytest.mark.parametrize("text, chosen", [
-    ("/JPEGImages/a.jpg /SegmentationClassAug/a.png\n/JPEGImages/c.jpg /SegmentationClassAug/c.png\n", "ac"),
-    ("c\n\na", "ca"), ("JPEGImages/b.jpg\tSegmentationClassAug/b.png\r\n", "b"), ("\ufeffb\n", "b")])
+    ("/JPEGImages/a.jpg /SegmentationClassAug/a.png\n/JPEGImages/c.jpg /SegmentationClassAug/c.png\n", "a,c"),
+    ("c\n\na", "c,a"), ("\ufeffJPEGImages/b ö.jpg\tSegmentationClassAug/b ö.png\r\n", "b ö")])
 def test_a_published_list_selects_and_orders_the_images(data, text, chosen, tmp_path):
-    own(tmp_path, *[path for x in "abc" for path in (f"JPEGImages/{x}.jpg", f"SegmentationClassAug/{x}.png")])
+    own(tmp_path, *[path for x in ("a", "b ö", "c")
+                    for path in (f"JPEGImages/{x}.jpg", f"SegmentationClassAug/{x}.png")])
     (tmp_path / "list.txt").write_bytes(text.encode())
     source = pairs(data, tmp_path, images="JPEGImages/*.jpg", masks="SegmentationClassAug/*.png",
                    train_list=tmp_path / "list.txt")
-    assert names(source) == [f"JPEGImages/{x}.jpg" for x in chosen]
+    assert names(source) == [f"JPEGImages/{x}.jpg" for x in chosen.split(",")]
     assert source.read(0)["mask"].shape == (20 + "abc".index(chosen[0]), 30)
+
+
+def test_toy_data_has_no_test_part():
+    assert pairs("shapes", "nowhere", "test") is None
 
 
 def test_a_published_list_of_cityscapes_selects_images_whatever_masks_it_names(tmp_path):
@@ -330,22 +323,13 @@ def test_a_published_list_of_cityscapes_selects_images_whatever_masks_it_names(t
     assert len(source) == 1 and np.array_equal(source.read(0)["mask"], wanted)
 
 
-def test_lists_may_name_files_with_spaces_and_of_any_part(folder, tmp_path):
-    (tmp_path / "train.txt").write_text("images/train/b ö.png\nsub/d", "utf-8")
-    (tmp_path / "val.txt").write_text("images/train/a.jpg\nimages/val/f.png\n")
-    train, val = parts(folder, train_list=tmp_path / "train.txt", val_list=tmp_path / "val.txt")
-    assert train == ["images/train/b ö.png", "images/train/sub/d.png"]
-    assert val == ["images/train/a.jpg", "images/val/f.png"]
-
-
 @pytest.mark.parametrize("train, val, named", [
     ("a\nc\na\n", "e", "line 3"), ("a\nimages/train/a.jpg\n", "e", "line 2"),
     ("a\nc", "e\na", r"images/train/a\.jpg"), ("a\nc\nwolf\n", "e", "line 3.*wolf"),
-    ("masks/train/a.png", "e", "line 1"), (None, "e", "train.txt")])
+    ("masks/train/a.png", "e", "line 1")])
 def test_a_list_with_a_fault_is_refused_with_its_line(train, val, named, folder, tmp_path):
     for name, text in (("train", train), ("val", val)):
-        if text is not None:
-            (tmp_path / f"{name}.txt").write_text(text)
+        (tmp_path / f"{name}.txt").write_text(text)
     with pytest.raises(UserError, match=named):
         parts(folder, train_list=tmp_path / "train.txt", val_list=tmp_path / "val.txt")
 
@@ -420,10 +404,9 @@ def test_labels_are_nested_and_the_validation_images_the_same_for_all_seeds(tmp_
 
 def cells(root, classes, count=3):
     """Masks of 0 and 255; one pixel in four is 255."""
-    mask = np.pad(np.full((20, 28), 255), ((0, 20), (0, 28)))
-    own(root, *[path for i in range(count) for path in (f"images/train/{i}.png", f"masks/train/{i}.png")])
     for i in range(count):
-        write_mask(root / "masks" / "train" / f"{i}.png", mask)
+        write_image(root / "images" / "train" / f"{i}.png")
+        write_mask(root / "masks" / "train" / f"{i}.png", np.pad(np.full((20, 28), 255), ((0, 20), (0, 28))))
     (root / "classes.txt").write_text(classes)
     return root
 
@@ -456,12 +439,11 @@ def test_unlisted_values_and_fewer_than_two_classes_are_refused(classes, named, 
 def test_palettes_of_which_each_file_has_its_own_are_refused_and_read_as_colours(tmp_path):
     cells(tmp_path, "sky\nsea\nsand\n", count=2)
     for i, second in enumerate([(0, 0, 200), (0, 200, 0)]):  # value 0 or 1, by what else is in the file
-        colours = np.full((20 + i, 30, 3), (200, 0, 0), np.uint8)
-        colours[:, :6] = second
+        colours = np.full((40, 56, 3), (200, 0, 0), np.uint8)
+        colours[:10] = second
         Image.fromarray(colours).quantize().save(tmp_path / "masks" / "train" / f"{i}.png")
     with pytest.raises(UserError, match=r"masks/train/\d.png"):
         survey(tmp_path)
     (tmp_path / "classes.txt").write_text("200 0 0 sky\n0 0 200 sea\n0 200 0 sand\n")
-    wanted = {"sky": 80, "sea": 400 / 41, "sand": 420 / 41, "ignored": 0}
-    assert shares(tmp_path) == pytest.approx(wanted, abs=0.006)
+    assert shares(tmp_path) == {"sky": 75, "sea": 12.5, "sand": 12.5, "ignored": 0}
     assert [pairs("folder", tmp_path).read(i)["mask"].unique().tolist() for i in (0, 1)] == [[0, 1], [0, 2]]

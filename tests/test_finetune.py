@@ -1,5 +1,4 @@
-"""finetune.py: the four initialisations, the loss over labelled pixels, the score, a user's own folder. What it
-shares with the other stages is in test_pretrain_decoder.py."""
+"""finetune.py: initialisations, loss, score; what all stages promise is in test_pretrain_decoder.py."""
 import json
 import shutil
 
@@ -18,9 +17,11 @@ import model
 STILL = ["--lr", 0, "--weight-decay", 0, "--steps", 1]  # the weights as they are before the first step
 
 
-def own(folder, *more):
+def own(folder, out, *more):
     """A tiny run on a user's folder, of four pairs to train on."""
-    return ["finetune", *TINY["finetune"], "--data", "folder", "--root", folder, "--labels", 4, "--workers", 0, *more]
+    network = [] if "--init" in more else ["--encoder", "hybrid-small"]
+    data_flags = ["--data", "folder", "--root", folder, "--labels", 4, "--workers", 0]
+    return ["finetune", *TINY["finetune"], *data_flags, *network, *more, "--out", out]
 
 
 def fresh_network(classes, condition=False):
@@ -34,12 +35,14 @@ def fresh_network(classes, condition=False):
 @pytest.fixture
 def ddep(script, few, tiny, tmp_path):
     """The path of a checkpoint of stage 2, conditioned on gamma."""
-    assert script("pretrain_decoder", *tiny("pretrain_decoder"), "--condition", "--out", tmp_path / "ddep")[0] == 0
+    words = tiny("pretrain_decoder", "--condition", "--out", tmp_path / "ddep")
+    assert script("pretrain_decoder", *words)[0] == 0
     return tmp_path / "ddep" / "last.pt"
 
 
-@pytest.mark.parametrize("init, kept", [("none", ()), ("encoder", ("encoder.",)), ("ddep", ("encoder.", "decoder."))])
-def test_an_initialisation_takes_what_it_says_and_the_rest_is_fresh(init, kept, script, encoder, ddep, tmp_path):
+@pytest.mark.parametrize("init, kept", [
+    ("none", ()), ("encoder", ("encoder.",)), ("ddep", ("encoder.", "decoder."))])
+def test_what_the_weights_do_not_hold_is_fresh(init, kept, script, encoder, ddep, tmp_path):
     path = {"none": "none", "encoder": encoder, "ddep": ddep}[init]
     status, _, err = script("finetune", *TINY["finetune"], "--init", path, *STILL, "--out", tmp_path / "o")
     assert status == 0, err
@@ -48,15 +51,14 @@ def test_an_initialisation_takes_what_it_says_and_the_rest_is_fresh(init, kept, 
     expected.update({name: value for name, value in theirs.items()
                      if name.startswith(kept) and not name.startswith("decoder.head.")})
     assert same_tensors(ours["model"], expected)
-    assert ours["model_args"] == {"encoder": "hybrid-small", "width": 0.03125, "out_channels": 7, "image_size":
-                                  None if init == "none" else 64, "condition_on_gamma": init == "ddep"}
+    assert ours["model_args"]["condition_on_gamma"] == (init == "ddep")
 
 
 @pytest.mark.parametrize("names, same", [("sky\nsea\nsand\n", True), ("sky\nsand\nsea\n", False)])
 def test_a_fine_tuned_head_is_kept_for_the_same_classes_alone(names, same, script, folder, tmp_path):
-    assert script(*own(folder, "--encoder", "hybrid-small", "--out", tmp_path / "a"))[0] == 0
+    assert script(*own(folder, tmp_path / "a"))[0] == 0
     (folder / "classes.txt").write_text(names)
-    status, _, err = script(*own(folder, "--init", tmp_path / "a" / "last.pt", *STILL, "--out", tmp_path / "b"))
+    status, _, err = script(*own(folder, tmp_path / "b", "--init", tmp_path / "a" / "last.pt", *STILL))
     assert status == 0, err
     expected = load(tmp_path / "a")["model"]
     if not same:
@@ -65,25 +67,18 @@ def test_a_fine_tuned_head_is_kept_for_the_same_classes_alone(names, same, scrip
     assert same_tensors(load(tmp_path / "b")["model"], expected)
 
 
-@pytest.mark.parametrize("flag, then, now", [("--width", "0.03125", "0.0625"), ("--encoder", "hybrid-small", "resnet50")])
+@pytest.mark.parametrize("flag, then, now", [("--width", "0.03125", "0.0625"),
+                                             ("--encoder", "hybrid-small", "resnet50")])
 def test_another_network_than_that_of_the_weights_is_refused(flag, then, now, script, ddep, tmp_path):
     status, _, err = script("finetune", *TINY["finetune"], "--init", ddep, flag, now, "--out", tmp_path / "o")
     assert status == 2 and all(word in err for word in (flag, then, now, str(ddep))) and err.count("\n") == 1
     assert not (tmp_path / "o").exists()
 
 
-def test_weights_that_cannot_be_used_are_one_line(script, few, tmp_path):
-    (tmp_path / "text.pt").write_text("no weights")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    for name in ("text.pt", "other.pt", "missing.pt"):
-        status, _, err = script("finetune", *TINY["finetune"], "--init", tmp_path / name, "--out", tmp_path / "o")
-        assert status == 2 and name in err and err.count("\n") == 1, err
-
-
 def test_the_position_grid_of_the_weights_is_kept(script, few, tmp_path):
     encoder = model.build_encoder("hybrid-small", 96)
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
-    torch.save({"model": state, "model_args": {"encoder": "hybrid-small", "num_classes": 2}}, tmp_path / "96.pt")
+    torch.save({"model": state, "model_args": {"encoder": "hybrid-small"}}, tmp_path / "96.pt")
     ddep = ["--encoder-weights", tmp_path / "96.pt", "--out", tmp_path / "ddep"]
     assert script("pretrain_decoder", *TINY["pretrain_decoder"], *ddep)[0] == 0
     init = ["--init", tmp_path / "ddep" / "last.pt", *STILL, "--out", tmp_path / "o"]
@@ -94,7 +89,8 @@ def test_the_position_grid_of_the_weights_is_kept(script, few, tmp_path):
 # ---------------------------------------- ResNet-50's BatchNorm
 
 
-def test_a_resnet50_normalises_by_the_batch_if_fresh_and_as_stored_if_not(script, few, tmp_path):
+def test_a_resnet50_normalises_by_the_batch_if_fresh_and_as_stored_if_not(script, few, tmp_path, monkeypatch):
+    monkeypatch.setitem(datasets.SHAPES_COUNTS, "val", 1)
     state = {name: value + 0.1 * ("running" in name) for name, value in resnet50().state_dict().items()}
     torch.save(state, tmp_path / "resnet50.pth")
     moved = {}
@@ -126,8 +122,8 @@ def test_the_loss_is_the_mean_over_the_labelled_pixels_of_the_whole_batch(device
         mask = np.array(Image.open(path))
         mask[:(0, 38, 20, 40)[i]] = 255
         write_mask(path, mask)
-    more = ["--encoder", "hybrid-small", "--crop-size", 48, "--micro-batch", 1, "--lr", 1e-3, "--device", device]
-    status, _, err = script(*own(folder, *more, "--precision", "fp32", "--out", tmp_path / "o"))
+    more = ["--crop-size", 48, "--micro-batch", 1, "--device", device, "--precision", "fp32"]
+    status, _, err = script(*own(folder, tmp_path / "o", *more))
     assert status == 0, err
     args = finetune.parse_arguments(["--data", "folder", "--root", str(folder)])
     source, _ = datasets.training_and_validation(args, datasets.classes_of(args))
@@ -149,7 +145,7 @@ def test_the_loss_is_the_mean_over_the_labelled_pixels_of_the_whole_batch(device
 
 def test_a_batch_without_a_labelled_pixel_has_loss_0_and_goes_on(script, folder, tmp_path):
     write_mask(folder / "masks" / "train" / "a.png", np.full((41, 57), 255))
-    status, _, err = script(*own(folder, "--encoder", "hybrid-small", "--batch-size", 1, "--out", tmp_path / "o"))
+    status, _, err = script(*own(folder, tmp_path / "o", "--batch-size", 1))
     assert status == 0, err
     assert sorted(loss == 0 for loss in losses(tmp_path / "o")) == [False, False, False, True]
     assert all(value.isfinite().all() for value in load(tmp_path / "o")["model"].values())
@@ -188,27 +184,15 @@ def test_the_score_is_that_of_counting_by_hand_and_of_evaluate(script, few, tmp_
 def test_without_validation_images_a_run_has_no_score(script, folder, tmp_path):
     for kind in ("images", "masks"):
         shutil.rmtree(folder / kind / "val")
-    status, _, err = script(*own(folder, "--encoder", "hybrid-small", "--out", tmp_path / "o"))
-    assert status == 0, err
+    status, _, err = script(*own(folder, tmp_path / "o"))
+    assert status == 0 and load(tmp_path / "o")["class_names"] == ["sky", "sea", "sand"], err
     assert json.loads((tmp_path / "o" / "metrics.json").read_text()) == {"step": 4}
-    assert not (tmp_path / "o" / "predictions.png").exists() and load(tmp_path / "o")["class_names"][2] == "sand"
+    assert not (tmp_path / "o" / "predictions.png").exists()
 
 
 @pytest.mark.parametrize("crop", [32, 64])
 def test_one_picture_of_odd_sizes_is_enough(crop, script, folder, tmp_path):
-    more = ["--encoder", "hybrid-small", "--labels", 1, "--crop-size", crop, "--out", tmp_path / "o"]
-    status, _, err = script(*own(folder, *more))
+    status, _, err = script(*own(folder, tmp_path / "o", "--labels", 1, "--crop-size", crop))
     assert status == 0, err
     assert load(tmp_path / "o")["images"] == 1 and np.isfinite(losses(tmp_path / "o")).all()
     assert json.loads((tmp_path / "o" / "metrics.json").read_text())["images"] == 2
-
-
-@pytest.mark.parametrize("spoil, name", [
-    (lambda root: write_mask(root / "masks/train/c.png", [[9] * 55] * 43), "c.png"),
-    (lambda root: write_mask(root / "masks/train/c.png", [[0]]), "c.png"),
-    (lambda root: (root / "images/train/a.jpg").write_text("broken"), "a.jpg"),
-    (lambda root: (root / "masks/train/a.png").unlink(), "a.jpg")])
-def test_a_fault_in_labelled_data_is_one_line_with_the_name_of_the_file(spoil, name, script, folder, tmp_path):
-    spoil(folder)
-    status, _, err = script(*own(folder, "--encoder", "hybrid-small", "--out", tmp_path / "o"))
-    assert status == 2 and err.count("error:") == 1 and name in err and "Traceback" not in err

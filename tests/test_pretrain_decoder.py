@@ -30,8 +30,7 @@ def command(stage, weights, out, *more):
     return [stage, *TINY[stage], *given, *more, "--out", out]
 
 
-def left_by(out):
-    """What a run leaves: the weights, the losses, the scores."""
+def left_by(out):  # the weights, the losses, the scores
     return load(out)["model"], losses(out), json.loads((out / "metrics.json").read_text())
 
 
@@ -44,7 +43,7 @@ def assert_same(ours, theirs, device="cpu"):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, encoder):
-    """undisturbed(stage) -> (what a run leaves that nobody disturbs, the seconds that it took); made once."""
+    """undisturbed(stage) -> (what a run leaves that nobody disturbs, its seconds); made once."""
     made = {}
 
     def make(stage, device="cpu"):
@@ -213,23 +212,21 @@ def test_a_compiled_network_makes_the_same_run_under_the_same_names(
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_1_decays_weights_apart_from_adam_and_stages_2_and_3_within(
         stage, script, few, encoder, tmp_path, monkeypatch):
-    """Adam's first step is lr g / (|g| + 1e-8)."""
-    kind = torch.optim.AdamW if stage == "pretrain_encoder" else torch.optim.Adam
-    seen, step = [], kind.step
+    apart, seen = stage == "pretrain_encoder", []
+    kind = torch.optim.AdamW if apart else torch.optim.Adam
+    step = kind.step
 
-    def recorded(self, *args, **kwargs):
+    def recorded(self):
         weights = self.param_groups[0]["params"]
-        seen.append([(p.grad.clone(), p.detach().clone()) for p in weights])
-        step(self, *args, **kwargs)
-        seen.append([p.detach().clone() for p in weights])
+        before = [(p.grad.clone(), p.detach().clone()) for p in weights]
+        step(self)
+        seen.extend((*pair, p.detach()) for pair, p in zip(before, weights))
     monkeypatch.setattr(kind, "step", recorded)
-    lr, decay = 0.01, 0.5
-    more = ["--warmup", 0, "--lr", lr, "--weight-decay", decay, "--steps", 1]
-    assert script(*command(stage, encoder, tmp_path, *more))[0] == 0
-    for (g, w), after in zip(*seen[:2]):
-        whole = g if stage == "pretrain_encoder" else g + decay * w
-        start = w * (1 - lr * decay) if stage == "pretrain_encoder" else w
-        torch.testing.assert_close(after, start - lr * whole / (whole.abs() + 1e-8), rtol=1e-3, atol=1e-5)
+    words = command(stage, encoder, tmp_path, "--lr", 0.01, "--weight-decay", 0.5, "--steps", 1)
+    assert script(*words)[0] == 0 and len(seen) > 20
+    for g, w, after in seen:  # Adam's first step is lr g / (|g| + 1e-8)
+        whole, start = (g, w * (1 - 0.01 * 0.5)) if apart else (g + 0.5 * w, w)
+        torch.testing.assert_close(after, start - 0.01 * whole / (whole.abs() + 1e-8), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])

@@ -1,0 +1,199 @@
+"""reproduce.py: the numbers of the paper, the commands of its tables, what runs and when."""
+import importlib
+import re
+import shlex
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import reproduce
+from datasets import DATA_SETS
+
+COLUMNS = {"table1": "100% 1/4 1/8 1/30", "table2": "100% 1/4 2% 1%", "figure5": "100% 10% 5% 1%",
+           "table3": "100% 10% 5%", "table4": "100% 20% 10%", "figure6": "100% 1/4 1/8 1/30",
+           "table5": "100% 1/4 1/8 1/30", "table6": "100% 20% 10% 5% 1%", "figure7": "100% 20% 10% 5% 1%",
+           "table7": "100% 20% 10% 5% 1%"}
+NAMES = {"None": "No pretraining", "Sup": "Supervised", "gamma ~ U(0.9, 0.95)": "gamma in U(0.9, 0.95)",
+         "fixed gamma": "gamma = 0.95", "Pascal VOC": "from Pascal VOC", "fine & coarse": "fine and coarse",
+         "supervised baseline of PC2Seg": "Sup. baseline of PC2Seg"}
+
+
+def page():
+    """{table: [(the end of a row's name, its numbers), ...]} of paper_tables.md, in its order."""
+    text = (ROOT / "tests" / "paper_tables.md").read_text().replace("gamma = 0.95 ", "fixed gamma ")
+    tables = r"\*\*(Table \d|Figure 5 right|Figure [67])\*\*(.*?)(?=\*\*(?:Table|Figure)|The paper disagrees)"
+    found = {}
+    for title, body in re.findall(tables, text, re.S):
+        for line in re.findall(r"^- (.*)$", body, re.M):
+            for name, numbers in re.findall(r"([^;]*?):? ((?:(?:\d+\.\d+|-)(?: |$|(?=;))){3,})", line):
+                name = re.split(r": |, (?=s)", name.strip())[-1]
+                values = tuple(None if word == "-" else float(word) for word in numbers.split())
+                found.setdefault(title.lower().replace(" ", "").removesuffix("right"), []).append(
+                    (NAMES.get(name, name), values))
+    found["table5"].append(("DDeP", (80.91, 76.86, 73.81, 64.75)))  # which the page names in words
+    return found
+
+
+def cells(*flags):
+    return list(reproduce.cells(reproduce.parse_arguments([*map(str, flags)])))
+
+
+STAGE = """import json, os, shlex, sys
+out, words = sys.argv[2], [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+print(shlex.join(words), file=open(os.path.dirname(sys.argv[0]) + "/commands", "a"))
+if "dep" in words and os.path.exists(os.path.dirname(sys.argv[0]) + "/fails"):
+    sys.exit(2)
+open(out + "/last.pt", "w").close()
+score = 0.5 + 0.001 * int(out.rpartition("_")[2]) + 0.2 * ("4e-3" in words) if "--seed" in words else None
+json.dump({"miou": score}, open(out + "/metrics.json", "w"))
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Stages that are finished at once, best at --lr 4e-3; fake() -> the commands that ran."""
+    for name in ("pretrain_encoder", "pretrain_decoder", "finetune"):
+        (tmp_path / f"{name}.py").write_text(STAGE)
+    (tmp_path / "commands").touch()
+    monkeypatch.setattr(reproduce, "HERE", str(tmp_path))
+    monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda: 0)
+    return lambda: commands_in((tmp_path / "commands").read_text())
+
+
+def commands_in(text):
+    """[[script, word, ...], ...] of lines of commands."""
+    lines = [shlex.split(line) for line in text.splitlines()]
+    return [line[next(i for i, word in enumerate(line) if word.endswith(".py")):] for line in lines]
+
+
+# ---------------------------------------- The tables
+
+
+def test_every_number_of_the_papers_tables_is_a_cell():
+    pages = page()
+    assert set(pages) == set(COLUMNS) == set(reproduce.TABLES) - {"shapes"}
+    assert sum(number is not None for rows in pages.values() for _, row in rows for number in row) == 187 + 4
+    for name, rows in pages.items():
+        table = reproduce.TABLES[name]
+        ours = [(key, getattr(row, "paper", row)) for key, row in table.rows.items()]
+        assert table.columns == tuple(COLUMNS[name].split())
+        for (key, row), (theirs, numbers) in zip(sorted(ours, key=str_of_row), sorted(rows, key=str_of_row)):
+            assert row == numbers and key.endswith(theirs)
+        assert len(ours) == len(rows)
+
+
+def str_of_row(row):
+    return str(row[1])
+
+
+def test_labels_are_their_share_of_the_data_and_repeats_those_of_5_1():
+    for data, columns in reproduce.LABELS.items():
+        for column, labels in columns.items() if data != "shapes" else ():
+            share = eval(column.replace("%", "/100"))
+            assert abs(labels - share * DATA_SETS[data].counts[0]) < 1, (data, column)
+    repeats = {(name, column): len(repeats) for name, _, column, _, repeats in cells("all", "--no-sweep")}
+    for name in ("table6", "figure7", "table7"):
+        assert [repeats[name, column] for column in COLUMNS[name].split()] == [10, 5, 10, 10, 10]
+    assert [repeats["figure6", column] for column in COLUMNS["figure6"].split()] == [10, 4, 6, 10]
+
+
+@pytest.mark.parametrize("flags", [["all", "--no-sweep", "--repeats", 1], ["table7", "table4"],
+                                   ["shapes", "--sweep"], ["shapes"]])
+def test_the_stages_take_every_command_with_what_its_row_says(flags):
+    seen, pretrainings = {}, set()
+    for name, key, column, sweep, repeats in cells(*flags):
+        row = reproduce.TABLES[name].rows[key]
+        data = row.data or reproduce.TABLES[name].data
+        for runs in [*(runs for _, runs in sweep), *repeats]:
+            for script, *words in runs:
+                if words[1] not in seen:
+                    seen[words[1]] = importlib.import_module(script[:-3]).parse_arguments(words)
+            args = seen[runs[-1][2]]
+            assert (args.out, args.data) == (runs[-1][2], data)
+            assert args.labels == reproduce.LABELS[data].get(column)
+            published = "imagenet1k" if name == "table7" else "imagenet21k"
+            init, encoder = "none", f"{runs[0][2]}/last.pt" if data == "shapes" else published
+            if "Supervised" in key:
+                init = encoder
+            elif "No pretraining" not in key:
+                decoder, is_dep = seen[runs[-2][2]], name in ("table1", "table2") or "DeP" in key.split()
+                init = f"{decoder.out}/last.pt"
+                pretrainings.add(decoder.out)
+                assert decoder.method == ("dep" if is_dep else "ddep")
+                assert decoder.encoder_weights == (None if is_dep else encoder)
+            assert args.init == init
+            network = args if init in ("none", encoder) else decoder
+            assert network.width == {"x2": 2, "x3": 3}.get("x3" if name == "table4" else key[:2])
+            assert (network.encoder == "resnet50") == (name == "table7" and init != encoder)
+    if flags[0] == "all":
+        assert len(pretrainings) == 13 - 1  # paper_tables.md; Table 1's second row is taken for Table 2's DeP
+
+
+def test_the_sweep_of_the_paper_covers_its_range_with_a_seed_that_no_repeat_has():
+    for _, _, _, sweep, repeats in [*cells("table6"), *cells("shapes", "--sweep")]:
+        assert repeats == [] and len({runs[-1][2] for _, runs in sweep}) == len(sweep) in (9, 16)
+        assert {runs[-1][runs[-1].index("--seed") + 1] for _, runs in sweep} == {"100"}
+    candidates = reproduce.grid(reproduce.TABLES["table6"].rows["x1 DDeP"], "pascal_context")
+    rates = {float(word) for _, words in candidates for word in words.split()[1::2]}
+    assert (min(rates), max(rates)) == (1e-5, 3e-4)
+
+
+# ---------------------------------------- The program
+
+
+def test_a_dry_run_prints_what_is_missing_and_the_program_runs_each_once(script, fake, tmp_path):
+    flags = ["reproduce", "--out", tmp_path / "r", "--repeats", 2]
+    status, out, _ = script(*flags, "--dry-run")
+    printed = commands_in(out)
+    assert status == 0 and not fake() and not (tmp_path / "r").exists() and len(printed) == 1 + 2 + 8 * 2
+    status, out, err = script(*flags)
+    assert status == 0 and sorted(fake()) == sorted(printed), err
+    stages = [words[0] for words in fake()]
+    assert stages == sorted(stages, key=["pretrain_encoder.py", "pretrain_decoder.py", "finetune.py"].index)
+    assert out.count(f"50.0 ± {statistics.stdev([50.0, 50.1]):.1f}") == 8
+    assert {path.parent.name[-6:] for path in (tmp_path / "r").glob("shapes_*/last.pt")} == {"seed_0"}
+    (Path(printed[-1][2]) / "metrics.json").unlink()
+    assert script(*flags)[0] == 0 and fake()[len(printed):] == [printed[-1]]
+    assert script(*flags, "--dry-run")[1] == ""
+
+
+def test_the_best_candidate_of_the_sweep_is_repeated_and_its_score_is_in_no_table(script, fake, tmp_path):
+    status, out, _ = script("reproduce", "--sweep", "--repeats", 1, "--out", tmp_path / "r")
+    repeated = [words for words in fake() if words[2].endswith("seed_0")]
+    assert status == 0 and len(repeated) == 8 and all("4e-3" in words for words in repeated)
+    assert out.count("70.0 (1)") == 8 and "80.0" not in out  # 80 is that of seed 100
+
+
+def test_shards_divide_the_fine_tunings(script, fake, tmp_path):
+    flags = ["reproduce", "--out", tmp_path / "r", "--repeats", 1]
+    whole = commands_in(script(*flags, "--dry-run")[1])
+    assert script(*flags, "--shard", "1/1")[0] == 0 and len(fake()) == 2  # those that need no pretraining
+    shutil.rmtree(tmp_path / "r")
+    (tmp_path / "commands").write_text("")
+    for words in whole[:3]:
+        Path(words[2]).mkdir(parents=True)
+        for name in ("last.pt", "metrics.json"):
+            (Path(words[2]) / name).write_text("{}")
+    shards = [len(fake())]
+    for i in (1, 2, 3):
+        assert script(*flags, "--shard", f"{i}/3")[0] == 0
+        shards.append(len(fake()))
+    assert sorted(fake()) == sorted(whole[3:])
+    assert all(after - before < 6 for before, after in zip(shards, shards[1:]))
+
+
+def test_a_run_that_fails_is_named_and_none_that_needs_it_is_begun(script, fake, tmp_path):
+    (tmp_path / "fails").touch()
+    status, out, err = script("reproduce", "--repeats", 1, "--out", tmp_path / "r")
+    assert status == 2 and "--method dep" in out and err.count("error:") == 1
+    assert "finetune.py" not in [words[0] for words in fake()]
+
+
+@pytest.mark.parametrize("flags", [["table8"], ["list", "table1"], ["--root", "photos=a"], ["--shard", "3"],
+                                   ["--shard", "0/4"], ["--shard", "5/4"]])
+def test_a_mistake_is_one_line(flags, script, fake, tmp_path):
+    status, _, err = script("reproduce", *flags, "--out", tmp_path / "r")
+    assert status == 2 and flags[-1].split("=")[0] in err and err.count("error:") == 1 and not fake()
