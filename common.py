@@ -38,6 +38,7 @@ def run(main):
     except (UserError, MemoryError, RuntimeError, ValueError) as error:
         # From a loader worker the text begins with a traceback: the last part is ours
         text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+        text = text or ("out of memory" if isinstance(error, MemoryError) else "")
         mend = next((MENDS[part] for part in MENDS if part in text), None)
         if not isinstance(error, UserError) and mend is None:
             raise
@@ -77,7 +78,7 @@ def number(kind, least, most=math.inf):
     """A type for argparse: an int or float from `least` to `most`."""
     def convert(text):
         value = kind(text)
-        if not least <= value <= most:
+        if not (least <= value <= most and math.isfinite(value)):
             raise ValueError
         return value
     convert.__name__ = f"{kind.__name__} from {least} to {most}"  # for argparse's message

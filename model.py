@@ -464,8 +464,8 @@ def read_weights(source):
         state = {name: value for name, value in content["model"].items() if not name.startswith("head.")}
     else:
         for wrapper in ("model", "state_dict"):
-            content = content.get(wrapper, content)
-        content = {name.removeprefix("module."): value for name, value in content.items()}  # of DDP
+            content = content[wrapper] if isinstance(content.get(wrapper), dict) else content
+        content = {str(name).removeprefix("module."): value for name, value in content.items()}  # of DDP
         if "conv_root/kernel" in content:
             made_with, state = {"encoder": "hybrid"}, from_google(content)
         elif "patch_embed.backbone.stem.conv.weight" in content:

@@ -17,12 +17,14 @@ def batch(dtype=torch.float64):  # images and noise
 
 @pytest.mark.parametrize("gamma, sigma, root", [
     (0.95, 0.2294, 0.2236), (0.90, 0.3333, 0.3162), (0.6098, 0.8, 0.6247)])
-def test_gamma_and_sigma_are_the_papers_pairs(gamma, sigma, root):
-    assert noise.gamma_to_sigma(gamma) == pytest.approx(sigma, abs=1e-4)
+def test_gamma_and_sigma_are_the_papers_pairs_and_two_ways_to_write_one_noise(gamma, sigma, root):
     assert noise.sigma_to_gamma(sigma) == pytest.approx(gamma, abs=1e-4)
-    noisy = noise.scaled_additive_noise(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), gamma)
-    assert noisy.item() == pytest.approx(root, abs=1e-4)
-    assert noise.gamma_to_sigma(torch.tensor([0.5, 1.0])).tolist() == [1.0, 0.0]
+    zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    assert noise.scaled_additive_noise(zero, one, gamma).item() == pytest.approx(root, abs=1e-4)
+    x, eps = batch()
+    simple = noise.simple_additive_noise(x, eps, sigma) / math.sqrt(1 + sigma ** 2)
+    torch.testing.assert_close(noise.scaled_additive_noise(x, eps, noise.sigma_to_gamma(sigma)), simple)
+    assert noise.sigma_to_gamma(torch.tensor([0.0, 1.0, 2.0])).tolist() == pytest.approx([1, 0.5, 0.2])
 
 
 def test_equations_1_and_5_by_hand():

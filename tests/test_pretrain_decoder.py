@@ -182,7 +182,7 @@ OWN = {"pretrain_encoder": ["--image-size 48"], "finetune": ["--crop-size 48", "
                             "--target image", "--condition", "--width 0.0625"]}
 
 
-@pytest.mark.parametrize("stage, flag", [(stage, flag) for stage in STAGES for flag in FLAGS + OWN[stage]])
+@pytest.mark.parametrize("stage, flag", [(name, flag) for name in STAGES for flag in FLAGS + OWN[name]])
 def test_every_flag_but_the_number_of_loader_workers_changes_the_weights(
         stage, flag, script, few, undisturbed, encoder, tmp_path):
     status, _, err = script(*command(stage, encoder, tmp_path / "o", *flag.split()))
@@ -323,8 +323,9 @@ def test_ddep_leaves_every_byte_of_the_encoder_and_dep_trains_it(
         method, encoder_name, script, few, encoder, tmp_path):
     if encoder_name == "resnet50":  # as torchvision publishes it
         encoder = tmp_path / "resnet50.pth"
-        state = resnet50(zero_init_residual=True).state_dict()
-        torch.save({name: value + 0.1 * ("running" in name) for name, value in state.items()}, encoder)
+        network = resnet50(norm_layer=partial(torch.nn.BatchNorm2d, momentum=None))
+        network(torch.randn(4, 3, 64, 64))  # its statistics are those of data
+        torch.save(network.state_dict(), encoder)
     more = ["--method", method, "--encoder-weights", encoder]
     status, _, err = script("pretrain_decoder", *TINY["pretrain_decoder"], *more, "--out", tmp_path / "o")
     assert status == 0, err
@@ -337,7 +338,7 @@ def test_ddep_leaves_every_byte_of_the_encoder_and_dep_trains_it(
     start = {**fresh.state_dict(), **{f"encoder.{name}": value for name, value in before.items()}}
     trains = {name for name, _ in fresh.named_parameters() if method == "dep" or name.startswith("decoder.")}
     moved = {name for name, value in after.items() if not torch.equal(value, start[name])}
-    assert moved <= trains and len(moved) > 0.9 * len(trains)
+    assert moved <= trains and len(moved) > 0.9 * len(trains)  # a ReLU may be dead
 
 
 def test_a_network_that_is_no_better_than_a_multiple_of_its_input_is_warned_of(
@@ -362,8 +363,8 @@ def test_on_the_toy_data_a_missing_encoder_is_trained_once_and_changes_nothing_e
     assert script("pretrain_decoder", *TINY["pretrain_decoder"], "--out", "b")[0] == 0
     assert path.stat().st_mtime_ns == written
     trained, a, b = (load(folder)["model"] for folder in (path.parent, "a", "b"))
-    assert all(torch.equal(a[name], value) for name, value in trained.items() if name.startswith("encoder."))
-    assert same_tensors(a, b)
+    assert all(torch.equal(a[name], trained[name]) for name in a if name.startswith("encoder."))
+    assert same_tensors(a, b)  # nothing else depends on whether the encoder was there
 
 
 def test_of_real_pictures_an_unreadable_one_is_replaced_by_the_next_and_ddep_needs_an_encoder(
