@@ -73,6 +73,7 @@ def new_network(args, classes):
         state, made_with = read_weights(args.init) if args.init != "none" else ({}, {})
     model_args = dict(**common.network_args(args, made_with, args.init), out_channels=len(classes.names),
                       condition_on_gamma=made_with.get("condition_on_gamma", False))
+    torch.manual_seed(args.seed)
     model = build_unet(**model_args)
     if state:
         has_decoder = any(name.startswith("decoder.") for name in state)
@@ -97,7 +98,6 @@ def main():
         say(survey(train, classes, args.crop_size), rank)
 
     # Model: everything trains (section 2)
-    torch.manual_seed(args.seed)
     if checkpoint:
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:

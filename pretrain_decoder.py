@@ -88,6 +88,7 @@ def new_network(args, rank):
     if args.encoder_weights:  # of a whole network the encoder alone
         made_with.pop("width", None)
     model_args = dict(**common.network_args(args, made_with, source), condition_on_gamma=args.condition)
+    torch.manual_seed(args.seed)  # here: stage 1 has drawn from it, where it ran
     model = build_unet(**model_args)
     if source:
         with common.users_mistakes():
@@ -117,7 +118,6 @@ def main():
     start = checkpoint["step"] if checkpoint else 0
 
     # Model: in DDeP the encoder is frozen
-    torch.manual_seed(args.seed)
     if checkpoint:
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:

@@ -29,9 +29,6 @@ def fresh_network(classes, condition=False):
     return model.build_unet("hybrid-small", 0.03125, classes, condition, 64).state_dict()
 
 
-# ---------------------------------------- Initialisations
-
-
 @pytest.fixture
 def ddep(script, few, tiny, tmp_path):
     """The path of a checkpoint of stage 2, conditioned on gamma."""
@@ -75,20 +72,6 @@ def test_another_network_than_that_of_the_weights_is_refused(flag, then, now, sc
     assert not (tmp_path / "o").exists()
 
 
-def test_the_position_grid_of_the_weights_is_kept(script, few, tmp_path):
-    encoder = model.build_encoder("hybrid-small", 96)
-    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
-    torch.save({"model": state, "model_args": {"encoder": "hybrid-small"}}, tmp_path / "96.pt")
-    ddep = ["--encoder-weights", tmp_path / "96.pt", "--out", tmp_path / "ddep"]
-    assert script("pretrain_decoder", *TINY["pretrain_decoder"], *ddep)[0] == 0
-    init = ["--init", tmp_path / "ddep" / "last.pt", *STILL, "--out", tmp_path / "o"]
-    assert script("finetune", *TINY["finetune"], *init)[0] == 0
-    assert torch.equal(load(tmp_path / "o")["model"]["encoder.pos_embedding"], state["encoder.pos_embedding"])
-
-
-# ---------------------------------------- ResNet-50's BatchNorm
-
-
 def test_a_resnet50_normalises_by_the_batch_if_fresh_and_as_stored_if_not(script, few, tmp_path, monkeypatch):
     monkeypatch.setitem(datasets.SHAPES_COUNTS, "val", 1)
     state = {name: value + 0.1 * ("running" in name) for name, value in resnet50().state_dict().items()}
@@ -111,9 +94,6 @@ def test_batch_statistics_of_one_value_are_a_mistake_in_one_line(script, few, tm
     more = ["--encoder", "resnet50", "--init", "none", "--batch-size", 1, "--out", tmp_path]
     status, _, err = script("finetune", *TINY["finetune"], *more)
     assert status == 2 and err.count("error:") == 1 and "--micro-batch" in err and "Traceback" not in err
-
-
-# ---------------------------------------- The loss
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -149,15 +129,6 @@ def test_a_batch_without_a_labelled_pixel_has_loss_0_and_goes_on(script, folder,
     assert status == 0, err
     assert sorted(loss == 0 for loss in losses(tmp_path / "o")) == [False, False, False, True]
     assert all(value.isfinite().all() for value in load(tmp_path / "o")["model"].values())
-
-
-def test_every_parameter_trains(script, few, encoder, tmp_path):
-    assert script("finetune", *TINY["finetune"], "--init", encoder, "--out", tmp_path / "o")[0] == 0
-    before = {**fresh_network(7), **torch.load(encoder)["model"]}
-    assert all(not torch.equal(value, before[name]) for name, value in load(tmp_path / "o")["model"].items())
-
-
-# ---------------------------------------- The score, and odd data
 
 
 def test_the_score_is_that_of_counting_by_hand_and_of_evaluate(script, few, tmp_path):

@@ -56,9 +56,6 @@ def undisturbed(tmp_path_factory, encoder):
     return make
 
 
-# ---------------------------------------- Killed
-
-
 def die_in_save(number, place):
     """Be killed in save `number` of last.pt: half of it written, before it is renamed, or after."""
     write, rename, saves = torch.save, os.replace, []
@@ -127,12 +124,9 @@ def test_a_finished_run_repeats_its_ending_and_is_not_mixed_with_other_flags(
     assert same_tensors(load(out)["model"], before[0]) and (out / "log.jsonl").read_text() == lines
 
 
-# ---------------------------------------- Processes, micro-batches, loader workers
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_with_micro_batches_make_the_run_of_one_without(stage, encoder, folder, tmp_path):
-    more, found = ["--lr", 3e-4], {}
+    more, found = ["--lr", 3e-4, "--weight-decay", 0.1], {}  # with L2, Adam minds the scale of gradients
     if stage == "finetune":  # masks with very different numbers of ignored pixels
         for i, path in enumerate(sorted((folder / "masks" / "train").rglob("*.png"))):
             mask = np.array(Image.open(path))
@@ -142,8 +136,7 @@ def test_two_processes_with_micro_batches_make_the_run_of_one_without(stage, enc
     for processes, micro_batch in ((1, 4), (1, 1), (2, 1)):
         out = tmp_path / f"{processes}_{micro_batch}"
         words = command(stage, encoder, out, *more, "--micro-batch", micro_batch)
-        run = Forked(tmp_path, *words, processes=processes)
-        assert run.wait() == [0] * processes, run.output.read_text()
+        assert Forked(tmp_path, *words, processes=processes).wait() == [0] * processes
         found[processes, micro_batch] = losses(out)
         assert not any("module." in name or "_orig_mod." in name for name in load(out)["model"])
     for ours in found.values():
@@ -172,12 +165,10 @@ def test_the_command_of_the_card_runs_in_an_empty_folder_as_one_process_does(
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-5) and len(losses(out)) == 2
 
 
-# ---------------------------------------- Flags and numbers
-
-
 FLAGS = ["--lr 5e-4", "--warmup 0.5", "--weight-decay 0.1", "--seed 1", "--batch-size 2", "--steps 2",
          "--min-area 0.9", "--precision bf16", "--workers 2"]
-OWN = {"pretrain_encoder": ["--image-size 48"], "finetune": ["--crop-size 48", "--labels 3", "--width 0.0625"],
+OWN = {"pretrain_encoder": ["--image-size 48"],
+       "finetune": ["--crop-size 48", "--labels 3", "--width 0.0625"],
        "pretrain_decoder": ["--image-size 48", "--gamma 0.5", "--gamma 0.9 0.95", "--sigma 0.8",
                             "--target image", "--condition", "--width 0.0625"]}
 
@@ -209,26 +200,6 @@ def test_a_compiled_network_makes_the_same_run_under_the_same_names(
     assert graphs and weights.keys() == wanted[0].keys() and ours == pytest.approx(wanted[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_stage_1_decays_weights_apart_from_adam_and_stages_2_and_3_within(
-        stage, script, few, encoder, tmp_path, monkeypatch):
-    apart, seen = stage == "pretrain_encoder", []
-    kind = torch.optim.AdamW if apart else torch.optim.Adam
-    step = kind.step
-
-    def recorded(self):
-        weights = self.param_groups[0]["params"]
-        before = [(p.grad.clone(), p.detach().clone()) for p in weights]
-        step(self)
-        seen.extend((*pair, p.detach()) for pair, p in zip(before, weights))
-    monkeypatch.setattr(kind, "step", recorded)
-    words = command(stage, encoder, tmp_path, "--lr", 0.01, "--weight-decay", 0.5, "--steps", 1)
-    assert script(*words)[0] == 0 and len(seen) > 20
-    for g, w, after in seen:  # Adam's first step is lr g / (|g| + 1e-8)
-        whole, start = (g, w * (1 - 0.01 * 0.5)) if apart else (g + 0.5 * w, w)
-        torch.testing.assert_close(after, start - 0.01 * whole / (whole.abs() + 1e-8), rtol=1e-3, atol=1e-5)
-
-
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loss_or_gradient_that_is_not_finite_does_not_reach_the_weights(
@@ -249,9 +220,6 @@ def test_a_loss_or_gradient_that_is_not_finite_does_not_reach_the_weights(
     assert status == 2 and "step 3" in err and err.count("error:") == 1
     assert load(tmp_path)["step"] == 2
     assert all(value.isfinite().all() for value in load(tmp_path)["model"].values())
-
-
-# ---------------------------------------- Stage 2
 
 
 def batch_of(count, device="cpu"):
