@@ -265,7 +265,7 @@ def parse_arguments(argv=None):
     add("--sweep", action=argparse.BooleanOptionalAction,
         help="choose the rates (the default but for shapes), or take those in this file or of the scripts")
     add("--repeats", type=common.number(int, 1), default=10, help="at most so many of each fine-tuning")
-    add("--shard", type=shard, metavar="I/N", help="part I (from 1) of N of the fine-tunings of finished pretrainings")
+    add("--shard", type=shard, metavar="I/N", help="part I (from 1) of N of the fine-tunings alone")
     add("--dry-run", action="store_true", help="print the commands that are missing, run nothing")
     args = parser.parse_args(argv)
     args.list, args.roots = args.tables == ["list"], dict(pair.partition("=")[::2] for pair in args.root)

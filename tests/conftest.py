@@ -1,4 +1,4 @@
-"""Shared by the tests: the scripts run in this process, in processes that can be killed, or under torchrun."""
+"""Shared by the tests: scripts run in this process, in processes that can be killed, or under torchrun."""
 import importlib
 import io
 import json
@@ -29,8 +29,8 @@ TINY = {  # flags that make a stage as small as it can be, on toy data
     "pretrain_encoder": ["--steps", "4", "--batch-size", "4", "--image-size", "32", "--device", "cpu"],
     "pretrain_decoder": ["--steps", "4", "--batch-size", "4", "--image-size", "32", "--width", "0.03125",
                          "--device", "cpu"],
-    "finetune": ["--steps", "4", "--batch-size", "4", "--crop-size", "32", "--width", "0.03125", "--labels", "6",
-                 "--device", "cpu"],
+    "finetune": ["--steps", "4", "--batch-size", "4", "--crop-size", "32", "--width", "0.03125",
+                 "--labels", "6", "--device", "cpu"],
 }
 STAGES = list(TINY)
 
@@ -43,8 +43,8 @@ def encoder(tmp_path_factory):
     torch.manual_seed(0)
     classifier = model.Classifier(model.build_encoder("hybrid-small"), 6)
     path = tmp_path_factory.mktemp("encoder") / "last.pt"
-    common.save(path, {"model": classifier.state_dict(), "model_args": {"encoder": "hybrid-small", "num_classes": 6},
-                       "args": {}, "step": 0})
+    model_args = {"encoder": "hybrid-small", "num_classes": 6}
+    common.save(path, {"model": classifier.state_dict(), "model_args": model_args, "args": {}, "step": 0})
     return str(path)
 
 
@@ -67,7 +67,7 @@ def few(monkeypatch):
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """script("finetune", "--steps", 4, ...) runs finetune.py in this process -> (exit status, stdout, stderr)."""
+    """script("finetune", "--steps", 4, ...) runs finetune.py in this process -> (status, stdout, stderr)."""
     def call(name, *flags):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         status = 0
@@ -166,7 +166,8 @@ def die():
 
 def write_image(path, height=40, width=56, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
 
 
 def write_mask(path, mask):
@@ -203,7 +204,7 @@ def write_tar(path, members):
 
 
 def imagenet21k(root):
-    """Two synsets as they are distributed: six pictures, one of which does not decode; a file of macOS, a text."""
+    """Two synsets as they are distributed: six pictures, one of which does not decode, and other files."""
     write_tar(root / "n00000001.tar", {
         "n00000001_1.JPEG": jpeg(1), "README": b"no image", "n00000001_2.JPEG": jpeg(2, "L"),
         "._n00000001_1.JPEG": b"resource fork", "n00000001_" + "x" * 120 + ".JPEG": jpeg(3, "CMYK")})
