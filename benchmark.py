@@ -73,7 +73,7 @@ def training_step(network, batch, size, device, precision):
     freeze(network.encoder)
     network.to(device, memory_format=torch.channels_last).train()
     args = argparse.Namespace(gamma=[0.95], sigma=None)
-    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-5)
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
     images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
 
     def step():

@@ -89,8 +89,9 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
         scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", antialias=True)
         for mirrored in {False, flip}:
             logits = in_windows(model, scaled.flip(3) if mirrored else scaled, window, stride)
-            logits = logits.flip(3) if mirrored else logits
-            total = total + (logits if scale == 1 else F.interpolate(logits, x.shape[-2:], mode="bilinear"))
+            if scale != 1:
+                logits = F.interpolate(logits, x.shape[-2:], mode="bilinear")
+            total += logits.flip(3) if mirrored else logits  # a running sum: many classes take gigabytes
     return total / (len(scales) * (1 + flip))
 
 
@@ -111,7 +112,7 @@ def in_windows(model, x, window, stride):
                 total = logits.new_zeros(*logits.shape[:2], height, width)
             total[part] += logits
             count[part] += 1
-    return total / count
+    return total.div_(count)
 
 
 @torch.inference_mode()

@@ -110,7 +110,7 @@ def main():
     network = DistributedDataParallel(model) if world > 1 else model
 
     # Adam (5.1). PAPER SILENT on its betas, here torch's defaults, and on coupled weight decay or not
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -134,7 +134,7 @@ def main():
     # Adam (5.1): 6e-5 for x1 and x3, 1e-4 for x2. PAPER SILENT on its betas: torch's defaults
     peak_rate = args.lr or (1e-4 if model_args["width"] == 2 else 6e-5)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, weight_decay=args.weight_decay)
+    optimizer = torch.optim.Adam(trained, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])

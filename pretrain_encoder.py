@@ -72,7 +72,7 @@ def main(argv=None):
     network = DistributedDataParallel(model) if world > 1 else model
 
     # Adam with decoupled weight decay, as Dosovitskiy et al. trained it
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])

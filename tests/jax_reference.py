@@ -1,9 +1,9 @@
 """Stand-ins for Google's R50+ViT-B_16.npz: its 354 arrays (heads left out) with values drawn from a seed.
 
-jax_hybrid_vit_b16.npz holds what the ORIGINAL JAX model answers for make_weights(0) and make_image(0), subsampled to be small:
-stride2[:, ::8, ::7, ::7], stride4[:, ::8, ::5, ::5], stride8[:, ::8, ::3, ::3], stride16[:, ::4], all NCHW float32.
+jax_hybrid_vit_b16.npz holds what the ORIGINAL JAX model answers for make_weights(0) and make_image(0), subsampled
+to be small: stride2[:, ::8, ::7, ::7], stride4[:, ::8, ::5, ::5], stride8[:, ::8, ::3, ::3], stride16[:, ::4], all
+NCHW float32.
 """
-
 import zlib
 
 import numpy as np
@@ -11,61 +11,47 @@ import numpy as np
 
 def key_shapes():
     """{name: shape} of the published file."""
-    shapes = {
-        "conv_root/kernel": (7, 7, 3, 64), "gn_root/scale": (1, 1, 1, 64), "gn_root/bias": (1, 1, 1, 64),
-        "embedding/kernel": (1, 1, 1024, 768), "embedding/bias": (768, ), "cls": (1, 1, 768),
-        "Transformer/posembed_input/pos_embedding": (1, 197, 768), "Transformer/encoder_norm/scale": (768, ),
-        "Transformer/encoder_norm/bias": (768, )
-    }
+    shapes = {"conv_root/kernel": (7, 7, 3, 64), "gn_root/scale": (1, 1, 1, 64), "gn_root/bias": (1, 1, 1, 64),
+              "embedding/kernel": (1, 1, 1024, 768), "embedding/bias": (768,), "cls": (1, 1, 768),
+              "Transformer/posembed_input/pos_embedding": (1, 197, 768)}
     inputs = 64
     for block, (units, width) in enumerate(((3, 64), (4, 128), (9, 256)), start=1):
         for unit in range(1, units + 1):
             name, outputs = f"block{block}/unit{unit}", 4 * width
-            kernels = {
-                "conv1": (1, 1, inputs, width), "conv2": (3, 3, width, width), "conv3": (1, 1, width, outputs)
-            }
+            kernels = {"conv1": (1, 1, inputs, width), "conv2": (3, 3, width, width), "conv3": (1, 1, width, outputs)}
             norms = {"gn1": width, "gn2": width, "gn3": outputs}
             if unit == 1:
                 kernels["conv_proj"], norms["gn_proj"] = (1, 1, inputs, outputs), outputs
             shapes.update({f"{name}/{conv}/kernel": shape for conv, shape in kernels.items()})
-            shapes.update({
-                f"{name}/{norm}/{part}": (1, 1, 1, n)
-                for norm, n in norms.items()
-                for part in ("scale", "bias")
-            })
+            shapes.update({f"{name}/{norm}/{part}": (1, 1, 1, n) for norm, n in norms.items()
+                           for part in ("scale", "bias")})
             inputs = outputs
+    norms = ["Transformer/encoder_norm"]
     for layer in range(12):
         name = f"Transformer/encoderblock_{layer}"
-        shapes.update({
-            f"{name}/{norm}/{part}": (768, )
-            for norm in ("LayerNorm_0", "LayerNorm_2")
-            for part in ("scale", "bias")
-        })
+        norms += [f"{name}/LayerNorm_0", f"{name}/LayerNorm_2"]
+        attention = f"{name}/MultiHeadDotProductAttention_1"
         for part in ("query", "key", "value"):
-            shapes[f"{name}/MultiHeadDotProductAttention_1/{part}/kernel"] = (768, 12, 64)
-            shapes[f"{name}/MultiHeadDotProductAttention_1/{part}/bias"] = (12, 64)
-        shapes[f"{name}/MultiHeadDotProductAttention_1/out/kernel"] = (12, 64, 768)
-        shapes[f"{name}/MultiHeadDotProductAttention_1/out/bias"] = (768, )
-        shapes[f"{name}/MlpBlock_3/Dense_0/kernel"], shapes[f"{name}/MlpBlock_3/Dense_0/bias"] = ((768, 3072),
-                                                                                                  (3072, ))
-        shapes[f"{name}/MlpBlock_3/Dense_1/kernel"], shapes[f"{name}/MlpBlock_3/Dense_1/bias"] = ((3072, 768),
-                                                                                                  (768, ))
-    return shapes
+            shapes.update({f"{attention}/{part}/kernel": (768, 12, 64), f"{attention}/{part}/bias": (12, 64)})
+        shapes.update({
+            f"{attention}/out/kernel": (12, 64, 768), f"{attention}/out/bias": (768,),
+            f"{name}/MlpBlock_3/Dense_0/kernel": (768, 3072), f"{name}/MlpBlock_3/Dense_0/bias": (3072,),
+            f"{name}/MlpBlock_3/Dense_1/kernel": (3072, 768), f"{name}/MlpBlock_3/Dense_1/bias": (768,)})
+    return {**shapes, **{f"{norm}/{part}": (768,) for norm in norms for part in ("scale", "bias")}}
 
 
 def make_weights(seed):
-    """{name: float32 array}, each a function of its name and the seed: N(0, 1) from RandomState(crc32(name) + seed), scaled so that
-    activations stay of order one."""
+    """{name: float32 array}, each a function of its name and the seed: N(0, 1) from RandomState(crc32(name) +
+    seed), scaled so that activations stay of order one."""
     weights = {}
     for name, shape in key_shapes().items():
-        value = (np.random.RandomState(
-            (zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape).astype(np.float32))
+        random = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
+        value = random.standard_normal(shape).astype(np.float32)
         if name.endswith("scale"):
             value = 1 + 0.1 * value
         elif name.endswith("kernel"):
             heads = any(part in name for part in ("query", "key", "value"))
-            value = value / np.sqrt(np.float32(
-                np.prod(shape) / (shape[1] * shape[2] if heads else shape[-1])))  # fan-in
+            value = value / np.sqrt(np.float32(np.prod(shape) / (shape[1] * shape[2] if heads else shape[-1])))
         else:
             value = (0.5 if name == "cls" or name.endswith("pos_embedding") else 0.1) * value
         weights[name] = value.astype(np.float32)

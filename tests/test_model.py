@@ -225,17 +225,6 @@ def test_the_unet_is_exported_at_a_fixed_size(encoder):
     torch.testing.assert_close(torch.export.export(unet, (x,)).module()(x), unet(x))
 
 
-@torch.no_grad()
-def test_the_unet_becomes_onnx_at_a_fixed_size(tmp_path):
-    encoder = HybridViT(8, (2, 2, 2), (1, 1, 1), dim=8, depth=1, heads=2, mlp_dim=8, image_size=64)
-    unet, x = UNet(encoder, 1 / 32).eval(), torch.rand(1, 3, 50, 64)
-    onnxruntime = [pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime")][-1]
-    torch.onnx.export(unet, (x,), tmp_path / "unet.onnx", dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / "unet.onnx")
-    answer = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(answer), unet(x), rtol=1e-3, atol=1e-4)
-
-
 def test_model_py_and_noise_py_need_torch_alone(monkeypatch):
     for name in ("torchvision", "numpy", "PIL", "tqdm", *(path.stem for path in ROOT.glob("*.py"))):
         monkeypatch.setitem(sys.modules, name, None)
