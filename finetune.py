@@ -34,7 +34,7 @@ from pictures import colour_mask, table
 PAPER = dict(steps=10_000, batch_size=16, micro_batch=4, lr=1e-4, warmup=0.0, weight_decay=1e-4,
              crop_size=512, workers=common.default_workers(), save_every=500)
 RECIPES = {
-    "shapes": dict(steps=250, batch_size=8, micro_batch=8, lr=2e-3, warmup=0.04, weight_decay=0.0,
+    "shapes": dict(steps=250, batch_size=8, micro_batch=8, lr=4e-3, warmup=0.04, weight_decay=0.0,
                    crop_size=64, min_area=0.5, workers=0, save_every=125),
     "paper": PAPER,
     "cityscapes": {**PAPER, "crop_size": DATA_SETS["cityscapes"].crop_size, "micro_batch": 2},

@@ -30,7 +30,7 @@ from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet
 from pictures import from_pixels, table
 
 RECIPES = {  # PAPER SILENT on weight decay and warm-up of this stage: none on real data
-    "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=1e-3, warmup=0.02, weight_decay=0.0,
+    "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=3e-3, warmup=0.02, weight_decay=0.0,
                    image_size=64, min_area=0.5, workers=0, save_every=400),
     "paper": dict(epochs=100, batch_size=512, micro_batch=64, warmup=0.0, weight_decay=0.0, image_size=224,
                   min_area=0.08, workers=common.default_workers(), save_every=1000),  # 5.1

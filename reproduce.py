@@ -69,10 +69,14 @@ def three(prefix, none, supervised, ddep, network=""):
 
 TABLES = {
     "shapes": Table("The toy data", "shapes", ("8 labels", "32 labels"), {
-        "No pretraining": Row("none"),
-        "Supervised": Row("supervised"),
-        "DeP": Row("--method dep --data shapes --gamma 0.95"),
-        "DDeP": Row("--data shapes --gamma 0.95")}),
+        "No pretraining": Row("none", rates={
+            "8 labels": ("", "--lr 2e-3 --weight-decay 1e-3"), "32 labels": ("", "--lr 4e-3 --weight-decay 0")}),
+        "Supervised": Row("supervised", rates={
+            "8 labels": ("", "--lr 4e-3 --weight-decay 0"), "32 labels": ("", "--lr 4e-3 --weight-decay 1e-3")}),
+        "DeP": Row("--method dep --data shapes --gamma 0.95", rates={
+            "8 labels": ("--lr 3e-3", "--lr 4e-3"), "32 labels": ("--lr 3e-3", "--lr 4e-3")}),
+        "DDeP": Row("--data shapes --gamma 0.95", rates={
+            "8 labels": ("--lr 1e-3", "--lr 2e-3"), "32 labels": ("--lr 3e-3", "--lr 4e-3")})}),
     "table1": Table("Table 1: predicting the image or the noise; DeP", "cityscapes", CITYSCAPES, {
         "predict x": Row(f"{DEP_SIGMA} --target image", (70.44, 60.87, 55.44, 41.40)),
         "predict e": Row(DEP_SIGMA, (75.01, 67.26, 61.94, 48.36))}),

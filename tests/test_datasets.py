@@ -308,10 +308,6 @@ def test_a_published_list_selects_and_orders_the_images(data, text, chosen, tmp_
     assert source.read(0)["mask"].shape == (20 + "abc".index(chosen[0]), 30)
 
 
-def test_toy_data_has_no_test_part():
-    assert pairs("shapes", "nowhere", "test") is None
-
-
 def test_a_published_list_of_cityscapes_selects_images_whatever_masks_it_names(tmp_path):
     cityscapes(tmp_path)
     stem = "train/ulm/ulm_000001_000019"

@@ -245,13 +245,6 @@ def as_timm(state):
     return state
 
 
-def test_timms_names_are_those_of_timm():
-    timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        theirs = timm.create_model("vit_base_r50_s16_224", num_classes=0).state_dict()
-        assert as_timm(HybridViT().state_dict()).keys() == theirs.keys()
-
-
 UNET = {"encoder": "hybrid-small", "width": 1 / 32, "out_channels": 3, "image_size": 384}  # its grid: 24x24
 KINDS = ["torchvision", "stage 1", "stage 2", "timm", "timm in model", "timm in state_dict", "timm of DDP",
          "timm and Namespace", "timm.safetensors"]
