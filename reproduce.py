@@ -70,9 +70,9 @@ def three(prefix, none, supervised, ddep, network=""):
 TABLES = {
     "shapes": Table("The toy data", "shapes", ("8 labels", "32 labels"), {
         "No pretraining": Row("none", rates={
-            "8 labels": ("", "--lr 2e-3 --weight-decay 1e-3"), "32 labels": ("", "--lr 4e-3 --weight-decay 0")}),
+            "8 labels": ("", "--lr 2e-3 --weight-decay 1e-3"), "32 labels": ("", "--lr 4e-3")}),
         "Supervised": Row("supervised", rates={
-            "8 labels": ("", "--lr 4e-3 --weight-decay 0"), "32 labels": ("", "--lr 4e-3 --weight-decay 1e-3")}),
+            "8 labels": ("", "--lr 4e-3"), "32 labels": ("", "--lr 4e-3 --weight-decay 1e-3")}),
         "DeP": Row("--method dep --data shapes --gamma 0.95", rates={
             "8 labels": ("--lr 3e-3", "--lr 4e-3"), "32 labels": ("--lr 3e-3", "--lr 4e-3")}),
         "DDeP": Row("--data shapes --gamma 0.95", rates={
