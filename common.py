@@ -237,18 +237,17 @@ def save(path, content):
 FREE = ("out", "root", "workers", "save_every", "device", "compile", "micro_batch")  # may change on resume
 
 
-def resume(args, images):
-    """The checkpoint in --out, or None. UserError where it is of other flags or another number of images."""
+def resume(args, data):
+    """The checkpoint in --out, or None. UserError where it is of other flags or data (a description)."""
     path = os.path.join(args.out, "last.pt")
     if not os.path.exists(path):
         return None
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    then = {**checkpoint["args"], "number of images": checkpoint.get("images")}
-    now = {**vars(args), "number of images": images}
+    then, now = {**checkpoint["args"], "images": checkpoint.get("data")}, {**vars(args), "images": data}
     changed = [f"{key.replace('_', '-')} {then.get(key)} then, {now.get(key)} now"
                for key in {**then, **now} if then.get(key) != now.get(key) and key not in FREE]
     if changed:
-        raise UserError(f"{path} is of a run with other flags ({'; '.join(changed)}); pass a new --out")
+        raise UserError(f"{path} is of another run ({'; '.join(changed)}); pass a new --out")
     return checkpoint
 
 

@@ -82,6 +82,9 @@ class Source:
     def __len__(self):
         return len(self.rows)
 
+    def __str__(self):
+        return f"{len(self)} images, {self.name(0)} to {self.name(len(self) - 1)}"
+
     def name(self, i):
         return self.name_of(self.rows[i])
 
@@ -121,7 +124,7 @@ def read_file(root, row):
 
 
 def member_name(tars, row):  # a record (number of the .tar, offset, size)
-    return f"{tars[row['tar']]}, byte {row['offset']}"
+    return f"{os.path.basename(tars[row['tar']])}, byte {row['offset']}"
 
 
 def read_member(tars, row):
@@ -180,7 +183,8 @@ def find(root, pattern):
     start, ending = (pattern + "*").split("*")[:2]
     found, left = {}, []
     for taken, others in search(root, pattern):
-        left += others
+        # Beside pictures that match; links that lead nowhere always
+        left += [path for path in others if taken or not ending or path.endswith(ending)]
         for path in taken:
             key = path[len(start):-len(ending)] if ending else os.path.splitext(path[len(start):])[0]
             key = unicodedata.normalize("NFC", key)  # "ü" may be one character or two
@@ -232,8 +236,8 @@ def home(args, places, folder):
     found = [path for place in places for path in sorted(glob(os.path.join(escape(args.root), place)))
              if os.path.isdir(os.path.join(path, folder))]
     if len(found) != 1:
-        raise UserError(f"--root {args.root}: " + (f"holds {', '.join(found)}; pass one" if found else
-                        f"no folder {folder} in it; mend that, or pass --images and --masks"))
+        raise UserError(f"--root {args.root}: " + (f"holds {', '.join(found)}; pass one of them" if found else
+                        f"no folder {os.path.join(args.root, folder)}; see --root, --images and --masks"))
     return found[0]
 
 
@@ -288,7 +292,7 @@ def listed(root, patterns):
                 found.append((name, np.array([*map(os.fsencode, taken)])))
                 counts[name] += len(taken)
     if not found:
-        raise UserError(f"{root}: no pictures {' or '.join(patterns)} in it")
+        raise UserError(f"{root}: no pictures in it (looked for {' and '.join(patterns)})")
     number = {name: i for i, name in enumerate(sorted(counts))}
     paths = np.concatenate([paths for _, paths in found])
     rows = np.empty(len(paths), [("path", paths.dtype), ("label", np.int32)])
@@ -344,7 +348,7 @@ def classes_of(args):
         names = list(shapes.CLASSES)
         return Classes(names, palette(len(names)), {i: i for i in range(len(names))})
     if args.data == "folder":
-        return own_classes(os.path.join(args.root or "", "classes.txt"))
+        return own_classes(os.path.join(home(args, ("",), ""), "classes.txt"))
     row = DATA_SETS[args.data]
     values, ignored = row.values, (*row.ignored, IGNORE)
     if "labelTrainIds" in (args.masks or ""):  # of Cityscapes, made by users
@@ -364,7 +368,7 @@ def own_classes(path):
     keys = [tuple(map(int, words[:count])) if count else (i,) for i, words in enumerate(lines)]
     named = [" ".join(words[count:]) for words in lines]
     names = [name for name in dict.fromkeys(named) if name != "ignore"]
-    wrong = [name for name in named if name[0] in "-+.0123456789"]  # `1: sky`, or lines of two forms
+    wrong = [name for name in named if name[0] in "#-+.0123456789"]  # `1: sky`, lines of two forms
     if wrong or len(set(keys)) < len(keys) or not 2 <= len(names) <= 255 or max(map(max, keys)) > 255:
         raise UserError(f"{path}: {wrong[0] if wrong else f'{len(names)} classes'}; {CLASSES_TXT}")
     colours = [keys[named.index(name)] for name in names] if count == 3 else palette(len(names))
@@ -407,7 +411,8 @@ def labelled(args, part, classes):
         alone += sorted(path for path in left if images[-1] == "*" or path.lower().endswith(PICTURES))
     if alone or not keys:
         raise UserError(f"{os.path.join(root, *alone[:1])}: {len(alone)} files without a partner; expected "
-                        f"pairs {images} and {masks}, equal in place of *: see --images and --masks")
+                        f"pairs {images} and {masks}, equal in place of *: mend that, pass --images and "
+                        "--masks, or select images with --train-list and --val-list")
     note, official = f"{len(keys)} pairs", row.counts[part == "val"]
     if official not in (0, len(keys)):
         note += f" (the official set has {official})"
@@ -424,8 +429,8 @@ def training_and_validation(args, classes):
     if args.val_fraction is not None:
         ranked, count = ranking(train, "validation"), round(args.val_fraction * len(train))
         if val is not None or not 0 < count < len(train):
-            raise UserError(f"--val-fraction {args.val_fraction}: {count} of {len(train)} images, beside "
-                            f"{len(val or [])} for validation; expected some of each from one place")
+            problem = f"{count} of {len(train)} images" if val is None else "there is a validation set"
+            raise UserError(f"--val-fraction {args.val_fraction}: {problem}; drop it, or pass another share")
         train, val = train.subset(sorted(ranked[count:])), train.subset(sorted(ranked[:count]))
     both = {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val or []))}
     if both:
@@ -468,8 +473,8 @@ def survey(source, classes, crop_size):
                                     f"{first[value][1]}; write `R G B name` lines to classes.txt")
     counts, width = pixels[[*range(len(classes.names)), IGNORE]], max(map(len, classes.names))
     if (counts[:-1] > 0).sum() < 2:
-        raise UserError(f"{root}: the masks hold fewer than two of {', '.join(classes.names[:8])}; mend "
-                        "classes.txt")
+        raise UserError(f"{root}: the masks hold fewer than two of {', '.join(classes.names[:8])}; where "
+                        "classes.txt has names alone, line n is value n and 255 is ignored")
     lines = [f"{name:{width}} {count / pixels.sum():8.2%} of the pixels"
              for name, count in zip([*classes.names, "ignored"], counts)]
     if largest < crop_size:

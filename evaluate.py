@@ -226,13 +226,14 @@ def choose_source(args, trained, classes):
 def main():
     args = parse_arguments()
     rank, world, device = common.start_processes(args.device)
+    if not os.path.isfile(args.checkpoint):
+        raise UserError(f"{args.checkpoint}: no such file; expected last.pt of finetune.py")
     try:
         checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
         trained, names = checkpoint["args"], checkpoint["class_names"]
         model = unet_of(checkpoint).to(device, memory_format=torch.channels_last)
     except Exception as error:  # of many kinds
-        raise UserError(f"{args.checkpoint}: expected a checkpoint of finetune.py ({type(error).__name__}: "
-                        f"{str(error).partition(chr(10))[0]})") from None
+        raise UserError(f"{args.checkpoint}: not of finetune.py ({type(error).__name__})") from error
     if "mask_values" in checkpoint:
         classes = datasets.Classes(names, checkpoint["class_colours"], checkpoint["mask_values"])
     else:  # of an earlier version
@@ -242,13 +243,17 @@ def main():
 
     source, has_masks = choose_source(args, trained, classes)
     if not has_masks and not args.save_predictions:
-        raise UserError(f"{args.root}: no masks in it to compare with; pass --save-predictions DIR")
+        raise UserError(f"{args.root}: no folder of masks to compare with; pass --images and --masks where "
+                        "there are, or --save-predictions DIR to predict all pictures")
     data = args.data or trained["data"]
     how = protocol(data, checkpoint["model_args"]["encoder"], trained["crop_size"])
     how.update({key: getattr(args, key) for key in how if getattr(args, key) is not None}, stride=args.stride)
-    say(f"{args.checkpoint} on {len(source)} images of {args.root or data}, {how}", rank)
+    where = args.root or (None if args.data else trained["root"]) or data
+    say(f"{args.checkpoint} on {len(source)} images of {where}, {how}", rank)
     write = writer(args.save_predictions, source, classes) if args.save_predictions else None
     metrics = evaluate(model, source, names, device, rank, world, args.precision, args.workers, write, **how)
+    if write:
+        say(f"predictions: {args.save_predictions}/index and overlay", rank)
     if has_masks:
         say(as_text(metrics), rank)
     if has_masks and rank == 0:

@@ -92,7 +92,8 @@ def main():
     classes = classes_of(args)
     train, val = training_and_validation(args, classes)
     steps = common.number_of_steps(args, len(train), world)
-    checkpoint = common.resume(args, len(train))
+    data = f"{train}; classes {', '.join(classes.names)}"
+    checkpoint = common.resume(args, data)
     start = checkpoint["step"] if checkpoint else 0
     if args.data == "folder" and start == 0:
         say(survey(train, classes, args.crop_size), rank)
@@ -121,8 +122,8 @@ def main():
     loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
-    say(f"stage 3: --init {args.init}, {model_args}, {train.note}: {len(train)} to train on, "
-        f"{len(val or [])} to validate on, steps {start} to {steps}, {world} x {device}", rank)
+    say(f"stage 3: --init {args.init}, {model_args}, training on {len(train)} of {train.note}, validating on "
+        f"{len(val or [])}, {start} of {steps} steps done, {world} x {device}", rank)
     for step, batch in enumerate(loader, start + 1):
         for group in optimizer.param_groups:
             group["lr"] = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
@@ -154,7 +155,7 @@ def main():
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(
                 step=step, model=model.state_dict(), model_args=model_args, args=vars(args),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(train),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), data=data,
                 class_names=classes.names, class_colours=classes.colours, mask_values=classes.values))
     log.close()
 

@@ -114,7 +114,7 @@ def main():
     with common.local_first():  # one process of a machine writes the index of .tar files
         images = pretraining_images(args)
     steps = common.number_of_steps(args, len(images), world)
-    checkpoint = common.resume(args, len(images))
+    checkpoint = common.resume(args, str(images))
     start = checkpoint["step"] if checkpoint else 0
 
     # Model: in DDeP the encoder is frozen
@@ -145,8 +145,8 @@ def main():
     loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
-    say(f"stage 2: {args.method}, {model_args}, {images.note}, steps {start} to {steps}, {world} x {device}",
-        rank)
+    say(f"stage 2: {args.method}, {model_args}, {images.note}, {start} of {steps} steps done, "
+        f"{world} x {device}", rank)
     for step, batch in enumerate(loader, start + 1):
         for group in optimizer.param_groups:
             group["lr"] = common.cosine_rate(step - 1, steps, peak_rate, args.warmup)
@@ -177,7 +177,7 @@ def main():
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(
                 step=step, model=model.state_dict(), model_args=model_args, args=vars(args),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(images)))
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), data=str(images)))
     log.close()
     if rank == 0:
         metrics, panel = look_at(args, model, samples, device)
@@ -201,7 +201,8 @@ def look_at(args, model, samples, device):
     # What needs no network: the best multiple of the noisy image
     loss, multiple = loss_of(maps), (target * x_noisy).sum() / x_noisy.square().sum()
     loss_of_multiple = noise.denoising_loss(multiple * x_noisy, target).item()
-    say(f"denoising loss {loss:.4f}; of {multiple:.3f} times the noisy image {loss_of_multiple:.4f}")
+    say(f"denoising loss {loss:.4f}; the best multiple of the noisy image, {multiple:.3f}, has "
+        f"{loss_of_multiple:.4f}")
     if loss >= loss_of_multiple:
         say("WARNING: the network is no better than that: pretrain for more steps, or with another --lr")
 

@@ -56,7 +56,7 @@ def main(argv=None):
     with common.local_first():  # one process of a machine writes the index of .tar files
         images, names = classification_images(args)
     steps = common.number_of_steps(args, len(images), world)
-    checkpoint = common.resume(args, len(images))
+    checkpoint = common.resume(args, str(images))
     start = checkpoint["step"] if checkpoint else 0
 
     # Model: everything trains
@@ -83,8 +83,8 @@ def main(argv=None):
     loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
-    say(f"stage 1: {args.encoder}, {len(names)} classes ({', '.join(names[:8])} ...), {images.note}, steps "
-        f"{start} to {steps}, {world} x {device}", rank)
+    say(f"stage 1: {args.encoder}, {len(names)} classes ({', '.join(names[:8])} ...), {images.note}, {start} "
+        f"of {steps} steps done, {world} x {device}", rank)
     for step, batch in enumerate(loader, start + 1):
         for group in optimizer.param_groups:
             group["lr"] = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
@@ -114,7 +114,7 @@ def main(argv=None):
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(
                 step=step, model=model.state_dict(), model_args=model_args, args=vars(args),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), images=len(images),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), data=str(images),
                 class_names=names))
     log.close()
     if rank == 0:

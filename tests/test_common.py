@@ -131,7 +131,7 @@ def test_a_save_that_is_interrupted_leaves_the_file_before_it(module, name, tmp_
 def test_a_run_is_resumed_with_the_flags_and_images_that_it_began_with(tmp_path):
     args = argparse.Namespace(out=str(tmp_path), lr=0.125, workers=1, batch_size=8, steps=9)
     assert common.resume(args, 50) is None
-    common.save(tmp_path / "last.pt", {"args": vars(args), "images": 50, "step": 4})
+    common.save(tmp_path / "last.pt", {"args": vars(args), "data": 50, "step": 4})
     assert common.resume(args, 50)["step"] == 4
     free = dict(root="elsewhere", workers=7, save_every=3, device="cpu", compile=True, micro_batch=2)
     assert common.resume(argparse.Namespace(**{**vars(args), **free}), 50)["step"] == 4

@@ -165,5 +165,18 @@ def test_without_validation_images_a_run_has_no_score(script, folder, tmp_path):
 def test_one_picture_of_odd_sizes_is_enough(crop, script, folder, tmp_path):
     status, _, err = script(*own(folder, tmp_path / "o", "--labels", 1, "--crop-size", crop))
     assert status == 0, err
-    assert load(tmp_path / "o")["images"] == 1 and np.isfinite(losses(tmp_path / "o")).all()
+    assert load(tmp_path / "o")["data"].startswith("1 images") and np.isfinite(losses(tmp_path / "o")).all()
     assert json.loads((tmp_path / "o" / "metrics.json").read_text())["images"] == 2
+
+
+def test_a_run_is_not_continued_on_other_pictures_or_classes(script, folder, tmp_path):
+    assert script(*own(folder, tmp_path / "o"))[0] == 0
+    moved = folder.rename(tmp_path / "moved")
+    assert script(*own(moved, tmp_path / "o"))[0] == 0
+    (moved / "classes.txt").write_text("sky\nsea\nmud\n")
+    status, _, err = script(*own(moved, tmp_path / "o"))
+    assert status == 2 and "sand" in err and "mud" in err
+    (moved / "classes.txt").write_text("sky\nsea\nsand\n")
+    for kind, ending in (("images", "jpg"), ("masks", "png")):
+        (moved / kind / "train" / f"a.{ending}").rename(moved / kind / "train" / f"0.{ending}")
+    assert script(*own(moved, tmp_path / "o"))[0] == 2

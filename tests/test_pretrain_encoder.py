@@ -18,7 +18,7 @@ def test_folders_are_classes_and_the_loss_is_the_cross_entropy(script, tmp_path)
     status, _, err = script("pretrain_encoder", *SMALL, *root, "--micro-batch", 3, "--out", tmp_path / "o")
     assert status == 0, err
     checkpoint = load(tmp_path / "o")
-    assert checkpoint["class_names"] == ["cat", "dog", "emu"] and checkpoint["images"] == 5
+    assert checkpoint["class_names"] == ["cat", "dog", "emu"] and checkpoint["data"].startswith("5 images")
     source, _ = datasets.classification_images(pretrain_encoder.parse_arguments([*map(str, root)]))
     samples = data.Samples(source, data.pretraining_transform(32, 0.08), 0)
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def test_tar_files_are_classes_and_an_unreadable_member_is_replaced(script, tmp_
     status, _, err = script("pretrain_encoder", *SMALL, *root, "--out", tmp_path / "o")
     assert status == 0 and "n00000002.tar" in err, err
     checkpoint = load(tmp_path / "o")
-    assert checkpoint["class_names"] == ["n00000001", "n00000002"] and checkpoint["images"] == 5
+    assert checkpoint["class_names"] == ["n00000001", "n00000002"] and checkpoint["data"].startswith("5 images")
 
 
 def test_it_learns_and_its_encoder_serves_stage_2(script, few, tmp_path):
