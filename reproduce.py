@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 import common
 from common import UserError, say
-from datasets import UNLABELLED
 
 # ---------------------------------------- The tables
 
@@ -135,6 +134,7 @@ LABELS = {  # images of a column; all of 100%
     "pascal_context": {"20%": 1000, "10%": 500, "5%": 250, "1%": 50},
     "ade20k": {"20%": 4042, "10%": 2021, "5%": 1010, "1%": 202},
 }
+SETS = ("imagenet21k", "voc", "cityscapes", "pascal_context", "ade20k")
 # Repeats (5.1), where they are not ten. PAPER SILENT on Cityscapes at other shares
 REPEATS = {("cityscapes", "1/8"): 6, ("cityscapes", "1/4"): 4, ("pascal_context", "20%"): 5,
            ("ade20k", "20%"): 5, ("shapes", "8 labels"): 3, ("shapes", "32 labels"): 3}
@@ -275,10 +275,10 @@ def parse_arguments(argv=None):
     args.list, args.roots = args.tables == ["list"], dict(pair.partition("=")[::2] for pair in args.root)
     if args.tables in (["all"], ["list"]):
         args.tables = [name for name in TABLES if name != "shapes" or args.list]
-    wrong = {*args.tables} - {*TABLES} or {*args.roots} - {*UNLABELLED}
+    wrong = {*args.tables} - {*TABLES} or {*args.roots} - {*SETS}
     if wrong:
         parser.error(f"{wrong}: expected tables of {', '.join(TABLES)}, --root SET=DIR of "
-                     f"{', '.join(UNLABELLED)}")
+                     f"{', '.join(SETS)}")
     return args
 
 
