@@ -233,7 +233,7 @@ def main():
         trained, names = checkpoint["args"], checkpoint["class_names"]
         model = unet_of(checkpoint).to(device, memory_format=torch.channels_last)
     except Exception as error:  # of many kinds
-        raise UserError(f"{args.checkpoint}: not of finetune.py ({type(error).__name__})") from error
+        raise UserError(f"{args.checkpoint}: no checkpoint of finetune.py ({error!r:.60})") from error
     if "mask_values" in checkpoint:
         classes = datasets.Classes(names, checkpoint["class_colours"], checkpoint["mask_values"])
     else:  # of an earlier version
