@@ -39,10 +39,12 @@ def run(main):
         # From a loader worker the text begins with a traceback: the last part is ours
         text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
         text = text or ("out of memory" if isinstance(error, MemoryError) else "")
-        mend = next((MENDS[part] for part in MENDS if part in text), None)
-        if not isinstance(error, UserError) and mend is None:
-            raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {text}{f'; {mend}' if mend else ''}", file=sys.stderr)
+        if not isinstance(error, UserError):
+            mend = next((MENDS[part] for part in MENDS if part in text), None)
+            if mend is None:
+                raise
+            text = f"{text}; {mend}"
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

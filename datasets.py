@@ -37,7 +37,6 @@ class DataSet(NamedTuple):
     words: tuple = ("train", "val")  # its own for {part}
     lists: str = ""                  # text files with the names of a part
     counts: tuple = (0, 0)           # official numbers of pairs, train and val
-    crop_size: int = 512             # 5.1
     scales: tuple = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the evaluation (5.1)
 
 
@@ -49,7 +48,7 @@ DATA_SETS = {
     "cityscapes": DataSet(
         "leftImg8bit/{part}/*_leftImg8bit.png", "gtFine/{part}/*_gtFine_labelIds.png",
         (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), tuple(range(34)),
-        counts=(2975, 500), crop_size=1024, scales=(1.0,)),
+        counts=(2975, 500), scales=(1.0,)),
     "pascal_context": CONTEXT,  # PAPER SILENT: 59 classes, without the background, or 60
     "pascal_context_60": CONTEXT._replace(values=tuple(range(60)), ignored=()),
     "ade20k": DataSet("images/{part}/*.jpg", "annotations/{part}/*.png", tuple(range(1, 151)), (0,),
@@ -399,7 +398,7 @@ def labelled(args, part, classes):
     if list_file is None and (part not in there or part != "train" and "{part}" not in images):
         return None
     found, with_mask, left = {}, {}, []
-    for p in [part] if list_file is None else sorted(there, key=part.__eq__):  # a list selects from all parts
+    for p in [part] if list_file is None else sorted(there, key=lambda p: p == part):  # lists: of all parts
         matches, others = find(root, images.replace("{part}", words[p]))
         found, left = {**found, **matches}, left + others
         with_mask.update(find(root, masks.replace("{part}", words[p]))[0])

@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 import common
 from common import say
 from data import IGNORE, Order, Samples, in_parts, segmentation_transform, to_pixels
-from datasets import DATA_SETS, LABELLED, classes_of, survey, training_and_validation
+from datasets import LABELLED, classes_of, survey, training_and_validation
 from evaluate import as_text, evaluate, predict, protocol
 from model import ENCODERS, build_unet, load_weights, read_weights, unet_of, use_batch_statistics
 from pictures import colour_mask, table
@@ -37,7 +37,7 @@ RECIPES = {
     "shapes": dict(steps=250, batch_size=8, micro_batch=8, lr=4e-3, warmup=0.04, weight_decay=0.0,
                    crop_size=64, min_area=0.5, workers=0, save_every=125),
     "paper": PAPER,
-    "cityscapes": {**PAPER, "crop_size": DATA_SETS["cityscapes"].crop_size, "micro_batch": 2},
+    "cityscapes": {**PAPER, "crop_size": 1024, "micro_batch": 2},
 }
 
 
@@ -95,8 +95,8 @@ def main():
     data = f"{train}; classes {', '.join(classes.names)}"
     checkpoint = common.resume(args, data)
     start = checkpoint["step"] if checkpoint else 0
-    if args.data == "folder" and start == 0:
-        say(survey(train, classes, args.crop_size), rank)
+    if args.data == "folder" and start == 0 and rank == 0:
+        say(survey(train, classes, args.crop_size))
 
     # Model: everything trains (section 2)
     if checkpoint:
