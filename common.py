@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,28 +28,29 @@ def users_mistakes():
 
 
 LESS = "lower --micro-batch, the size of crops or windows, or --width"
-MENDS = {"out of memory": LESS, "allocate": LESS,  # what torch and NumPy say on CUDA and on CPUs
+HINTS = {"shared memory": "pass a lower --workers, or start a container with --ipc=host",
+         "out of memory": LESS, "allocate": LESS,  # what torch and NumPy say on CUDA and on CPUs
          "more than 1 value per channel": "raise --micro-batch or the size of crops"}  # BatchNorm
 
 
 def run(main):
-    """Call main(). A user's mistake is one line on stderr and status 2; others keep their traceback."""
+    """Call main(). What a user can mend is one line on stderr and status 2; all else keeps its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the console cannot print ends no run
     try:
         main()
-    except (UserError, MemoryError, RuntimeError, ValueError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError, ValueError) as error:
         # From a loader worker the text begins with a traceback: the last part is ours
         text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
         text = text or ("out of memory" if isinstance(error, MemoryError) else "")
-        if not isinstance(error, UserError):
-            mend = next((MENDS[part] for part in MENDS if part in text), None)
-            if mend is None:
+        if not isinstance(error, (UserError, OSError)):
+            hint = next((HINTS[part] for part in HINTS if part in text), None)
+            if hint is None:
                 raise
-            text = f"{text}; {mend}"
+            text = f"{text.splitlines()[0]}; {hint}"
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # after an error it would wait for the others
+        dist.destroy_process_group()
 
 
 # ---------------------------------------- Flags
@@ -76,11 +78,18 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(argv)
 
 
-def number(kind, least, most=math.inf):
+def refuse(args, flags, why):
+    """UserError for the first of `flags` that was given: it would have no effect."""
+    for flag in flags:
+        if getattr(args, flag, None) is not None:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} has no effect {why}; drop it")
+
+
+def number(kind, least, most=2 ** 63 - 1):
     """A type for argparse: an int or float from `least` to `most`."""
     def convert(text):
         value = kind(text)
-        if not (least <= value <= most and math.isfinite(value)):
+        if not least <= value <= most:
             raise ValueError
         return value
     convert.__name__ = f"{kind.__name__} from {least} to {most}"  # for argparse's message
@@ -144,6 +153,9 @@ def network_args(args, made_with, source):
 
 def start_processes(device="auto"):
     """Join torchrun's group, if there is one: (rank, world, this process's device)."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError("srun started several tasks, each of which would train alone; start one a machine, and "
+                        "in it torchrun")
     rank, world, local = (int(os.environ.get(name, default)) for name, default
                           in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
@@ -167,15 +179,23 @@ def total(tensor):
     return tensor
 
 
+def is_local_first():
+    """Whether this is the first process of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
 def local_first():
     """One process of each machine runs the block before the others: it makes a file, they find it."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if dist.is_initialized() and not first:
-        dist.barrier()
+    if not dist.is_initialized():
+        yield
+        return
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # training's gives up after minutes
+    if not is_local_first():
+        dist.barrier(waiting)
     yield
-    if dist.is_initialized() and first:
-        dist.barrier()
+    if is_local_first():
+        dist.barrier(waiting)
 
 
 def default_workers():
@@ -183,12 +203,26 @@ def default_workers():
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def choose_precision(precision, device):
+    """What `auto` is: bf16 on GPUs that have it, fp16 on older ones, elsewhere fp32: on CPUs bf16 is slower."""
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def autocast(precision, device):
-    """torch.autocast; it does nothing in fp32. On CPUs bf16 is mostly slower than fp32."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    """torch.autocast; it does nothing in fp32."""
+    precision = choose_precision(precision, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def progress(items=None, **options):
+    """tqdm, every minute where nobody watches; on the first process of a machine."""
+    return tqdm(items, dynamic_ncols=True, disable=not is_local_first(),
+                mininterval=0.1 if sys.stderr.isatty() else 60, **options)
 
 
 def say(text, rank=0):
@@ -225,15 +259,31 @@ def require_finite(step, loss, norm, scaler):
 
 
 def save(path, content):
-    """torch.save, or json.dump for .json; whole or not at all: written beside, flushed to disk, renamed."""
-    with open(f"{path}.tmp", "wb") as file:
-        if str(path).endswith(".json"):
-            file.write(json.dumps(content, indent=2).encode())
-        else:
-            torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    """torch.save, or by the path's ending JSON or a picture; whole or not at all: written beside, flushed to
+    disk, renamed. UserError where that fails, as on a full disk."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            if str(path).endswith(".json"):
+                file.write(json.dumps(content, indent=2).encode())
+            elif str(path).endswith(".png"):
+                content.save(file, "PNG")
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # torch's own for a full disk is a RuntimeError
+        raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def load(path):
+    """The checkpoint in a file of `save`. Raises UserError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of all kinds
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); bring back a whole copy, or delete "
+                        "it to begin anew") from error
 
 
 FREE = ("out", "root", "workers", "save_every", "device", "compile", "micro_batch")  # may change on resume
@@ -244,7 +294,7 @@ def resume(args, data):
     path = os.path.join(args.out, "last.pt")
     if not os.path.exists(path):
         return None
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = load(path)
     then, now = {**checkpoint["args"], "images": checkpoint.get("data")}, {**vars(args), "images": data}
     changed = [f"{key.replace('_', '-')} {then.get(key)} then, {now.get(key)} now"
                for key in {**then, **now} if then.get(key) != now.get(key) and key not in FREE]
@@ -260,8 +310,7 @@ class Log:
     """
 
     def __init__(self, out, start, steps, rank):
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=rank > 0,
-                        mininterval=0.1 if sys.stderr.isatty() else 60)
+        self.bar = progress(total=steps, initial=start, unit="step")
         self.file = self.board = None
         if rank > 0:
             return
@@ -274,7 +323,7 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(out, purge_step=start + 1)
-        except ImportError:
+        except Exception:  # not installed, or broken
             pass
 
     def write(self, step, **values):
@@ -282,7 +331,10 @@ class Log:
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         self.bar.update()
         if self.file:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            try:
+                self.file.write(json.dumps({"step": step, **values}) + "\n")
+            except OSError as error:  # which does not name it
+                raise UserError(f"{self.file.name}: cannot be written ({error})") from error
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, step)
 

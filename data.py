@@ -12,6 +12,7 @@ any number of loader workers and processes and after a restart, and there is no 
 Images travel as uint8 (3, H, W). They become float32 in [-1, 1] on the device (`to_pixels`). Masks are uint8
 (H, W) class indices; 255 is ignored.
 """
+import re
 import sys
 
 import numpy as np
@@ -40,25 +41,43 @@ class UnreadableImage(UserError):
 
 
 def open_picture(file, name):
-    """The PIL image in a path or open file, decoded. Raises UnreadableImage."""
+    """The PIL image in a path or open file, decoded: of one page, with 8 bits a channel. Raises
+    UnreadableImage for what does not decode, UserError for other pictures."""
     try:
         picture = Image.open(file)
+        # Of 16 bits a channel Pillow makes 8 without a word; how it will decode stands in its tiles
+        deep = re.search(r";16[BLN]|\('RGB', \d{4,}\)", str(picture.tile))
+        deep = deep or np.max(getattr(picture, "tag_v2", {}).get(258, 8)) > 8  # bits per sample of a TIFF
+        pages = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # MPO: a phone's JPEG
         picture.load()
     except Exception as error:  # broken bytes raise errors of all kinds in Pillow
         raise UnreadableImage(f"{name}: cannot be read as a picture ({error})") from None
+    found = f"{pages} pages" if pages > 1 else "16 bits a channel" if deep else f"Pillow's mode {picture.mode}"
+    if deep or pages > 1 or picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise UserError(f"{name}: {found}, expected one page of 8 bits a channel; convert it: each page with "
+                        "Image.fromarray(np.uint8(255 * (x - low) / (high - low))).save(...)")
     return picture
 
 
 def read_image(file, name=None):
     """RGB (3, H, W) uint8, upright by its EXIF tag, of a path or an open file: what Pillow opens in an 8-bit
-    mode, CMYK, palettes and grey included; alpha is dropped. Raises UnreadableImage, UserError for others."""
-    name = name or file
-    picture = open_picture(file, name)
-    if picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise UserError(f"{name}: Pillow's mode {picture.mode}, expected 8 bits a channel; convert it with "
-                        "Image.fromarray(np.uint8(255 * (x - low) / (high - low))).save(...)")
-    ImageOps.exif_transpose(picture, in_place=True)
+    mode, CMYK, palettes and grey included; alpha is dropped. Raises what open_picture raises."""
+    picture = open_picture(file, name or file)
+    try:
+        ImageOps.exif_transpose(picture, in_place=True)
+    except Exception:  # of all kinds, from a broken EXIF block: the picture stays as it is
+        pass
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def image_size(path):
+    """(H, W) of read_image(path), from the header of the file."""
+    with Image.open(path) as picture:
+        try:
+            lies = picture.getexif().get(0x0112, 1) > 4  # on its side
+        except Exception:
+            lies = False
+        return picture.size if lies else picture.size[::-1]
 
 
 def read_mask(path, values):

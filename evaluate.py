@@ -15,7 +15,7 @@ FP + FN); mIoU is its mean over the classes that occur in the truth or in a pred
 import argparse
 import math
 import os
-import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import common
 import datasets
@@ -127,8 +126,7 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
     indices = range(rank, len(source), world)
     loader = DataLoader(Samples(source, v2.Identity()), batch_size=1, sampler=[(0, i) for i in indices],
                         num_workers=workers)
-    bar = tqdm(loader, unit="image", disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)
-    for index, batch in zip(indices, bar):
+    for index, batch in zip(indices, common.progress(loader, unit="image")):
         with common.autocast(precision, device):
             logits = predict(model, to_pixels(batch["image"].to(device)), **how)[0]  # (C, H, W)
         if not logits.isfinite().all():  # argmax of NaN is class 0
@@ -183,7 +181,8 @@ def parse_arguments(argv=None):
     group = parser.add_argument_group("data (what the checkpoint was validated on)")
     common.add_data_flags(group, datasets.LABELLED, default=None)
     group.add_argument("--masks", metavar="PATTERN", help='masks below --root, such as "labels/*_mask.png"')
-    group.add_argument("--split", choices=("train", "val", "test"), default="val", help="which part (val)")
+    group.add_argument("--val-list", metavar="FILE", help="text file that selects images, one a line")
+    group.add_argument("--split", choices=("train", "val", "test"), help="which part (val)")
     group = parser.add_argument_group("method (the protocol of the data set, §5.1)")
     group.add_argument("--scales", type=common.number(float, 0.01), nargs="+", help="to average over")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
@@ -197,57 +196,66 @@ def parse_arguments(argv=None):
 
 
 def choose_source(args, trained, classes):
-    """(images to predict, whether they have masks): of --data, or of the flags that the training had."""
-    known = trained if args.data is None else {"root": None}
-    given = {name: value for name, value in vars(args).items() if value is not None}  # these come last
-    flags = argparse.Namespace(**{"images": None, "masks": None, "train_list": None, "val_list": None,
-                                  "val_fraction": None, **known, "labels": None, **given})
-    part = args.split
-    if args.data is not None:
-        folder = datasets.folder_of(args.masks or datasets.DATA_SETS["folder"].masks)
-        if args.data == "folder" and not os.path.isdir(os.path.join(args.root or "", folder)):
-            return datasets.pretraining_images(args), False
-        if args.data != "folder" or os.path.exists(os.path.join(args.root or "", "classes.txt")):
-            own = datasets.classes_of(flags)  # the same classes may have other mask values there
-            if own.names != classes.names:
-                raise UserError(f"--data {args.data}: classes {', '.join(own.names[:4])} ..., expected those "
-                                f"of the training, {', '.join(classes.names[:4])} ...")
-            classes = own
-        part = part if "{part}" in (args.images or "{part}") else "train"  # one folder: all of it
-    if flags.val_fraction is not None and part != "test":
+    """The Pairs to score; or Files, where --data folder has no masks.
+
+    Without --data they are found by the flags of the training, `trained`, where none here replaces them; with
+    --data by those given here alone.
+    """
+    none = dict.fromkeys(("root", "images", "masks", "train_list", "val_list", "val_fraction"))
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    flags = argparse.Namespace(**{**none, **({} if args.data else trained), **given, "labels": None})
+    if args.data == "folder" and not args.masks and not os.path.isdir(os.path.join(args.root or "", "masks")):
+        common.refuse(args, ("split", "val_list", "out"), "on pictures without masks")
+        return datasets.pretraining_images(args)
+    if args.data and (args.data != "folder" or os.path.exists(os.path.join(args.root or "", "classes.txt"))):
+        own = datasets.classes_of(flags)  # the same classes may have other mask values there
+        if own.names != classes.names:
+            raise UserError(f"--data {args.data}: classes {', '.join(own.names[:4])} ..., expected those "
+                            f"of the training, {', '.join(classes.names[:4])} ...")
+        classes = own
+    part = args.split or "val"
+    if args.val_list:
+        flags.val_fraction = None
+        common.refuse(args, ["split"] * (part != "val"), "beside --val-list")
+    elif args.data == "folder" and "{part}" not in (args.images or "{part}"):  # one folder: all of it
+        part = "train"
+        common.refuse(args, ["split"], "where --images has no {part}")
+    if part != "test" and flags.val_fraction is not None or part == "train" and flags.val_list:
         source = datasets.training_and_validation(flags, classes)[part == "val"]
     else:
-        source = datasets.labelled(flags, part, classes)
+        source = datasets.labelled(flags, classes, [part]).get(part)
     if source is None:
         raise UserError(f"{flags.root}: no images of --split {part}; pass another --split, or --data")
-    return source, True
+    return source
 
 
 def main():
     args = parse_arguments()
     rank, world, device = common.start_processes(args.device)
-    if not os.path.isfile(args.checkpoint):
-        raise UserError(f"{args.checkpoint}: no such file; expected last.pt of finetune.py")
+    checkpoint = common.load(args.checkpoint)
     try:
-        checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
         trained, names = checkpoint["args"], checkpoint["class_names"]
-        model = unet_of(checkpoint).to(device, memory_format=torch.channels_last)
-    except Exception as error:  # of many kinds
-        raise UserError(f"{args.checkpoint}: no checkpoint of finetune.py ({error!r:.60})") from error
-    if "mask_values" in checkpoint:
         classes = datasets.Classes(names, checkpoint["class_colours"], checkpoint["mask_values"])
-    else:  # of an earlier version
-        classes = datasets.classes_of(argparse.Namespace(**{"masks": None, **trained}))
+        model = unet_of(checkpoint).to(device, memory_format=torch.channels_last)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{args.checkpoint}: no checkpoint of finetune.py (no {error})") from error
     if args.compile:
         model.compile()
 
-    source, has_masks = choose_source(args, trained, classes)
+    with common.local_first():
+        source = choose_source(args, trained, classes)
+    has_masks, out = not isinstance(source, datasets.Files), Path(args.save_predictions or "")
     if not has_masks and not args.save_predictions:
         raise UserError(f"{args.root}: no folder of masks to compare with; pass --images and --masks where "
                         "there are, or --save-predictions DIR to predict all pictures")
+    if not has_masks and out.resolve().is_relative_to(Path(source.root, source.folder).resolve()):
+        raise UserError(f"--save-predictions {out}: lies among the pictures of {source.root}, and would be "
+                        "predicted the next time; pass another folder")
     data = args.data or trained["data"]
     how = protocol(data, checkpoint["model_args"]["encoder"], trained["crop_size"])
     how.update({key: getattr(args, key) for key in how if getattr(args, key) is not None}, stride=args.stride)
+    if not how["window"]:
+        common.refuse(args, ["stride"], "without windows")
     where = args.root or (None if args.data else trained["root"]) or data
     say(f"{args.checkpoint} on {len(source)} images of {where}, {how}", rank)
     write = writer(args.save_predictions, source, classes) if args.save_predictions else None
@@ -257,7 +265,7 @@ def main():
     if has_masks:
         say(as_text(metrics), rank)
     if has_masks and rank == 0:
-        out = args.out or os.path.join(os.path.dirname(args.checkpoint), f"evaluate_{args.split}")
+        out = args.out or os.path.join(os.path.dirname(args.checkpoint), f"evaluate_{args.split or 'val'}")
         os.makedirs(out, exist_ok=True)
         common.save(os.path.join(out, "metrics.json"), metrics)
 

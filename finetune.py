@@ -95,8 +95,9 @@ def main():
     data = f"{train}; classes {', '.join(classes.names)}"
     checkpoint = common.resume(args, data)
     start = checkpoint["step"] if checkpoint else 0
-    if args.data == "folder" and start == 0 and rank == 0:
-        say(survey(train, classes, args.crop_size))
+    with common.local_first():
+        if args.data != "shapes" and start == 0 and rank == 0:
+            say(survey({"train": train, **({"val": val} if val else {})}, classes, args.crop_size))
 
     # Model: everything trains (section 2)
     if checkpoint:
@@ -167,7 +168,7 @@ def main():
         say(f"{as_text(metrics)}\n{len(val)} validation images, {how}", rank)
         if rank == 0:
             page = draw_predictions(model, val, classes, device, args)
-            page.save(os.path.join(args.out, "predictions.png"))
+            common.save(os.path.join(args.out, "predictions.png"), page)
     if rank == 0:
         common.save(os.path.join(args.out, "metrics.json"), metrics)
 

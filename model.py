@@ -47,8 +47,7 @@ def build_unet(encoder="hybrid", width=1, out_channels=3, condition_on_gamma=Fal
 
 def unet_of(checkpoint):
     """The UNet of a checkpoint of stage 2 or 3, with its weights."""
-    model_args = {key: value for key, value in checkpoint["model_args"].items() if key != "bands"}  # once: 3
-    unet = build_unet(**model_args)
+    unet = build_unet(**checkpoint["model_args"])
     unet.load_state_dict(checkpoint["model"])
     return unet
 

@@ -1,8 +1,16 @@
 """Coloured masks; a table of pictures with titles and a legend."""
+from colorsys import hsv_to_rgb
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def palette(count):
+    """`count` colours (R, G, B): black for class 0, then hues a golden section apart."""
+    hues = [hsv_to_rgb(i * 0.618034 % 1, 0.8, (235, 175)[i // 7 % 2]) for i in range(1, count)]
+    return [(0, 0, 0), *(tuple(map(round, hue)) for hue in hues)][:count]
 
 
 def from_pixels(x):

@@ -181,7 +181,7 @@ def main():
     log.close()
     if rank == 0:
         metrics, panel = look_at(args, model, samples, device)
-        panel.save(os.path.join(args.out, "panel.png"))
+        common.save(os.path.join(args.out, "panel.png"), panel)
         common.save(os.path.join(args.out, "metrics.json"), {"step": steps, **metrics})
 
 

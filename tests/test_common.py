@@ -3,7 +3,9 @@ import argparse
 import json
 import math
 import os
+import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 import common
 from common import UserError
+from conftest import ROOT
 
 
 class Pictures(torch.utils.data.IterableDataset):
@@ -29,6 +32,10 @@ def raises(error):
     (lambda: torch.empty(10 ** 15), "--micro-batch"), (lambda: np.ones(10 ** 15), "--micro-batch"),
     (lambda: raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")), "--micro-batch"),
     (lambda: torch.nn.BatchNorm2d(3)(torch.ones(1, 3, 1, 1)), "--micro-batch"),
+    (lambda: open("/nowhere/a.txt"), "/nowhere/a.txt"), (lambda: os.mkdir("/proc/no"), "/proc/no"),
+    (lambda: raises(RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")), "--ipc=host"),
+    (lambda: raises(RuntimeError("DataLoader worker is killed by signal: Bus error. It is possible that "
+                                 "dataloader's workers are out of shared memory.")), "--workers"),
     (lambda: common.Parser().parse_args(["--nonsense"]), "--nonsense")])
 def test_what_a_user_can_mend_is_one_line_and_status_2(main, part, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["/a/finetune.py"])
@@ -64,7 +71,8 @@ def test_defaults_follow_the_data_and_steps_and_epochs_replace_each_other(flags,
 
 @pytest.mark.parametrize("flags", [
     ["--steps", "3", "--epochs", "2"], ["--steps", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--warmup", "1.5"],
-    ["--batch-size", "2.5"], ["--step", "3"], ["--seed", "x"]])
+    ["--batch-size", "2.5"], ["--step", "3"], ["--seed", "x"], ["--seed", str(2 ** 63)], ["--seed", "1" * 400],
+    ["--lr", "inf"]])
 def test_a_flag_without_a_sensible_value_is_a_users_mistake_that_names_it(flags):
     parser = common.Parser()
     common.add_optimisation_flags(parser)
@@ -140,6 +148,68 @@ def test_a_run_is_resumed_with_the_flags_and_images_that_it_began_with(tmp_path)
         with pytest.raises(UserError) as caught:
             common.resume(argparse.Namespace(**{**vars(args), **change}), images)
         assert all(part in str(caught.value) for part in [str(tmp_path), *said])
+
+
+@pytest.mark.parametrize("spoil", [lambda whole: b"", lambda whole: whole[:200], lambda whole: bytes(len(whole)),
+                                   lambda whole: b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_damaged_checkpoint_is_named_in_one_line(spoil, tmp_path):
+    args = argparse.Namespace(out=str(tmp_path))
+    common.save(tmp_path / "last.pt", {"args": vars(args), "data": 50, "step": 4, "model": torch.zeros(99)})
+    (tmp_path / "last.pt").write_bytes(spoil((tmp_path / "last.pt").read_bytes()))
+    with pytest.raises(UserError, match="last.pt") as caught:
+        common.resume(args, 50)
+    assert "\n" not in str(caught.value)
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    log = common.Log(tmp_path, 0, 2, 0)
+    log.file.close()
+    log.file = type("Full", (), {"write": full, "name": str(tmp_path / "log.jsonl")})()
+    with pytest.raises(UserError, match="log.jsonl"):
+        log.write(1, loss=1.0)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="last.pt"):
+        common.save(tmp_path / "last.pt", {})
+
+
+def test_a_name_that_the_console_cannot_print_ends_no_run():
+    code = ("import common, os; common.run(lambda: (common.say('stra\u00dfe ' + os.fsdecode(b'\\xfc.png')), "
+            "print('done')))")
+    for encoding in ("ascii", "utf-8", "latin-1"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                              env={**os.environ, "PYTHONIOENCODING": encoding})
+        assert done.returncode == 0 and b"done" in done.stdout, done.stderr
+
+
+def test_tasks_of_srun_without_torchrun_are_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match="torchrun"):
+        common.start_processes("cpu")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert common.start_processes("cpu") == (0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("error", [ImportError, TypeError])
+def test_without_a_working_tensorboard_a_run_goes_on(error, tmp_path, monkeypatch):
+    module = types.ModuleType("tensorboard")
+    module.__getattr__ = lambda name: raises(error("Descriptors cannot be created directly"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    log = common.Log(tmp_path, 0, 1, 0)
+    log.write(1, loss=1.0)
+    log.close()
+    assert json.loads((tmp_path / "log.jsonl").read_text())["loss"] == 1
+
+
+@pytest.mark.parametrize("asked, kind, bf16, wanted", [
+    ("auto", "cpu", True, "fp32"), ("auto", "cuda", True, "bf16"), ("auto", "cuda", False, "fp16"),
+    ("auto", "mps", True, "fp32"), ("fp32", "cuda", True, "fp32"), ("bf16", "cpu", False, "bf16")])
+def test_auto_is_bf16_without_emulation_then_fp16_and_on_other_devices_fp32(asked, kind, bf16, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16)
+    assert common.choose_precision(asked, torch.device(kind)) == wanted
 
 
 def test_the_log_of_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path, monkeypatch):

@@ -1,8 +1,13 @@
 """data.py: reading, crops, the order of samples."""
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
@@ -49,6 +54,55 @@ def test_pixels_beyond_8_bits_are_refused_by_name(name, kind, tmp_path):
     with pytest.raises(UserError, match=name) as caught:
         data.read_image(tmp_path / name)
     assert not isinstance(caught.value, data.UnreadableImage)  # stage 2 would replace it, picture by picture
+
+
+def png16(path, kind, channels):
+    """A PNG of 16 bits a channel, which Pillow reads and cannot write."""
+    rows = b"".join(b"\0" + bytes(4 * 2 * channels) for _ in range(4))
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, kind, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks))
+
+
+def tiff16(path, planar):
+    """A TIFF of three channels of 16 bits, together or one after the other."""
+    tags = [(256, 4), (257, 4), (258, (16, 16, 16)), (259, 1), (262, 2), (273, (0, 32, 64) if planar else 0),
+            (277, 3), (278, 4), (279, (32,) * 3 if planar else 96), (284, 2 if planar else 1)]
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags:
+        directory[tag] = value
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory.tobytes(8) + bytes(96))
+
+
+@pytest.mark.parametrize("write", [
+    lambda p: png16(p, 2, 3), lambda p: png16(p, 6, 4), lambda p: png16(p, 4, 2), lambda p: tiff16(p, False),
+    lambda p: tiff16(p, True), lambda p: p.write_bytes(b"P6 4 4 4095\n" + bytes(96)),
+    lambda p: GREY.save(p, "TIFF", save_all=True, append_images=[GREY]),
+    lambda p: RGB.save(p, "GIF", save_all=True, append_images=[GREY.convert("RGB")])])
+def test_16_bits_a_channel_and_several_pages_are_refused_in_pretraining_too(write, tmp_path):
+    write(tmp_path / "a.png")
+    for read in (data.read_image, lambda path: data.read_mask(path, {(0, 0, 0): 0, (1, 1, 1): 1})):
+        with pytest.raises(UserError, match="a.png") as caught:
+            read(tmp_path / "a.png")
+        assert not isinstance(caught.value, data.UnreadableImage), caught.value
+
+
+def test_a_broken_exif_block_ends_no_run(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0115] = 6, 3
+    RGB.save(tmp_path / "a.jpg", exif=exif)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    entry = whole.index(b"\x01\x15\x00\x03") if b"\x01\x15\x00\x03" in whole else whole.index(b"\x15\x01\x03\x00")
+    for name, content in (("kind", b"\xff" * 4), ("count", b"\x01\x15\x00\x02\xff\xff\xff\xff")):
+        broken = whole[:entry] + content + whole[entry + len(content):]
+        (tmp_path / f"{name}.jpg").write_bytes(broken)
+        image = data.read_image(tmp_path / f"{name}.jpg")
+        assert image.shape in ((3, 5, 7), (3, 7, 5)) and tuple(image.shape[1:]) == data.image_size(
+            tmp_path / f"{name}.jpg")
+    shutil.copy(Path(__file__).with_name("broken_exif.jpg"), tmp_path / "b.jpg")  # on which exif_transpose raises
+    with pytest.raises(Exception), Image.open(tmp_path / "b.jpg") as picture:
+        ImageOps.exif_transpose(picture)
+    assert data.read_image(tmp_path / "b.jpg").shape[1:] == data.image_size(tmp_path / "b.jpg") == (24, 16)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", jpeg(1)[:300]])
@@ -200,7 +254,7 @@ def photos(tmp_path, broken):
         write_image(tmp_path / f"{i}.png", 32, 32, seed=i)
     for i in broken:
         (tmp_path / f"{i}.png").write_text("broken")
-    return datasets.listed(str(tmp_path), ["*"])[0]
+    return datasets.files_of(str(tmp_path), ["*"])
 
 
 @pytest.mark.parametrize("broken, index, shown", [([1], 1, 2), ([1, 2], 1, 3), ([3], 3, 0), ([1], 0, 0)])

@@ -59,7 +59,12 @@ def read(i):
             "mask": torch.from_numpy(rng.choice([0, 1, 2, 255], size).astype(np.uint8))}
 
 
-FIVE = datasets.Source(range(5), "picture {}".format, read)
+class Five(datasets.Source):
+    name = staticmethod("picture {}".format)
+    read = staticmethod(read)
+
+
+FIVE = Five(range(5), "")
 
 
 def test_miou_is_of_the_pixels_of_all_images_not_a_mean_over_images():
@@ -182,15 +187,6 @@ def test_other_images_and_parts_are_scored(again, tuned, folder, tmp_path):
         assert again("--root", tmp_path / "elsewhere", *more)["iou"] == wanted
 
 
-def test_a_checkpoint_of_the_previous_version_is_scored(again, tuned, tmp_path):
-    old = load(tuned)
-    del old["mask_values"]
-    for flag in ("images", "masks", "warmup"):  # which that version had not
-        del old["args"][flag]
-    torch.save(old, tmp_path / "old.pt")
-    assert again(checkpoint=tmp_path / "old.pt").items() <= scores_in(tuned).items()
-
-
 def test_other_classes_are_refused_and_the_same_may_have_other_values(again, tuned, folder, monkeypatch):
     assert one_line(again("--data", "shapes"), "shapes")
     (folder / "classes.txt").write_text("sky\nsea\nrocks\n")
@@ -214,16 +210,78 @@ def test_what_is_no_checkpoint_of_this_kind_is_refused(content, script, encoder,
     assert one_line((status, err), "last.pt")
 
 
-def test_a_folder_without_masks_is_predicted(again, tuned, tmp_path):
+def test_a_folder_without_masks_is_predicted_and_never_its_own_predictions(script, tuned, tmp_path):
     write_image(tmp_path / "photos" / "sub" / "one.jpg", 30, 77)
     for name in ("a.jpg", "a.png"):
         write_image(tmp_path / "photos" / name, 21, 34)
-    photos = ["--data", "folder", "--root", tmp_path / "photos"]
-    assert one_line(again(*photos), "photos")
-    assert again(*photos, "--save-predictions", tmp_path / "p") is None
+    photos = ["--checkpoint", tuned / "last.pt", "--workers", 0, "--data", "folder", "--root", tmp_path / "photos"]
+    for mistake, named in (([], "photos"), (["--save-predictions", tmp_path / "photos" / "p"], "photos/p"),
+                           (["--save-predictions", tmp_path / "p", "--out", tmp_path / "o"], "--out"),
+                           (["--save-predictions", tmp_path / "p", "--masks", "masks/*"], "masks")):
+        status, _, err = script("evaluate", *photos, *mistake)
+        assert one_line((status, err), named)
+    assert script("evaluate", *photos, "--save-predictions", tmp_path / "p")[0] == 0
     for kind in ("index", "overlay"):
         sizes = [Image.open(path).size for path in sorted((tmp_path / "p" / kind).rglob("*.png"))]
         assert sizes == [(34, 21), (34, 21), (77, 30)]
+
+
+LAYOUTS = {  # as they are published: flags, images and masks of train, those of validation
+    "CamVid": (["--images", "{part}/*.png", "--masks", "{part}annot/*.png"],
+               "train/0001TP_%d.png trainannot/0001TP_%d.png", "val/0016E5_%d.png valannot/0016E5_%d.png"),
+    "labelme": (["--images", "JPEGImages/*.jpg", "--masks", "SegmentationClassPNG/*.png", "--val-fraction", 0.4],
+                "JPEGImages/%d.jpg SegmentationClassPNG/%d.png", ""),
+    "LoveDA": (["--images", "{part}/*/images_png/*.png", "--masks", "{part}/*/masks_png/*.png"],
+               "train/Rural/images_png/%d.png train/Rural/masks_png/%d.png",
+               "val/Urban/images_png/%d.png val/Urban/masks_png/%d.png"),
+    "BUSI": (["--images", "*.png", "--masks", "*_mask.png", "--val-list", "val.txt"],
+             "benign/benign (%d).png benign/benign (%d)_mask.png",
+             "normal/normal (%d).png normal/normal (%d)_mask.png")}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_published_layouts_need_two_patterns_or_a_list_and_the_score_is_a_recount(
+        name, script, tmp_path, monkeypatch):
+    flags, train, val = LAYOUTS[name]
+    monkeypatch.chdir(tmp_path)
+    for layout in filter(None, (train, val)):
+        image, mask = layout.replace(".png ", ".png|").replace(".jpg ", ".jpg|").split("|")
+        for i in range(5 if layout == train else 2):
+            write_image(tmp_path / "d" / (image % i), 33 + i, 40, seed=i)
+            write_mask(tmp_path / "d" / (mask % i), np.random.RandomState(i).choice([0, 1, 255], (33 + i, 40)))
+    (tmp_path / "d" / "classes.txt").write_text("sky\nsea\n")
+    (tmp_path / "val.txt").write_text("normal (0).png\nnormal/normal (1)\n")
+    more = ["--encoder", "hybrid-small", "--workers", 0, "--steps", 1, "--crop-size", 32, "--width", 0.03125]
+    status, _, err = script("finetune", "--data", "folder", "--root", "d", *flags, *more, "--out", "o")
+    assert status == 0, err
+    assert load("o")["data"].startswith("3 images" if name == "labelme" else "5 images")
+    assert script("evaluate", "--checkpoint", "o/last.pt", "--workers", 0, "--save-predictions", "p")[0] == 0
+    pairs = np.concatenate([np.stack([pixels(path), pixels(mask_of(name, path))]).reshape(2, -1)
+                            for path in (tmp_path / "p" / "index").rglob("*.png")], axis=1)
+    pairs = pairs[:, pairs[1] != 255]
+    ious = [(pairs == k).all(0).sum() / (pairs == k).any(0).sum() for k in (0, 1)]
+    assert scores_in(tmp_path / "o")["images"] == 2
+    assert scores_in(tmp_path / "o")["miou"] == pytest.approx(np.mean(ious))
+    assert scores_in(tmp_path / "o" / "evaluate_val")["miou"] == pytest.approx(np.mean(ious))
+
+
+def mask_of(name, prediction):
+    """The mask of d/ whose image was predicted."""
+    path = str(prediction).replace("/p/index/", "/d/")
+    for image, mask in (("val/", "valannot/"), ("JPEGImages", "SegmentationClassPNG"),
+                        ("images_png", "masks_png")):
+        path = path.replace(image, mask) if mask != "valannot/" or name == "CamVid" else path
+    return path.replace(".png", "_mask.png") if name == "BUSI" else path
+
+
+def test_flags_without_an_effect_are_refused(again, script, few, tmp_path):
+    assert one_line(again("--stride", 4, "--window", 0), "--stride")
+    (tmp_path / "list.txt").write_text("f\n")
+    assert again("--val-list", tmp_path / "list.txt")["images"] == 1
+    assert one_line(again("--val-list", tmp_path / "list.txt", "--split", "train"), "--split")
+    for flags in (["--root", "x"], ["--images", "*.png"], ["--masks", "*.png"], ["--val-fraction", 0.5]):
+        status, _, err = script("finetune", *flags, "--out", tmp_path / "shapes")
+        assert one_line((status, err), flags[0])
 
 
 def bright(count):

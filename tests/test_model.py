@@ -331,9 +331,3 @@ def test_published_weights_are_fetched_once(tmp_path, monkeypatch):
     assert model.read_weights("imagenet1k")
     there.unlink()
     assert model.read_weights("imagenet1k")[1]["encoder"] == "hybrid-small"
-
-
-def test_a_checkpoint_of_the_previous_version_is_built_and_loaded():
-    state = build_unet(**UNET).state_dict()
-    unet = model.unet_of({"model": state, "model_args": {**UNET, "bands": 3}})
-    assert same_tensors(unet.state_dict(), state)
