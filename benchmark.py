@@ -122,7 +122,7 @@ def loading(folder, peers, count=64):
     for name, data, root in (("from a folder", "folder", "photos"), ("from a .tar", "imagenet21k", "tars")):
         source = pretraining_images(argparse.Namespace(data=data, root=f"{folder}/{root}", images=None))
         loaders[name] = DataLoader(Samples(source, pretraining_transform(224)),
-                                   batch_sampler=Order(count, 16, count // 16))
+                                   batch_sampler=Order(count, 16, 16, count // 16))
     if peers:
         usual = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
                                     transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])

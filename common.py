@@ -28,7 +28,9 @@ def users_mistakes():
 
 
 LESS = "lower --micro-batch, the size of crops or windows, or --width"
-HINTS = {"shared memory": "pass a lower --workers, or start a container with --ipc=host",
+COMPILER = "install one, such as g++, or drop --compile"
+HINTS = {"C++ compiler": COMPILER, "C compiler": COMPILER,
+         "shared memory": "pass a lower --workers, or start a container with --ipc=host",
          "out of memory": LESS, "allocate": LESS,  # what torch and NumPy say on CUDA and on CPUs
          "more than 1 value per channel": "raise --micro-batch or the size of crops"}  # BatchNorm
 
@@ -122,7 +124,8 @@ def add_machine_flags(parser):
     add = group.add_argument
     add("--out", metavar="DIR", help="folder of the run, which the same command continues (runs/DATA/STAGE)")
     add("--micro-batch", type=number(int, 1),
-        help="images in one process's network at once: lower it to save memory (%(default)s)")
+        help="images in one process's network at once: lower it to save memory; a ResNet-50 that trains from "
+             "nothing normalises over them (%(default)s)")
     add("--save-every", type=number(int, 1), help="steps between checkpoints (%(default)s)")
     add_device_flags(group)
 
@@ -250,12 +253,25 @@ def cosine_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def require_finite(step, loss, norm, scaler):
-    """UserError before a loss or gradient that is not finite reaches the weights. fp16's scaler skips a step
-    with such a gradient and halves its scale; when that has come down to 1 no lower one will help."""
+NOT_FINITE = "is not finite"
+
+
+def finish_step(step, loss, optimizer, scaler):
+    """The optimiser's step after backward; returns the loss summed over all processes, a float.
+
+    UserError before a loss or gradient that is not finite reaches the weights. fp16's scaler skips a step with
+    such a gradient and halves its scale; when that has come down to 1 no lower one will help.
+    """
+    scaler.unscale_(optimizer)
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]).item()
+    loss = total(loss).item()
     if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)):
-        raise UserError(f"step {step}: the loss is {loss:g}, its gradient's norm {norm:g}; the weights "
-                        "are as before. Lower --lr, raise --warmup, or pass --precision fp32")
+        raise UserError(f"step {step}: the loss, {loss:g}, or its gradient {NOT_FINITE}; the weights are as "
+                        "before. Lower --lr, raise --warmup, or pass --precision fp32")
+    scaler.step(optimizer)
+    scaler.update()
+    return loss
 
 
 def save(path, content):
@@ -290,17 +306,33 @@ FREE = ("out", "root", "workers", "save_every", "device", "compile", "micro_batc
 
 
 def resume(args, data):
-    """The checkpoint in --out, or None. UserError where it is of other flags or data (a description)."""
-    path = os.path.join(args.out, "last.pt")
-    if not os.path.exists(path):
-        return None
-    checkpoint = load(path)
-    then, now = {**checkpoint["args"], "images": checkpoint.get("data")}, {**vars(args), "images": data}
-    changed = [f"{key.replace('_', '-')} {then.get(key)} then, {now.get(key)} now"
-               for key in {**then, **now} if then.get(key) != now.get(key) and key not in FREE]
-    if changed:
-        raise UserError(f"{path} is of another run ({'; '.join(changed)}); pass a new --out")
+    """The checkpoint in --out, or None. UserError where it is of other flags or data (a description), or where
+    not all processes see the same one."""
+    path, checkpoint = os.path.join(args.out, "last.pt"), None
+    if os.path.exists(path):
+        checkpoint = load(path)
+        then, now = {**checkpoint["args"], "images": checkpoint["data"]}, {**vars(args), "images": data}
+        free = FREE
+        if checkpoint["model_args"]["encoder"] == "resnet50" and now.get("encoder_weights") is None and (
+                now.get("init") in (None, "none")):
+            free = FREE[:-1]  # a fresh ResNet-50 normalises over the micro-batch
+        changed = [f"{key.replace('_', '-')} {then.get(key)} then, {now.get(key)} now"
+                   for key in {**then, **now} if then.get(key) != now.get(key) and key not in free]
+        if changed:
+            raise UserError(f"{path} is of another run ({'; '.join(changed)}); pass a new --out")
+    require_same(path, checkpoint and checkpoint["step"])
     return checkpoint
+
+
+def require_same(path, seen):
+    """UserError in every process where they do not all see the same at a path."""
+    everywhere = [seen]
+    if dist.is_initialized():
+        everywhere *= dist.get_world_size()
+        dist.all_gather_object(everywhere, seen)
+    if everywhere.count(seen) < len(everywhere):
+        raise UserError(f"{path}: the processes see {', '.join(map(str, everywhere))}; expected the same for all: "
+                        "--out must lie on a disk that all machines share")
 
 
 class Log:

@@ -1,7 +1,7 @@
 """One sample (read, crop, flip) and the order of samples.
 
     samples = Samples(source, pretraining_transform(224), seed=0)      # samples[epoch, index]
-    loader  = DataLoader(samples, batch_sampler=Order(len(source), batch_size=512, steps=1000, seed=0))
+    loader  = DataLoader(samples, batch_sampler=Order(len(source), batch_size=512, micro_batch=64, steps=1000))
 
 A source (datasets.py) has len(source), source.name(i) and source.read(i) -> {"image": tv_tensors.Image,
 "mask": tv_tensors.Mask, "label": int}, what there is of these.
@@ -166,18 +166,20 @@ class Samples(Dataset):
 
 
 class Order(Sampler):
-    """For each step from `start` to `steps`: this process's share of the global batch, (epoch, index) keys.
+    """For each step from `start` to `steps`: this process's share of the global batch, in `parts` micro-batches
+    of at most micro_batch keys (epoch, index), as few and as equal as can be.
 
     The samples of a run are one endless sequence, epoch after epoch, each in its own order. Step s takes
     batch_size of them from s * batch_size on: a batch may reach into the next epoch, so every batch is full.
     """
 
-    def __init__(self, count, batch_size, steps, seed=0, start=0, rank=0, world=1):
+    def __init__(self, count, batch_size, micro_batch, steps, seed=0, start=0, rank=0, world=1):
         self.count, self.batch_size, self.steps, self.seed, self.start = count, batch_size, steps, seed, start
         self.rank, self.share = rank, batch_size // world
+        self.parts = -(-self.share // micro_batch)
 
     def __len__(self):
-        return self.steps - self.start
+        return (self.steps - self.start) * self.parts
 
     def __iter__(self):
         order_epoch, order = -1, None
@@ -189,11 +191,5 @@ class Order(Sampler):
                     order_epoch, order = epoch, np.arange(self.count, dtype=np.int32)
                     np.random.default_rng(sample_seed(self.seed, epoch, 0, ORDER)).shuffle(order)
                 keys.append((epoch, int(order[position])))
-            yield keys
-
-
-def in_parts(batch, micro_batch):
-    """A batch in as few parts of at most `micro_batch` images as there can be, of nearly one size."""
-    parts = -(-len(batch["image"]) // micro_batch)
-    split = [value.tensor_split(parts) for value in batch.values()]
-    return [dict(zip(batch, values)) for values in zip(*split)]
+            for part in np.array_split(range(self.share), self.parts):
+                yield [keys[i] for i in part]

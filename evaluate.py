@@ -240,7 +240,7 @@ def main():
     except (KeyError, TypeError) as error:
         raise UserError(f"{args.checkpoint}: no checkpoint of finetune.py (no {error})") from error
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)
 
     with common.local_first():
         source = choose_source(args, trained, classes)

@@ -4,11 +4,12 @@ PATTERNS are paths below a root folder, with "/" on every system. A `*` may span
 ending of any picture will do. What the `*` stand for is what an image and its mask have in common.
 """
 import hashlib
+import mmap
 import os
 import re
 import tarfile
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from PIL import Image
 import common
 from common import UserError
 
-PICTURES = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 HIDDEN = ("__MACOSX", "lost+found")  # beside all that begins with "." or "@"
 
 
@@ -39,6 +40,10 @@ def files_below(root, folder):
     for entry in entries:
         if entry.is_dir():
             yield from files_below(root, f"{folder}{entry.name}/")
+
+
+def is_picture(name):
+    return f".{name.rpartition('.')[2].lower()}" in PICTURES and name[0] not in ".@"
 
 
 def plain(path):
@@ -84,7 +89,7 @@ def matches(root, pattern, without=()):
         for path in (folder + name for name in names if folder + name not in without):
             match = form.fullmatch(plain(path))
             if not match:
-                others += [path] * path.lower().endswith(PICTURES)
+                others += [path] * is_picture(path.rpartition("/")[2])
             elif found.setdefault(star := "/".join(match.groups()), path) != path:
                 raise UserError(f"{root}/{path} and {found[star]}: expected one file for both")
     return found, others
@@ -175,25 +180,28 @@ def list_folders(root, patterns):
 
 def list_tars(root, tars):
     """(records of the pictures in .tar files, "")."""
-    with ThreadPoolExecutor(16) as pool:
+    with ProcessPoolExecutor(16) as pool:  # threads would wait for each other, one process for a cold disk
         found = pool.map(tar_members, [f"{root}/{tar}" for tar in tars])
         found = list(common.progress(found, total=len(tars), unit=" .tar", delay=1))
-    chunks = [records(np.full(len(members), os.fsencode(tar)), *np.array(members).T, label)
+    chunks = [records(np.full(len(members), os.fsencode(tar)), *members.T, label)
               for label, (tar, members) in enumerate(zip(tars, found))]
     return np.concatenate(chunks), ""
 
 
 def tar_members(path):
-    """[(offset, size), ...] of the pictures in a .tar file. Plain headers are read here, since tarfile takes
-    twenty times as long; where there is any other it reads the whole file."""
-    found, at = [], 0
-    with open(path, "rb", buffering=0) as file:
-        while (header := file.read(512))[257:262] == b"ustar" and header[156] in b"0\0":
-            size = int(header[124:135], 8)
-            found.append((header[:100].rstrip(b"\0").decode(errors="replace"), at + 512, size))
-            at += 512 + -(-size // 512) * 512
-            file.seek(at)
-    if header != bytes(512):  # which is the end
+    """An array (N, 2), offset and size of the pictures in a .tar file. Plain headers are read here, since
+    tarfile takes ten times as long; where there is any other it reads the whole file."""
+    found, at, end = [], 0, b""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            while tar[at + 257:at + 262] == b"ustar" and tar[at + 156] in b"0\0":
+                name, size = tar[at:at + 100].partition(b"\0")[0], int(tar[at + 124:at + 135], 8)
+                found.append((name.decode(errors="replace"), at + 512, size))
+                at += 512 + (size + 511) // 512 * 512
+            end = tar[at:at + 512]
+    except ValueError:  # an empty file, or a size that is no number
+        pass
+    if end != bytes(512):
         try:
             with tarfile.open(path, "r:") as tar:
                 found = [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
@@ -202,8 +210,7 @@ def tar_members(path):
                     raise tarfile.ReadError("its end is missing")
         except tarfile.TarError as error:
             raise UserError(f"{path}: not a whole .tar file ({error}); download it again") from None
-    pictures = [(offset, size) for name, offset, size in found
-                if name.lower().endswith(PICTURES) and os.path.basename(name)[0] not in ".@"]
+    pictures = [(offset, size) for name, offset, size in found if is_picture(name.rpartition("/")[2])]
     if not pictures:
         raise UserError(f"{path}: no pictures in it; expected those of one class")
-    return pictures
+    return np.array(pictures)

@@ -13,7 +13,6 @@ or from a checkpoint of this stage; with the same classes its head is kept, too.
 In: pairs of image and mask. Out, in --out: last.pt, which evaluate.py takes; log.jsonl; metrics.json, by the
 evaluation protocol of the data set; predictions.png.
 """
-import math
 import os
 
 import torch
@@ -24,7 +23,7 @@ from torchvision.transforms import v2
 
 import common
 from common import say
-from data import IGNORE, Order, Samples, in_parts, segmentation_transform, to_pixels
+from data import IGNORE, Order, Samples, segmentation_transform, to_pixels
 from datasets import LABELLED, classes_of, survey, training_and_validation
 from evaluate import as_text, evaluate, predict, protocol
 from model import ENCODERS, build_unet, load_weights, read_weights, unet_of, use_batch_statistics
@@ -87,6 +86,7 @@ def new_network(args, classes):
 def main():
     args = parse_arguments()
     rank, world, device = common.start_processes(args.device)
+    precision = common.choose_precision(args.precision, device)
 
     # Data: all labelled images, or a subset of them
     classes = classes_of(args)
@@ -108,24 +108,26 @@ def main():
         use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
     model.to(device, memory_format=torch.channels_last).train()
     if args.compile:
-        model.compile()  # in place: no "_orig_mod." in the names of parameters
+        model.compile(dynamic=False)  # in place: no "_orig_mod." in the names of parameters
     network = DistributedDataParallel(model) if world > 1 else model
 
     # Adam (5.1). PAPER SILENT on its betas, here torch's defaults, and on coupled weight decay or not
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+        checkpoint = None  # its memory is free
 
     samples = Samples(train, segmentation_transform(args.crop_size, args.min_area), args.seed)
-    order = Order(len(train), args.batch_size, steps, args.seed, start, rank, world)
+    order = Order(len(train), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
     loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 3: --init {args.init}, {model_args}, training on {len(train)} of {train.note}, validating on "
-        f"{len(val or [])}, {start} of {steps} steps done, {world} x {device}", rank)
-    for step, batch in enumerate(loader, start + 1):
+        f"{len(val or [])}, {start} of {steps} steps done, {world} x {device}, {precision}", rank)
+    batches = iter(loader)  # of micro-batches: gradients are accumulated, so that a batch fits in memory
+    for step in range(start + 1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
 
@@ -133,25 +135,19 @@ def main():
         loss = torch.zeros((), device=device)
         # The loss is the mean over the labelled pixels of the GLOBAL batch: a mean per process or part would
         # weigh a pixel by how many others share its part
-        labelled = common.total((batch["mask"] != IGNORE).sum().to(device)).clamp(min=1)
-        parts = in_parts(batch, args.micro_batch)  # gradient accumulation, so that a batch fits in memory
+        parts = [next(batches) for _ in range(order.parts)]
+        labelled = common.total(sum((part["mask"] != IGNORE).sum() for part in parts).to(device)).clamp(min=1)
         for part in parts:
             x = to_pixels(part["image"].to(device))                 # (B, 3, H, W) in [-1, 1]
             mask = part["mask"].to(device).long()                   # (B, H, W)
             network.require_backward_grad_sync = part is parts[-1]  # DDP: exchange gradients once a step
-            with common.autocast(args.precision, device):
+            with common.autocast(precision, device):
                 logits = network(x)                                 # (B, classes, H, W)
             part_loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum") / labelled
             scaler.scale(part_loss * world).backward()  # times world: DDP averages, we need the sum
             loss += part_loss.detach()
 
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # measures it, clips nothing
-        loss = common.total(loss).item()
-        common.require_finite(step, loss, norm.item(), scaler)
-        scaler.step(optimizer)
-        scaler.update()
-
+        loss = common.finish_step(step, loss, optimizer, scaler)
         log.write(step, loss=loss, rate=optimizer.param_groups[0]["lr"])
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(

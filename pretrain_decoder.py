@@ -13,7 +13,6 @@ DDeP (Eq. 6):  O4(phi | theta, gamma) = E_x E_e || g_phi(f_theta(sqrt(gamma) x +
 The encoder f_theta is frozen, the decoder g_phi is trained. DeP (section 3) trains both, theta from fresh
 weights unless --encoder-weights names others.
 """
-import math
 import os
 
 import torch
@@ -24,7 +23,7 @@ import common
 import noise
 import pretrain_encoder
 from common import UserError, say
-from data import Order, Samples, in_parts, pretraining_transform, to_pixels
+from data import Order, Samples, pretraining_transform, to_pixels
 from datasets import UNLABELLED, pretraining_images
 from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet_of, use_batch_statistics
 from pictures import from_pixels, table
@@ -33,7 +32,7 @@ RECIPES = {  # PAPER SILENT on weight decay and warm-up of this stage: none on r
     "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=3e-3, warmup=0.02, weight_decay=0.0,
                    image_size=64, min_area=0.5, workers=0, save_every=400),
     "paper": dict(epochs=100, batch_size=512, micro_batch=64, warmup=0.0, weight_decay=0.0, image_size=224,
-                  min_area=0.08, workers=common.default_workers(), save_every=1000),  # 5.1
+                  min_area=0.08, workers=common.default_workers(), save_every=10_000),  # 5.1
 }
 TOY_ENCODER = os.path.join("runs", "shapes", "pretrain_encoder")
 
@@ -80,9 +79,12 @@ def new_network(args, rank):
             raise UserError("DDeP pretrains the decoder of a trained encoder; pass --encoder-weights PATH "
                             "or imagenet21k")
         source = os.path.join(TOY_ENCODER, "last.pt")
-        if not os.path.exists(os.path.join(TOY_ENCODER, "metrics.json")):  # not finished
+        finished = os.path.join(TOY_ENCODER, "metrics.json")
+        common.require_same(finished, os.path.exists(finished))
+        if not os.path.exists(finished):
             say(f"no encoder in {TOY_ENCODER}: stage 1 first, once", rank)
             pretrain_encoder.main(["--out", TOY_ENCODER, "--device", args.device])
+            common.require_same(source, os.path.exists(source))
     with common.local_first(), common.users_mistakes():
         state, made_with = read_weights(source) if source else ({}, {})
     if args.encoder_weights:  # of a whole network the encoder alone
@@ -109,6 +111,7 @@ def add_noise(args, x, seeds):
 def main():
     args = parse_arguments()
     rank, world, device = common.start_processes(args.device)
+    precision = common.choose_precision(args.precision, device)
 
     # Data: images alone
     with common.local_first():  # one process of a machine writes the index of .tar files
@@ -128,37 +131,40 @@ def main():
         use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
     model.to(device, memory_format=torch.channels_last).train()
     if args.compile:
-        model.compile()  # in place: no "_orig_mod." in the names of parameters
+        model.compile(dynamic=False)  # in place: no "_orig_mod." in the names of parameters
     network = DistributedDataParallel(model) if world > 1 else model
 
     # Adam (5.1): 6e-5 for x1 and x3, 1e-4 for x2. PAPER SILENT on its betas: torch's defaults
-    peak_rate = args.lr or (1e-4 if model_args["width"] == 2 else 6e-5)
+    usual_rate = 1e-4 if model_args["width"] == 2 else 6e-5
+    peak_rate = usual_rate if args.lr is None else args.lr
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, weight_decay=args.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+        checkpoint = None  # its memory is free
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
-    order = Order(len(images), args.batch_size, steps, args.seed, start, rank, world)
+    order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
     loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 2: {args.method}, {model_args}, {images.note}, {start} of {steps} steps done, "
-        f"{world} x {device}", rank)
-    for step, batch in enumerate(loader, start + 1):
+        f"{world} x {device}, {precision}", rank)
+    batches = iter(loader)  # of micro-batches: gradients are accumulated, so that a batch fits in memory
+    for step in range(start + 1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = common.cosine_rate(step - 1, steps, peak_rate, args.warmup)
 
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        parts = in_parts(batch, args.micro_batch)  # gradient accumulation, so that a batch fits in memory
-        for part in parts:
-            x = to_pixels(part["image"].to(device))                        # (B, 3, H, W) in [-1, 1]
-            x_noisy, eps, gamma = add_noise(args, x, part["noise_seed"])   # the same, the same, (B,)
-            network.require_backward_grad_sync = part is parts[-1]  # DDP: exchange gradients once a step
-            with common.autocast(args.precision, device):
+        for part in range(order.parts):
+            batch = next(batches)
+            x = to_pixels(batch["image"].to(device))                       # (B, 3, H, W) in [-1, 1]
+            x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])  # the same, the same, (B,)
+            network.require_backward_grad_sync = part == order.parts - 1   # DDP: exchange gradients once a step
+            with common.autocast(precision, device):
                 prediction = network(x_noisy, gamma)                       # (B, 3, H, W)
             target = eps if args.target == "noise" else x
             # The parts of all processes add up to the mean over the global batch
@@ -166,13 +172,7 @@ def main():
             scaler.scale(part_loss * world).backward()  # times world: DDP averages, we need the sum
             loss += part_loss.detach()
 
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trained, math.inf)  # measures it, clips nothing
-        loss = common.total(loss).item()
-        common.require_finite(step, loss, norm.item(), scaler)
-        scaler.step(optimizer)
-        scaler.update()
-
+        loss = common.finish_step(step, loss, optimizer, scaler)
         log.write(step, loss=loss, rate=optimizer.param_groups[0]["lr"])
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(
@@ -189,7 +189,7 @@ def main():
 def look_at(args, model, samples, device):
     """({losses}, a picture) of the first 16 training images; prints what the losses say."""
     model.eval()
-    batch = next(iter(DataLoader(samples, batch_sampler=Order(len(samples.source), 16, 1, args.seed))))
+    batch = next(iter(DataLoader(samples, batch_sampler=Order(len(samples.source), 16, 16, 1, args.seed))))
     x = to_pixels(batch["image"].to(device))
     x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])
     target = eps if args.target == "noise" else x

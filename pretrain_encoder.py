@@ -9,7 +9,6 @@ In: class folders (root/train/<class>/ or root/<class>/) or .tar files. Out, in 
 takes as --encoder-weights; log.jsonl; metrics.json, which says that the run is finished. Such an encoder is
 published (--encoder-weights imagenet21k): with it, skip this stage.
 """
-import math
 import os
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import common
 from common import say
-from data import Order, Samples, in_parts, pretraining_transform, to_pixels
+from data import Order, Samples, pretraining_transform, to_pixels
 from datasets import CLASSIFIED, classification_images
 from model import ENCODERS, Classifier, build_encoder, use_batch_statistics
 
@@ -51,6 +50,7 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     rank, world, device = common.start_processes(args.device)
+    precision = common.choose_precision(args.precision, device)
 
     # Data: images with a class
     with common.local_first():  # one process of a machine writes the index of .tar files
@@ -68,48 +68,44 @@ def main(argv=None):
     use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
     model.to(device, memory_format=torch.channels_last).train()
     if args.compile:
-        model.compile()  # in place: no "_orig_mod." in the names of parameters
+        model.compile(dynamic=False)  # in place: no "_orig_mod." in the names of parameters
     network = DistributedDataParallel(model) if world > 1 else model
 
     # Adam with decoupled weight decay, as Dosovitskiy et al. trained it
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+        checkpoint = None  # its memory is free
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
-    order = Order(len(images), args.batch_size, steps, args.seed, start, rank, world)
+    order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
     loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 1: {args.encoder}, {len(names)} classes ({', '.join(names[:8])} ...), {images.note}, {start} "
-        f"of {steps} steps done, {world} x {device}", rank)
-    for step, batch in enumerate(loader, start + 1):
+        f"of {steps} steps done, {world} x {device}, {precision}", rank)
+    batches = iter(loader)  # of micro-batches: gradients are accumulated, so that a batch fits in memory
+    for step in range(start + 1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
 
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        parts = in_parts(batch, args.micro_batch)  # gradient accumulation, so that a batch fits in memory
-        for part in parts:
-            x = to_pixels(part["image"].to(device))                 # (B, 3, H, W) in [-1, 1]
-            label = part["label"].to(device)                        # (B,)
-            network.require_backward_grad_sync = part is parts[-1]  # DDP: exchange gradients once a step
-            with common.autocast(args.precision, device):
+        for part in range(order.parts):
+            batch = next(batches)
+            x = to_pixels(batch["image"].to(device))  # (B, 3, H, W) in [-1, 1]
+            label = batch["label"].to(device)         # (B,)
+            network.require_backward_grad_sync = part == order.parts - 1  # DDP: exchange gradients once a step
+            with common.autocast(precision, device):
                 logits = network(x)                                 # (B, classes)
             # The parts of all processes add up to the mean over the global batch
             part_loss = F.cross_entropy(logits.float(), label, reduction="sum") / args.batch_size
             scaler.scale(part_loss * world).backward()  # times world: DDP averages, we need the sum
             loss += part_loss.detach()
 
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # measures it, clips nothing
-        loss = common.total(loss).item()
-        common.require_finite(step, loss, norm.item(), scaler)
-        scaler.step(optimizer)
-        scaler.update()
-
+        loss = common.finish_step(step, loss, optimizer, scaler)
         log.write(step, loss=loss, rate=optimizer.param_groups[0]["lr"])
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save(os.path.join(args.out, "last.pt"), dict(

@@ -112,16 +112,21 @@ def test_the_rate_rises_linearly_then_falls_as_half_a_cosine():
     assert common.cosine_rate(0, 100, 3.0, 0) == common.cosine_rate(0, 1, 3.0, 0) == 3.0
 
 
-@pytest.mark.parametrize("loss, norm, scale, fine", [
+@pytest.mark.parametrize("loss, gradient, scale, fine", [
     (1, 2, 1, True), (1, math.inf, 2, True), (1, math.nan, 1, False), (1, math.inf, 1, False),
     (math.nan, 1, 2, False), (math.inf, 1, 1, False)])
-def test_what_is_not_finite_is_refused_where_no_lower_scale_can_help(loss, norm, scale, fine):
+def test_what_is_not_finite_is_refused_where_no_lower_scale_can_help(loss, gradient, scale, fine):
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight, torch.nn.Parameter(torch.ones(1))], lr=0.25)
+    scaler.scale((weight * gradient).sum()).backward()
     if fine:
-        common.require_finite(5, loss, norm, scaler)
+        assert common.finish_step(5, torch.tensor(float(loss)), optimizer, scaler) == loss
+        assert weight.item() == (0.5 if gradient == 2 else 1)  # a step that is skipped changes nothing
     else:
         with pytest.raises(UserError, match="5"):
-            common.require_finite(5, loss, norm, scaler)
+            common.finish_step(5, torch.tensor(float(loss)), optimizer, scaler)
+        assert weight.item() == 1
 
 
 @pytest.mark.parametrize("module, name", [(os, "replace"), (os, "fsync"), (torch, "save"), (json, "dumps")])
@@ -139,10 +144,14 @@ def test_a_save_that_is_interrupted_leaves_the_file_before_it(module, name, tmp_
 def test_a_run_is_resumed_with_the_flags_and_images_that_it_began_with(tmp_path):
     args = argparse.Namespace(out=str(tmp_path), lr=0.125, workers=1, batch_size=8, steps=9)
     assert common.resume(args, 50) is None
-    common.save(tmp_path / "last.pt", {"args": vars(args), "data": 50, "step": 4})
+    saved = {"args": vars(args), "data": 50, "step": 4, "model_args": {"encoder": "hybrid"}}
+    common.save(tmp_path / "last.pt", saved)
     assert common.resume(args, 50)["step"] == 4
     free = dict(root="elsewhere", workers=7, save_every=3, device="cpu", compile=True, micro_batch=2)
     assert common.resume(argparse.Namespace(**{**vars(args), **free}), 50)["step"] == 4
+    common.save(tmp_path / "last.pt", {**saved, "model_args": {"encoder": "resnet50"}})  # fresh: by the batch
+    with pytest.raises(UserError, match="micro-batch"):
+        common.resume(argparse.Namespace(**{**vars(args), **free}), 50)
     for change, images, said in (({"lr": 0.25}, 50, ["lr", "0.125", "0.25"]), ({}, 51, ["50", "51"]),
                                  ({"batch_size": 16}, 50, ["batch-size", "16"]), ({"new": 77}, 50, ["77"])):
         with pytest.raises(UserError) as caught:

@@ -198,8 +198,8 @@ def test_an_inception_crop_keeps_image_and_mask_aligned_and_mixes_no_values(size
     assert flips == {True, False}
 
 
-def order(count=37, batch_size=8, steps=9, **more):
-    return list(data.Order(count, batch_size, steps, **more))
+def order(count=37, batch_size=8, micro_batch=99, steps=9, **more):
+    return list(data.Order(count, batch_size, micro_batch, steps, **more))
 
 
 @pytest.mark.parametrize("count, batch_size", [(10, 4), (3, 8), (7, 7), (1, 4)])
@@ -215,7 +215,7 @@ def test_each_epoch_shows_every_image_once_and_every_batch_is_full(count, batch_
 def test_the_processes_share_one_global_batch_and_a_restart_continues_it(world, start):
     shares = [order(rank=rank, world=world, start=start) for rank in range(world)]
     assert [sum(parts, []) for parts in zip(*shares)] == order()[start:]
-    assert len(data.Order(37, 8, 9, start=start)) == 9 - start
+    assert len(data.Order(37, 8, 8, 9, start=start)) == 9 - start
 
 
 def same(a, b):
@@ -240,12 +240,12 @@ def test_batches_are_the_same_for_0_and_2_workers_and_after_a_restart(few):
     samples = data.Samples(datasets.toy("unlabelled"), data.pretraining_transform(32, 0.3), seed=5)
 
     def run(workers, start=0):
-        batches = data.Order(12, batch_size=5, steps=6, seed=5, start=start)
+        batches = data.Order(12, batch_size=5, micro_batch=3, steps=6, seed=5, start=start)
         return list(DataLoader(samples, batch_sampler=batches, num_workers=workers))
 
     plain = run(0)
     for workers, start in ((2, 0), (0, 3), (2, 5)):
-        for ours, theirs in zip(run(workers, start), plain[start:], strict=True):
+        for ours, theirs in zip(run(workers, start), plain[2 * start:], strict=True):
             assert same(ours, theirs)
 
 
@@ -272,10 +272,11 @@ def test_pictures_that_do_not_decode_are_an_error_where_none_takes_their_place(t
         data.Samples(photos(tmp_path, range(4)), torch.nn.Identity(), replace=True)[0, 2]
 
 
-@pytest.mark.parametrize("count, most", [(14, 3), (8, 8), (8, 100), (7, 1), (9, 8)])
-def test_a_batch_in_parts_keeps_its_order_in_few_parts_of_nearly_one_size(count, most):
-    parts = data.in_parts({"image": torch.arange(count), "mask": torch.arange(count) + 50}, most)
-    sizes = [len(part["image"]) for part in parts]
-    assert len(parts) == np.ceil(count / most) and max(sizes) <= most and max(sizes) - min(sizes) <= 1
-    assert torch.cat([part["image"] for part in parts]).tolist() == list(range(count))
-    assert all(torch.equal(part["mask"], part["image"] + 50) for part in parts)
+@pytest.mark.parametrize("share, most", [(14, 3), (8, 8), (8, 100), (7, 1), (9, 8)])
+def test_a_share_comes_in_few_micro_batches_of_nearly_one_size_in_its_order(share, most):
+    wanted = order(batch_size=2 * share, steps=5, rank=1, world=2)
+    batches = order(batch_size=2 * share, micro_batch=most, steps=5, rank=1, world=2)
+    parts, sizes = int(np.ceil(share / most)), [len(batch) for batch in batches]
+    assert len(batches) == len(data.Order(37, 2 * share, most, 5, rank=1, world=2)) == 5 * parts
+    assert max(sizes) <= most and max(sizes) - min(sizes) <= 1
+    assert [sum(batches[i:i + parts], []) for i in range(0, 5 * parts, parts)] == wanted

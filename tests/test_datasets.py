@@ -169,8 +169,8 @@ def test_each_picture_of_a_tar_is_what_its_bytes_are(tars):
 
 
 def test_tars_are_listed_once_and_again_when_they_change(tars, monkeypatch):
-    opened, plain = [], files.tar_members
-    monkeypatch.setattr(files, "tar_members", lambda path: opened.append(path) or plain(path))
+    opened, plain = [], files.list_tars
+    monkeypatch.setattr(files, "list_tars", lambda root, tars: opened.extend(tars) or plain(root, tars))
     first = names(datasets.pretraining_images(flags("imagenet21k", tars)))
     assert names(datasets.pretraining_images(flags("imagenet21k", tars))) == first and len(opened) == 2
     write_tar(tars / "n00000002.tar", {f"n00000002_{i}.JPEG": jpeg(i) for i in range(40)})

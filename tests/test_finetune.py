@@ -111,7 +111,7 @@ def test_the_loss_is_the_mean_over_the_labelled_pixels_of_the_whole_batch(device
     network = model.build_unet("hybrid-small", 0.03125, 3, False, 64)
     network.load_state_dict(fresh_network(3))
     total, pixels, means = 0, 0, []
-    for key in next(iter(data.Order(4, 4, 1, 0))):
+    for key in next(iter(data.Order(4, 4, 4, 1, 0))):
         x, mask = samples[key]["image"] / 127.5 - 1, samples[key]["mask"].long()
         with torch.no_grad():
             logits = network(x[None])[0].double()

@@ -226,7 +226,7 @@ def batch_of(count, device="cpu"):
     """(x in [-1, 1], e, seeds) of the first `count` samples of a tiny run with seed 3."""
     source = datasets.pretraining_images(pretrain_decoder.parse_arguments([]))
     samples = data.Samples(source, data.pretraining_transform(32, 0.5), 3)
-    batch = [samples[key] for key in next(iter(data.Order(len(source), count, 1, 3)))]
+    batch = [samples[key] for key in next(iter(data.Order(len(source), count, count, 1, 3)))]
     x = torch.stack([sample["image"] for sample in batch]).to(device) / 127.5 - 1
     seeds = [sample["noise_seed"] for sample in batch]
     generators = (torch.Generator(device).manual_seed(seed) for seed in seeds)
