@@ -29,6 +29,7 @@ def raises(error):
     (lambda: raises(UserError("--lr 7: too high")), "--lr 7: too high"),
     (common.users_mistakes()(lambda: raises(ValueError("a.pt: no weights"))), "a.pt: no weights"),
     (lambda: next(iter(torch.utils.data.DataLoader(Pictures(), num_workers=1))), "error: imgs/a.png: broken"),
+    (lambda: raises(RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet X for more")), "--compile"),
     (lambda: torch.empty(10 ** 15), "--micro-batch"), (lambda: np.ones(10 ** 15), "--micro-batch"),
     (lambda: raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")), "--micro-batch"),
     (lambda: torch.nn.BatchNorm2d(3)(torch.ones(1, 3, 1, 1)), "--micro-batch"),

@@ -1,6 +1,7 @@
 """datasets.py: every layout on disk as it is distributed, tiny but exact, checked pixel for pixel."""
 import io
 import os
+import pickle
 import re
 import shutil
 import unicodedata
@@ -185,6 +186,13 @@ def test_a_tar_that_is_not_whole_is_refused_by_name(spoil, tars):
     (tars / "n00000003.tar").write_bytes(spoil((tars / "n00000003.tar").read_bytes()))
     with pytest.raises(UserError, match="n00000003.tar"):
         datasets.pretraining_images(flags("imagenet21k", tars))
+
+
+def test_a_loader_worker_that_is_not_forked_gets_the_path_of_the_list_alone(tars):
+    write_tar(tars / "n00000003.tar", {f"{i}.JPEG": b"x" for i in range(500)})
+    source = datasets.pretraining_images(flags("imagenet21k", tars))
+    sent = pickle.dumps(source)
+    assert len(source) == 505 and len(sent) < 2000 and names(pickle.loads(sent)) == names(source)
 
 
 @pytest.mark.parametrize("place", ["", "train"])

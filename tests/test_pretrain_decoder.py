@@ -4,19 +4,21 @@ import os
 import random
 import shutil
 import time
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (DEVICES, STAGES, TINY, Forked, die, load, losses, same_tensors, torchrun, write_image,
-                      write_mask)
+from conftest import (DEVICES, STAGES, TINY, Forked, die, imagenet21k, load, losses, same_tensors, torchrun,
+                      write_image, write_mask)
 from PIL import Image
 from torchvision.models import resnet50
 
 import data
 import datasets
+import files
 import model
 import noise
 import pretrain_decoder
@@ -142,6 +144,35 @@ def test_two_processes_with_micro_batches_make_the_run_of_one_without(stage, enc
     for ours in found.values():
         assert len(ours) == 4 and ours[:2] == pytest.approx(found[1, 4][:2], rel=1e-5)
         assert ours == pytest.approx(found[1, 4], rel=1e-3)
+
+
+def in_a_folder_of_its_own(tmp_path):
+    os.chdir(tmp_path / os.environ["RANK"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_processes_that_see_different_checkpoints_all_end_with_one_line(stage, encoder, tmp_path):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    before, words = partial(in_a_folder_of_its_own, tmp_path), command(stage, encoder, "o")
+    assert Forked(tmp_path, *words, before=before).wait() == [0]
+    run = Forked(tmp_path, *words, processes=2, before=before)
+    assert run.wait() == [2, 2] and run.output.read_text().count("o/last.pt") == 2, run.output.read_text()
+
+
+def slow_and_impatient():
+    real, list_tars = torch.distributed.init_process_group, files.list_tars
+    torch.distributed.init_process_group = lambda backend: real(backend, timeout=timedelta(seconds=2))
+    files.list_tars = lambda *args: time.sleep(5) or list_tars(*args)
+
+
+def test_an_index_may_take_longer_than_the_patience_of_training(encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    root = ["--data", "imagenet21k", "--root", imagenet21k(tmp_path / "tars"), "--workers", 0]
+    words = command("pretrain_decoder", encoder, tmp_path / "o", *root, "--micro-batch", 2)
+    run = Forked(tmp_path, *words, processes=2, before=slow_and_impatient)
+    assert run.wait() == [0, 0], run.output.read_text()
+    assert len(losses(tmp_path / "o")) == 4
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(encoder, tmp_path):
