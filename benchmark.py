@@ -1,16 +1,13 @@
 """How fast this code is on your machine, beside what people would use instead.
 
-    python benchmark.py                              # some minutes on two cores
-    python benchmark.py --only step data --peers --json speed.json
+    python benchmark.py                       # some minutes on two cores
+    python benchmark.py --only step --peers   # beside segmentation_models_pytorch's U-Net of the same widths
 
-Within a group the cases take turns, round after round, so that a machine that is slow for a while is slow
-for all of them; a line shows the fastest and the median round. Compare lines of one run, by their ratios.
---peers: segmentation_models_pytorch's Unet("resnet50") of the same widths, and torchvision's usual pipeline.
+The cases of a group take turns, so that a machine that is slow for a while is slow for all of them. Compare
+the lines of one run, by their ratios.
 """
 import argparse
-import json
 import os
-import platform
 import statistics
 import tarfile
 import tempfile
@@ -20,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -32,141 +28,98 @@ from evaluate import predict
 from model import build_unet, freeze
 from pretrain_decoder import add_noise
 
-GROUPS = ("step", "toy", "evaluate", "data")
+
+def measure(title, cases, images, rounds, device):
+    """Time each of {name: function} once a round; print how many images a second each takes."""
+    speeds = {name: [] for name in cases}
+    for _ in range(1 + rounds):
+        for name, function in cases.items():
+            started = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            speeds[name].append(images / (time.perf_counter() - started))
+    print(f"\n{title}: images a second, fastest and median of {rounds} rounds")
+    best = {name: max(found[1:]) for name, found in speeds.items()}  # the first round warms up
+    for name, found in speeds.items():
+        ratio = f" {best[name] / best['peer']:6.2f} x the peer" if "peer" in best else ""
+        print(f"  {name:16} {best[name]:9.3f} {statistics.median(found[1:]):9.3f}{ratio}", flush=True)
 
 
-def measure(title, cases, rounds, device):
-    """Time each of {name: (function, images it takes)} once a round, print a line each, return their rows."""
-    def run(function):
-        started = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    rows = {}
-    for name, (function, images) in cases.items():  # once to warm up, counted
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with FlopCounterMode(display=False) as counter:
-            run(function)
-        rows[name] = {"group": title, "name": name, "gflop": counter.get_total_flops() / images / 1e9}
-        if device.type == "cuda":
-            rows[name]["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    turns = [{name: images / run(function) for name, (function, images) in cases.items()}
-             for _ in range(rounds)]
-    print(f"\n{title}: images a second, fastest and median round")
-    peer = [max(turn[name] for turn in turns) for name in cases if name.startswith("peer")]
-    for name, row in rows.items():
-        speeds = [turn[name] for turn in turns]
-        row.update(fastest=max(speeds), median=statistics.median(speeds), gflops=row["gflop"] * max(speeds))
-        line = f"  {name:32} {row['fastest']:9.3f} {row['median']:9.3f} {row['gflops']:9.1f} GFLOP/s"
-        if peer:
-            row["ratio"] = max(speeds) / max(peer)
-            line += f" {row['ratio']:6.2f} x the peer"
-        print(line + (f" {row['memory_gb']:6.1f} GB" if "memory_gb" in row else ""), flush=True)
-    return list(rows.values())
-
-
-def training_step(network, batch, size, device, precision):
-    """(one step of stage 2 on a frozen encoder, always on the same pictures; how many)."""
+def training_step(network, batch, device, args):
+    """A step of stage 2 on a frozen encoder, always on the same pictures."""
+    level = argparse.Namespace(gamma=[0.95], sigma=None)
     freeze(network.encoder)
     network.to(device, memory_format=torch.channels_last).train()
-    args = argparse.Namespace(gamma=[0.95], sigma=None)
+    if args.compile:
+        network.compile()
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
-    images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
+    images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8)
 
     def step():
         optimizer.zero_grad()
-        x_noisy, eps, _ = add_noise(args, to_pixels(images.to(device)), range(batch))
-        with common.autocast(precision, device):
+        x_noisy, eps, _ = add_noise(level, to_pixels(images.to(device)), range(batch))
+        with common.autocast(args.precision, device):
             prediction = network(x_noisy)
         noise.denoising_loss(prediction, eps).backward()
         optimizer.step()
-    return step, batch
+    return step
 
 
-def peer_unet():
-    from segmentation_models_pytorch import Unet
-    return Unet("resnet50", encoder_weights=None, classes=3, decoder_channels=(1024, 512, 256, 128, 64))
-
-
-def evaluation(device, precision):
-    """Cityscapes' protocol on one picture; on a CPU with the small network."""
-    network = build_unet("hybrid", 1, 19) if device.type == "cuda" else build_unet("hybrid-small", 1 / 4, 19)
-    network.to(device, memory_format=torch.channels_last).eval()
-    x = torch.rand(1, 3, 1024, 2048, device=device) * 2 - 1
-
-    @torch.inference_mode()
-    def run():
-        with common.autocast(precision, device):
-            predict(network, x, flip=True, window=1024)
-    return run, 1
-
-
-def loading(folder, peers, count=64):
-    """JPEGs of 500x375, crop and flip, on one core, from a folder and from a .tar."""
-    random, photos = np.random.default_rng(1), f"{folder}/photos/n00000001"
-    os.makedirs(photos)
-    os.makedirs(f"{folder}/tars")
-    for i in range(count):  # noise on a smooth ground, which a JPEG stores as a photograph's size
-        ground = Image.fromarray(random.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((500, 375))
-        noisy = np.asarray(ground) + random.normal(0, 12, (375, 500, 3))
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(f"{photos}/{i}.jpg", quality=90)
-    for half in (0, 1):  # two classes
-        with tarfile.open(f"{folder}/tars/n0000000{half}.tar", "w") as tar:
-            for i in range(half, count, 2):
-                tar.add(f"{photos}/{i}.jpg", f"{i}.jpg")
+def loading(folder, peers):
+    """64 JPEGs of 500x375, cropped and flipped, from a folder, from a .tar and by torchvision."""
+    random, photos, tars = np.random.default_rng(1), f"{folder}/photos", f"{folder}/tars"
+    os.makedirs(f"{photos}/all")
+    os.makedirs(tars)
+    for i in range(64):  # blocks of 4 pixels, made smooth, take as many bytes as a photograph
+        blocks = random.integers(0, 255, (90, 120, 3), dtype=np.uint8)
+        Image.fromarray(blocks).resize((500, 375)).save(f"{photos}/all/{i}.jpg", quality=90)
+    for name in ("n00000001", "n00000002"):  # there must be two; the first is read
+        with tarfile.open(f"{tars}/{name}.tar", "w") as tar:
+            tar.add(f"{photos}/all", "")
     torch.hub.set_dir(f"{folder}/hub")  # where the index of the .tar files goes
-    loaders = {}
-    for name, data, root in (("from a folder", "folder", "photos"), ("from a .tar", "imagenet21k", "tars")):
-        source = pretraining_images(argparse.Namespace(data=data, root=f"{folder}/{root}", images=None))
-        loaders[name] = DataLoader(Samples(source, pretraining_transform(224)),
-                                   batch_sampler=Order(count, 16, 16, count // 16))
+    cases = {}
+    for data, root in (("folder", photos), ("imagenet21k", tars)):
+        source = pretraining_images(argparse.Namespace(data=data, root=root, images=None))
+        samples, order = Samples(source, pretraining_transform(224)), Order(64, 16, 16, 4)
+        cases[data] = DataLoader(samples, batch_sampler=order)
     if peers:
         usual = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
                                     transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
-        loaders["peer: torchvision's ImageFolder"] = DataLoader(ImageFolder(f"{folder}/photos", usual), 16)
-    return {name: (lambda loader=loader: list(loader), count) for name, loader in loaders.items()}
+        cases["peer"] = DataLoader(ImageFolder(photos, usual), 16, shuffle=True)
+    return {name: lambda loader=loader: list(loader) for name, loader in cases.items()}
 
 
 def main():
-    parser = common.Parser(__doc__)
-    parser.add_argument("--only", choices=GROUPS, nargs="+", default=GROUPS, help="groups (all)")
+    parser, groups = common.Parser(__doc__), ("step", "evaluate", "data")
+    parser.add_argument("--only", choices=groups, nargs="+", default=groups, help="groups (all)")
     parser.add_argument("--rounds", type=common.number(int, 1), default=5, help="of each case (%(default)s)")
     parser.add_argument("--peers", action="store_true", help="time other libraries, too")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
     common.add_device_flags(parser)
     args = parser.parse_args()
-    _, _, device = common.start_processes(args.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    machine = (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-               f"{time.strftime('%Y-%m-%d')}")
-    print(machine)
-    groups = {}  # title: what makes its cases
-    if "step" in args.only:
-        for batch in (2, 8, 64) if device.type == "cuda" else (2, 8):
+    device = common.start_processes(args.device)[2]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%F')}")
+    for batch in (2, 8, 64) if "step" in args.only else ():
+        if batch < 64 or device.type == "cuda":
             networks = {"resnet50": build_unet("resnet50"), "hybrid": build_unet("hybrid")}
             if args.peers:
-                networks["peer: smp, resnet50"] = peer_unet()
-            for network in networks.values() if args.compile else ():
-                network.compile()
-            groups[f"Stage 2, 224 px, x1, batch {batch}"] = {
-                name: training_step(network, batch, 224, device, args.precision)
-                for name, network in networks.items()}
-    if "toy" in args.only:
-        toy = build_unet("hybrid-small", 1 / 4)
-        groups["Stage 2 on toy data"] = {"64 px, batch 8": training_step(toy, 8, 64, device, args.precision)}
-    if "evaluate" in args.only:
-        groups["Evaluation"] = {"1024 x 2048, windows, flip": evaluation(device, args.precision)}
-    rows = [row for title, cases in groups.items() for row in measure(title, cases, args.rounds, device)]
+                from segmentation_models_pytorch import Unet
+                widths = (1024, 512, 256, 128, 64)
+                networks["peer"] = Unet("resnet50", encoder_weights=None, classes=3, decoder_channels=widths)
+            cases = {name: training_step(network, batch, device, args) for name, network in networks.items()}
+            measure(f"Stage 2, 224 px, x1, batch {batch}", cases, batch, args.rounds, device)
+    if "evaluate" in args.only:  # Cityscapes' protocol on one picture
+        encoder, width = ("hybrid", 1) if device.type == "cuda" else ("hybrid-small", 1 / 4)
+        network = build_unet(encoder, width, 19).to(device, memory_format=torch.channels_last).eval()
+        x = torch.rand(1, 3, 1024, 2048, device=device) * 2 - 1
+        with torch.inference_mode(), common.autocast(args.precision, device):
+            cases = {encoder: lambda: predict(network, x, flip=True, window=1024)}
+            measure("Evaluation, 1024 x 2048", cases, 1, args.rounds, device)
     if "data" in args.only:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
-            rows += measure("Loader, one core", loading(folder, args.peers), args.rounds, device)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": machine, "rows": rows}, file, indent=2)
+            measure("Loader, one core", loading(folder, args.peers), 64, args.rounds, device)
 
 
 if __name__ == "__main__":

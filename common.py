@@ -1,4 +1,4 @@
-"""What all scripts share: one-line errors, flags, processes, checkpoints, the log. Nothing of the method."""
+"""What all scripts share, apart from the method: errors, flags, processes, checkpoints, the log."""
 import argparse
 import json
 import math
@@ -11,39 +11,40 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# ---------------------------------------- Errors
+# ---- Errors
 
 
 class UserError(Exception):
-    """A user's mistake, in one line: the file or flag, its value, what was expected, what to do."""
+    """A user's mistake in one line: the file or flag, its value, what was expected, what to do."""
 
 
 @contextmanager
 def users_mistakes():
-    """A ValueError inside, as of model.py for weights that do not fit, is a UserError."""
+    """Turn a ValueError, as for weights that do not fit, into a UserError."""
     try:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-LESS = "lower --micro-batch, the size of crops or windows, or --width"
+MEMORY = "lower --micro-batch, the size of crops or windows, or --width"
 COMPILER = "install one, such as g++, or drop --compile"
 HINTS = {"C++ compiler": COMPILER, "C compiler": COMPILER,
          "shared memory": "pass a lower --workers, or start a container with --ipc=host",
-         "out of memory": LESS, "allocate": LESS,  # what torch and NumPy say on CUDA and on CPUs
+         "out of memory": MEMORY, "allocate": MEMORY,  # on CUDA, on CPUs
          "more than 1 value per channel": "raise --micro-batch or the size of crops"}  # BatchNorm
 
 
 def run(main):
-    """Call main(). What a user can mend is one line on stderr and status 2; all else keeps its traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the console cannot print ends no run
+    """Call main(). What a user can fix is one line on stderr and status 2; the rest keeps its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for file names that a console cannot print
     try:
         main()
     except (UserError, OSError, MemoryError, RuntimeError, ValueError) as error:
-        # From a loader worker the text begins with a traceback: the last part is ours
+        # A loader worker puts a traceback before the text
         text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-        text = text or ("out of memory" if isinstance(error, MemoryError) else "")
+        if isinstance(error, MemoryError):
+            text = text or "out of memory"
         if not isinstance(error, (UserError, OSError)):
             hint = next((HINTS[part] for part in HINTS if part in text), None)
             if hint is None:
@@ -51,15 +52,15 @@ def run(main):
             text = f"{text.splitlines()[0]}; {hint}"
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
         sys.exit(2)
-    if dist.is_initialized():  # after an error it would wait for the others
+    if dist.is_initialized():  # after an error it would wait
         dist.destroy_process_group()
 
 
-# ---------------------------------------- Flags
+# ---- Flags
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, without abbreviations, with the script's docstring as its help."""
+    """argparse with one-line errors and no abbreviated flags. doc: the script's docstring."""
 
     def __init__(self, doc=None, **options):
         super().__init__(description=doc, allow_abbrev=False, **options,
@@ -69,39 +70,45 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
     def parse(self, recipes, argv=None):
-        """The flags, with the defaults of the chosen --data: recipes[data], else recipes["paper"]."""
+        """The flags. Their defaults are recipes[--data], or else recipes["paper"]."""
         first = Parser(add_help=False)
         for flag in ("--data", "--steps", "--epochs"):
             first.add_argument(flag)
         given = first.parse_known_args(argv)[0]
         recipe = recipes.get(given.data or "shapes", recipes["paper"])
-        replaced = ("steps", "epochs") if given.steps or given.epochs else ()  # the one replaces the other
-        self.set_defaults(**{name: value for name, value in recipe.items() if name not in replaced})
+        if given.steps or given.epochs:  # the given one replaces both defaults
+            recipe = {name: value for name, value in recipe.items() if name not in ("steps", "epochs")}
+        self.set_defaults(**recipe)
         return self.parse_args(argv)
 
 
 def refuse(args, flags, why):
-    """UserError for the first of `flags` that was given: it would have no effect."""
+    """UserError if one of `flags` was given; it would have no effect."""
     for flag in flags:
-        if getattr(args, flag, None) is not None:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} has no effect {why}; drop it")
+        value = getattr(args, flag, None)
+        if value is not None:
+            raise UserError(f"--{flag.replace('_', '-')} {value} has no effect {why}; drop it")
 
 
-def number(kind, least, most=2 ** 63 - 1):
-    """A type for argparse: an int or float from `least` to `most`."""
+LARGEST = 2 ** 63 - 1
+
+
+def number(kind, least, most=LARGEST):
+    """A type for argparse."""
     def convert(text):
         value = kind(text)
         if not least <= value <= most:
             raise ValueError
         return value
-    convert.__name__ = f"{kind.__name__} from {least} to {most}"  # for argparse's message
+    upper = "" if most == LARGEST else f" to {most}"
+    convert.__name__ = f"{kind.__name__} (from {least}{upper})"  # for argparse's message
     return convert
 
 
 def add_data_flags(group, data_sets, default="shapes"):
     add = group.add_argument
-    add("--data", choices=data_sets, default=default, help="it decides the other defaults (%(default)s)")
-    add("--root", metavar="DIR", help="folder of the data; shapes has none")
+    add("--data", choices=data_sets, default=default, help="it sets the other defaults (%(default)s)")
+    add("--root", metavar="DIR", help="folder of the data (not for shapes)")
     add("--images", metavar="PATTERN", help='pictures below --root, such as "imgs/*.jpg" (see README)')
     add("--workers", type=number(int, 0), help="loader processes per process (%(default)s)")
 
@@ -112,62 +119,63 @@ def add_optimisation_flags(parser):
     length.add_argument("--steps", type=number(int, 1), help="optimiser steps (%(default)s)")
     length.add_argument("--epochs", type=number(float, 0), help="passes over the images (%(default)s)")
     add("--batch-size", type=number(int, 1), help="images per step, over all processes (%(default)s)")
-    add("--lr", type=number(float, 0), help="peak rate (%(default)s; stage 2: 6e-5, for x2 1e-4; §5.1)")
+    add("--lr", type=number(float, 0), help="peak rate (%(default)s; None: 6e-5, for --width 2 1e-4; §5.1)")
     add("--warmup", type=number(float, 0, 1),
-        help="share of the steps in which the rate rises, before the cosine; PAPER SILENT (%(default)s)")
-    add("--weight-decay", type=number(float, 0), help="(%(default)s; stage 3: §5.1)")
-    add("--seed", type=number(int, 0), default=0, help="of weights, order, crops, noise, labels (0)")
+        help="share of the steps in which the rate first rises; PAPER SILENT (%(default)s)")
+    add("--weight-decay", type=number(float, 0), help="(%(default)s; §5.1 sweeps it in stage 3)")
+    add("--seed", type=number(int, 0), default=0, help="for weights, order, crops, noise and labels (0)")
 
 
 def add_machine_flags(parser):
     group = parser.add_argument_group("machine")
     add = group.add_argument
-    add("--out", metavar="DIR", help="folder of the run, which the same command continues (runs/DATA/STAGE)")
-    add("--micro-batch", type=number(int, 1),
-        help="images in one process's network at once: lower it to save memory; a ResNet-50 that trains from "
-             "nothing normalises over them (%(default)s)")
+    add("--out", metavar="DIR", help="folder of the run; the same command continues it (runs/DATA/STAGE)")
+    add("--micro-batch", type=number(int, 1), help="images in one process's network at once: lower it to save "
+        "memory; a ResNet-50 that trains from nothing normalises over them (%(default)s)")
     add("--save-every", type=number(int, 1), help="steps between checkpoints (%(default)s)")
     add_device_flags(group)
 
 
 def add_device_flags(group):
     add = group.add_argument
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU, if any")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-        help="of autocast; auto: bf16 on CUDA, else fp32")
+        help="auto: bf16 on GPUs that have it, fp16 on older ones, else fp32")
     add("--compile", action="store_true", help="torch.compile the network")
 
 
 def network_args(args, made_with, source):
-    """encoder, width and image_size for build_unet: as the flags ask or as the weights in `source` were made,
-    which must agree, else the paper's; those of a small network for the toy data."""
-    toy = args.data == "shapes"
-    usual = {"encoder": "hybrid-small" if toy else "hybrid", "width": 0.25 if toy else 1.0}
-    for name in usual:
+    """encoder, width and image_size for build_unet: from the flags, or else from made_with, the arguments
+    of the network saved in `source`. UserError if they differ."""
+    chosen = {"encoder": "hybrid", "width": 1.0}
+    if args.data == "shapes":
+        chosen = {"encoder": "hybrid-small", "width": 0.25}
+    for name in chosen:
         asked, made = getattr(args, name), made_with.get(name)
-        if None not in (asked, made) and asked != made:
+        if asked and made and asked != made:
             raise UserError(f"--{name} {asked}, but {source} was made with {made}; drop the flag")
-        usual[name] = asked or made or usual[name]
-    return {**usual, "image_size": made_with.get("image_size")}
+        chosen[name] = asked or made or chosen[name]
+    return {**chosen, "image_size": made_with.get("image_size")}
 
 
-# ---------------------------------------- Processes and the device
+# ---- Processes and the device
 
 
 def start_processes(device="auto"):
-    """Join torchrun's group, if there is one: (rank, world, this process's device)."""
+    """Join torchrun's processes, if any. Returns (rank, number of processes, this one's device)."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise UserError("srun started several tasks, each of which would train alone; start one a machine, and "
-                        "in it torchrun")
-    rank, world, local = (int(os.environ.get(name, default)) for name, default
-                          in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        raise UserError("srun started several tasks that would train alone; start one per machine, with "
+                        "torchrun in it")
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
-        mps = torch.backends.mps.is_available() and world == 1  # MPS has no collectives
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.backends.mps.is_available() and world == 1:  # MPS works in one process only
+            device = "mps"
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs, expected one a process; start "
-                            "fewer processes, or pass --device cpu")
+            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs, expected one per process; "
+                            "start fewer, or pass --device cpu")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
@@ -176,24 +184,23 @@ def start_processes(device="auto"):
 
 
 def total(tensor):
-    """The sum of a tensor over all processes, in place."""
+    """Sum over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def is_local_first():
-    """Whether this is the first process of its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextmanager
 def local_first():
-    """One process of each machine runs the block before the others: it makes a file, they find it."""
+    """The first process on a machine runs the block before the others, which then find the file it made."""
     if not dist.is_initialized():
         yield
         return
-    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # training's gives up after minutes
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # the usual timeout is minutes
     if not is_local_first():
         dist.barrier(waiting)
     yield
@@ -207,7 +214,7 @@ def default_workers():
 
 
 def choose_precision(precision, device):
-    """What `auto` is: bf16 on GPUs that have it, fp16 on older ones, elsewhere fp32: on CPUs bf16 is slower."""
+    """Replace "auto". On CPUs it is fp32: bf16 is slower there."""
     if precision != "auto":
         return precision
     if device.type != "cuda":
@@ -216,37 +223,36 @@ def choose_precision(precision, device):
 
 
 def autocast(precision, device):
-    """torch.autocast; it does nothing in fp32."""
     precision = choose_precision(precision, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def progress(items=None, **options):
-    """tqdm, every minute where nobody watches; on the first process of a machine."""
+    """tqdm on a machine's first process; once a minute if not on a terminal."""
     return tqdm(items, dynamic_ncols=True, disable=not is_local_first(),
                 mininterval=0.1 if sys.stderr.isatty() else 60, **options)
 
 
 def say(text, rank=0):
-    """Print a line, from the first process alone."""
     if rank == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
-# ---------------------------------------- A run: its length and rate, its checkpoints, its log
+# ---- A run: its length, rate, checkpoints and log
 
 
 def number_of_steps(args, images, world):
-    """--steps, or enough for --epochs over `images` images; the last batch reaches into the next epoch."""
+    """--steps, or enough for --epochs times `images` images, rounded up."""
     if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size} does not divide over {world} processes")
+        raise UserError(f"--batch-size {args.batch_size} cannot be split over {world} processes; pass a "
+                        "multiple")
     return args.steps or max(1, math.ceil(args.epochs * images / args.batch_size))
 
 
 def cosine_rate(step, steps, peak, warmup):
-    """Rate of `step` (from 0): a linear rise in the share `warmup` of the steps, then half a cosine (5.1)."""
+    """Rate of `step` (from 0): linear rise for the share `warmup` of the steps, then half a cosine (5.1)."""
     rising = round(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
@@ -257,26 +263,26 @@ NOT_FINITE = "is not finite"
 
 
 def finish_step(step, loss, optimizer, scaler):
-    """The optimiser's step after backward; returns the loss summed over all processes, a float.
+    """Step the optimiser after backward. Returns the loss, summed over all processes, as a float.
 
-    UserError before a loss or gradient that is not finite reaches the weights. fp16's scaler skips a step with
-    such a gradient and halves its scale; when that has come down to 1 no lower one will help.
+    UserError, with the weights unchanged, if the loss or gradient is not finite. But in fp16 such a gradient
+    only makes the scaler skip the step and halve its scale, until that is 1.
     """
     scaler.unscale_(optimizer)
-    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]).item()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
     loss = total(loss).item()
     if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)):
-        raise UserError(f"step {step}: the loss, {loss:g}, or its gradient {NOT_FINITE}; the weights are as "
-                        "before. Lower --lr, raise --warmup, or pass --precision fp32")
+        raise UserError(f"step {step}: the loss, {loss:g}, or its gradient {NOT_FINITE}; lower --lr, "
+                        "raise --warmup, or pass --precision fp32")
     scaler.step(optimizer)
     scaler.update()
     return loss
 
 
 def save(path, content):
-    """torch.save, or by the path's ending JSON or a picture; whole or not at all: written beside, flushed to
-    disk, renamed. UserError where that fails, as on a full disk."""
+    """Write a checkpoint or, by the path's ending, JSON or a PNG. The old file stays until the new one is
+    complete on disk. UserError if it cannot be written."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             if str(path).endswith(".json"):
@@ -288,57 +294,61 @@ def save(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # torch's own for a full disk is a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
         raise UserError(f"{path}: cannot be written ({error})") from error
 
 
 def load(path):
-    """The checkpoint in a file of `save`. Raises UserError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of all kinds
+    except Exception as error:  # damaged files raise errors of all kinds
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); bring back a whole copy, or delete "
-                        "it to begin anew") from error
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); restore a copy, or delete it to "
+                        "start again") from error
 
 
-FREE = ("out", "root", "workers", "save_every", "device", "compile", "micro_batch")  # may change on resume
+def save_checkpoint(args, step, model, model_args, optimizer, scaler, data, **classes):
+    save(os.path.join(args.out, "last.pt"), dict(
+        step=step, model=model.state_dict(), model_args=model_args, args=vars(args), data=data,
+        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **classes))
+
+
+FREE = {"out", "root", "workers", "save_every", "device", "compile", "micro_batch"}  # may change on resume
 
 
 def resume(args, data):
-    """The checkpoint in --out, or None. UserError where it is of other flags or data (a description), or where
-    not all processes see the same one."""
+    """The checkpoint in --out, or None. UserError if its flags or its data (a description) were different."""
     path, checkpoint = os.path.join(args.out, "last.pt"), None
     if os.path.exists(path):
         checkpoint = load(path)
-        then, now = {**checkpoint["args"], "images": checkpoint["data"]}, {**vars(args), "images": data}
+        then, now = {**checkpoint["args"], "found": checkpoint["data"]}, {**vars(args), "found": data}
         free = FREE
-        if checkpoint["model_args"]["encoder"] == "resnet50" and now.get("encoder_weights") is None and (
-                now.get("init") in (None, "none")):
-            free = FREE[:-1]  # a fresh ResNet-50 normalises over the micro-batch
+        pretrained = now.get("encoder_weights") or now.get("init", "none") not in (None, "none")
+        if checkpoint["model_args"]["encoder"] == "resnet50" and not pretrained:
+            free = FREE - {"micro_batch"}  # this network normalises over the micro-batch
         changed = [f"{key.replace('_', '-')} {then.get(key)} then, {now.get(key)} now"
                    for key in {**then, **now} if then.get(key) != now.get(key) and key not in free]
         if changed:
-            raise UserError(f"{path} is of another run ({'; '.join(changed)}); pass a new --out")
+            raise UserError(f"{path} is from another run ({'; '.join(changed)}); pass a new --out")
     require_same(path, checkpoint and checkpoint["step"])
     return checkpoint
 
 
 def require_same(path, seen):
-    """UserError in every process where they do not all see the same at a path."""
-    everywhere = [seen]
-    if dist.is_initialized():
-        everywhere *= dist.get_world_size()
-        dist.all_gather_object(everywhere, seen)
+    """UserError, in every process, if they see different things at a path."""
+    if not dist.is_initialized():
+        return
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, seen)
     if everywhere.count(seen) < len(everywhere):
-        raise UserError(f"{path}: the processes see {', '.join(map(str, everywhere))}; expected the same for all: "
-                        "--out must lie on a disk that all machines share")
+        raise UserError(f"{path}: the processes see {', '.join(map(str, everywhere))}, expected the same; "
+                        "put --out on a disk that all machines share")
 
 
 class Log:
-    """On the first process: a progress bar, and in `out` log.jsonl and TensorBoard's events, where installed.
+    """A progress bar; on the first process also log.jsonl and, if installed, TensorBoard's events in `out`.
 
-    start: steps that a run which continues has done; what was logged after them is dropped.
+    start: steps done before. An old log is cut behind them.
     """
 
     def __init__(self, out, start, steps, rank):
@@ -349,7 +359,7 @@ class Log:
         os.makedirs(out, exist_ok=True)
         self.file = open(os.path.join(out, "log.jsonl"), "a+", buffering=1)
         self.file.seek(0)
-        for _ in range(start):  # a line a step
+        for _ in range(start):  # one line per step
             self.file.readline()
         self.file.truncate(self.file.tell())
         try:
@@ -359,17 +369,17 @@ class Log:
             pass
 
     def write(self, step, **values):
-        """A line of numbers after `step` steps."""
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         self.bar.update()
         if self.file:
             try:
                 self.file.write(json.dumps({"step": step, **values}) + "\n")
-            except OSError as error:  # which does not name it
+            except OSError as error:  # it does not name the file
                 raise UserError(f"{self.file.name}: cannot be written ({error})") from error
-        for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
 
     def close(self):
-        for stream in filter(None, (self.bar, self.file, self.board)):
-            stream.close()
+        for part in filter(None, (self.bar, self.file, self.board)):
+            part.close()

@@ -1,16 +1,15 @@
-"""One sample (read, crop, flip) and the order of samples.
+"""Read, crop and flip one sample; the order of samples.
 
     samples = Samples(source, pretraining_transform(224), seed=0)      # samples[epoch, index]
-    loader  = DataLoader(samples, batch_sampler=Order(len(source), batch_size=512, micro_batch=64, steps=1000))
+    loader = DataLoader(samples, batch_sampler=Order(len(source), batch_size=512, micro_batch=64, steps=1000))
 
-A source (datasets.py) has len(source), source.name(i) and source.read(i) -> {"image": tv_tensors.Image,
-"mask": tv_tensors.Mask, "label": int}, what there is of these.
+A source (datasets.py) has len(source), source.name(i) and source.read(i), a dictionary of "image"
+(tv_tensors.Image) and, if there is one, "mask" (tv_tensors.Mask) or "label" (int).
 
-Order, crop, flip and noise of a sample are functions of (seed, epoch, index) alone. So they are the same for
-any number of loader workers and processes and after a restart, and there is no state to save.
+The order, crop, flip and noise of a sample depend on (seed, epoch, index) alone. So they are the same for any
+number of loader workers and processes and after a restart, and no state needs to be saved.
 
-Images travel as uint8 (3, H, W). They become float32 in [-1, 1] on the device (`to_pixels`). Masks are uint8
-(H, W) class indices; 255 is ignored.
+Images are uint8 (3, H, W) until `to_pixels`. Masks are uint8 (H, W) class indices; 255 is ignored.
 """
 import re
 import sys
@@ -25,66 +24,64 @@ from torchvision.transforms import v2
 from common import UserError
 
 IGNORE = 255
-ORDER, CROP, NOISE = 0, 1, 2  # what a seed is for
+ORDER, CROP, NOISE = 0, 1, 2  # purposes of a seed
 
 
 def to_pixels(images):
-    """uint8 (B, 3, H, W) -> float32 in [-1, 1], channels last: this project's one pixel range."""
+    """uint8 (B, 3, H, W) -> float32 in [-1, 1], channels last. All networks here use this range."""
     return ((images.float() - 127.5) / 127.5).contiguous(memory_format=torch.channels_last)
 
 
-# ---------------------------------------- Reading one file
+# ---- Reading one file
 
 
 class UnreadableImage(UserError):
-    """A file that does not decode: an error where it has a mask, replaced by another in pretraining."""
+    """A file that does not decode. Pretraining uses another in its place."""
 
 
 def open_picture(file, name):
-    """The PIL image in a path or open file, decoded: of one page, with 8 bits a channel. Raises
-    UnreadableImage for what does not decode, UserError for other pictures."""
+    """The decoded PIL image of a path or open file. Raises UnreadableImage, or UserError for several pages or
+    more than 8 bits per channel."""
     try:
         picture = Image.open(file)
-        # Of 16 bits a channel Pillow makes 8 without a word; how it will decode stands in its tiles
+        # Pillow silently turns 16 bits per channel into 8; its tiles and a TIFF's tag 258 tell
         deep = re.search(r";16[BLN]|\('RGB', \d{4,}\)", str(picture.tile))
-        deep = deep or np.max(getattr(picture, "tag_v2", {}).get(258, 8)) > 8  # bits per sample of a TIFF
+        deep = deep or np.max(getattr(picture, "tag_v2", {}).get(258, 8)) > 8
         pages = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # MPO: a phone's JPEG
         picture.load()
-    except Exception as error:  # broken bytes raise errors of all kinds in Pillow
+    except Exception as error:  # Pillow raises errors of all kinds
         raise UnreadableImage(f"{name}: cannot be read as a picture ({error})") from None
-    found = f"{pages} pages" if pages > 1 else "16 bits a channel" if deep else f"Pillow's mode {picture.mode}"
     if deep or pages > 1 or picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise UserError(f"{name}: {found}, expected one page of 8 bits a channel; convert it: each page with "
-                        "Image.fromarray(np.uint8(255 * (x - low) / (high - low))).save(...)")
+        bits = ", 16 bits a channel" if deep else ""
+        raise UserError(f"{name}: {pages} page(s), Pillow's mode {picture.mode}{bits}; expected one page, "
+                        "8 bits a channel: save Image.fromarray(np.uint8(255 * (x - low) / (high - low)))")
     return picture
 
 
 def read_image(file, name=None):
-    """RGB (3, H, W) uint8, upright by its EXIF tag, of a path or an open file: what Pillow opens in an 8-bit
-    mode, CMYK, palettes and grey included; alpha is dropped. Raises what open_picture raises."""
+    """RGB uint8 (3, H, W), upright by its EXIF tag, without alpha. Raises as open_picture does."""
     picture = open_picture(file, name or file)
     try:
         ImageOps.exif_transpose(picture, in_place=True)
-    except Exception:  # of all kinds, from a broken EXIF block: the picture stays as it is
+    except Exception:  # from a broken EXIF block; the picture stays as it is
         pass
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def image_size(path):
-    """(H, W) of read_image(path), from the header of the file."""
+    """(H, W) of read_image(path), without decoding it."""
     with Image.open(path) as picture:
         try:
-            lies = picture.getexif().get(0x0112, 1) > 4  # on its side
+            on_its_side = picture.getexif().get(0x0112, 1) > 4
         except Exception:
-            lies = False
-        return picture.size if lies else picture.size[::-1]
+            on_its_side = False
+        return picture.size if on_its_side else picture.size[::-1]
 
 
 def read_mask(path, values):
-    """A mask as class indices uint8 (H, W), IGNORE where ignored. Raises UserError for other values.
+    """A mask as class indices, uint8 (H, W). Raises UserError for a value that is not in `values`.
 
-    values: {value: class index or IGNORE}. Its keys are 0 to 255, of an index image (palette or grey; its
-    colours are not read), or all (R, G, B).
+    values: {value: class index or IGNORE}. Its keys are all colours (R, G, B) or all 0 to 255.
     """
     picture, colours = open_picture(path, path), isinstance(next(iter(values)), tuple)
     if picture.format == "JPEG" or not (colours or picture.mode in ("1", "L", "P")):
@@ -96,10 +93,10 @@ def read_mask(path, values):
         keys = np.array(sorted(known))
         at = np.searchsorted(keys, found).clip(max=len(keys) - 1)
         mask = np.where(keys[at] == found, np.array([known[key] for key in keys])[at], -1)
-    else:  # a table is faster than a search
-        found, table = np.array(picture).astype(np.uint8), np.full(256, -1, np.int16)
-        table[list(values)] = list(values.values())
-        mask = table[found]
+    else:
+        found, class_of = np.array(picture).astype(np.uint8), np.full(256, -1, np.int16)
+        class_of[list(values)] = list(values.values())
+        mask = class_of[found]
     if mask.min() < 0:
         wrong = int(found[mask < 0][0])
         wrong = (wrong >> 16, wrong >> 8 & 255, wrong & 255) if colours else wrong
@@ -108,20 +105,20 @@ def read_mask(path, values):
     return torch.from_numpy(mask.astype(np.uint8))
 
 
-# ---------------------------------------- Crops and flips: torchvision's transforms, of image and mask as one
+# ---- Crops and flips of image and mask together
 
 
 def pretraining_transform(size, min_area=0.08):
-    """Inception-style crop (§6) of min_area to all of the picture, aspect ratio 3/4 to 4/3, and flip."""
+    """Inception-style crop (§6) of min_area to all of the image, aspect ratio 3/4 to 4/3; flip."""
     return v2.Compose([v2.RandomResizedCrop(size, scale=(min_area, 1.0), antialias=True),
                        v2.RandomHorizontalFlip()])
 
 
 def segmentation_transform(size, min_area=None):
-    """Training crop of image and mask to size x size, and flip. Masks are scaled without mixing values.
+    """Crop image and mask to size x size and flip them.
 
-    PAPER SILENT on which crop. None: a random window (5.1: "random cropping ... to a fixed size"), smaller
-    pictures padded, with IGNORE in the mask. min_area: inception-style (§6).
+    PAPER SILENT on which crop: "random cropping ... to a fixed size" (5.1) or inception-style (§6).
+    min_area None: a random window; smaller pictures are padded, masks with IGNORE. Else: inception-style.
     """
     if min_area is not None:
         return pretraining_transform(size, min_area)
@@ -129,19 +126,19 @@ def segmentation_transform(size, min_area=None):
     return v2.Compose([v2.RandomCrop(size, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip()])
 
 
-# ---------------------------------------- Samples, their order, their batches
+# ---- Samples, their order, their batches
 
 
 def sample_seed(seed, epoch, index, purpose):
-    """A 63-bit seed for one purpose: ORDER, CROP (and flip) or NOISE."""
+    """A 63-bit seed. purpose: ORDER, CROP (and flip) or NOISE."""
     state = np.random.SeedSequence((seed, epoch, index, purpose)).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
 class Samples(Dataset):
-    """samples[epoch, index] -> {"image", "mask" or "label" where there is one, "noise_seed"}.
+    """samples[epoch, index] -> what source.read(index) returns, cropped and flipped, and its "noise_seed".
 
-    replace: a picture that does not decode is replaced by the next that does, and named on stderr.
+    replace: use the next picture in place of one that does not decode, and say so on stderr.
     """
 
     def __init__(self, source, transform, seed=0, replace=False):
@@ -162,15 +159,15 @@ class Samples(Dataset):
                 if not self.replace:
                     raise
                 print(f"{error}; the next picture takes its place", file=sys.stderr)
-        raise UserError(f"{self.source.name(index)} and the 99 pictures behind it cannot be read")
+        raise UserError(f"{self.source.name(index)} and the 99 pictures after it cannot be read")
 
 
 class Order(Sampler):
-    """For each step from `start` to `steps`: this process's share of the global batch, in `parts` micro-batches
-    of at most micro_batch keys (epoch, index), as few and as equal as can be.
+    """Yield micro-batches, lists of keys (epoch, index), for the steps from `start` to `steps`.
 
-    The samples of a run are one endless sequence, epoch after epoch, each in its own order. Step s takes
-    batch_size of them from s * batch_size on: a batch may reach into the next epoch, so every batch is full.
+    The samples of a run are one sequence, epoch after epoch, each epoch in its own order. Step s takes
+    batch_size of them from s * batch_size on, across the end of an epoch too. Process `rank` of `world` takes
+    its share of the batch, in `parts` micro-batches of nearly equal size, at most micro_batch.
     """
 
     def __init__(self, count, batch_size, micro_batch, steps, seed=0, start=0, rank=0, world=1):

@@ -1,4 +1,4 @@
-"""Where each data set's files lie and what its mask values mean; label subsets."""
+"""Where the files of each data set lie, what its mask values mean, and subsets of the labels."""
 import dataclasses
 import hashlib
 import os
@@ -24,15 +24,15 @@ from pictures import palette
 
 
 class DataSet(NamedTuple):
-    images: str                      # pattern (files.py); {part} is train or val
-    masks: str                       # pattern
-    values: tuple = ()               # mask values of its classes, in the order of classes/<name>.txt
-    ignored: tuple = ()              # other mask values that its official files hold
-    places: tuple = ("",)            # root itself, or where the set may lie below it, as it is distributed
-    words: tuple = ("train", "val", "test")  # its own for {part}
-    lists: str = ""                  # text files with the names of a part
-    counts: tuple = (0, 0)           # official numbers of pairs, train and val
-    scales: tuple = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the evaluation (5.1)
+    images: str  # pattern (files.py); {part} is train, val or test
+    masks: str  # pattern
+    values: tuple = ()  # mask values of the classes, in the order of classes/<name>.txt
+    ignored: tuple = ()  # other mask values in the official files
+    places: tuple = ("",)  # where the set may lie below --root
+    words: tuple = ("train", "val", "test")  # what stands for {part}
+    lists: str = ""  # text files that list the images of a part
+    counts: tuple = (0, 0)  # official numbers of pairs, train and val
+    scales: tuple = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # for evaluation (5.1)
 
 
 CONTEXT = DataSet("JPEGImages/*.jpg", "SegmentationClassContext/*.png", tuple(range(1, 60)), (0,),
@@ -44,13 +44,13 @@ DATA_SETS = {
         "leftImg8bit/{part}/*_leftImg8bit.png", "gtFine/{part}/*_gtFine_labelIds.png",
         (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), tuple(range(34)),
         counts=(2975, 500), scales=(1.0,)),
-    "pascal_context": CONTEXT,  # PAPER SILENT: 59 classes, without the background, or 60
+    "pascal_context": CONTEXT,  # PAPER SILENT on 59 classes (no background) or 60
     "pascal_context_60": CONTEXT._replace(values=tuple(range(60)), ignored=()),
     "ade20k": DataSet("images/{part}/*.jpg", "annotations/{part}/*.png", tuple(range(1, 151)), (0,),
                       ("", "ADEChallengeData2016"), ("training", "validation", "test"), counts=(20210, 2000)),
     "voc": DataSet("JPEGImages/*.jpg", "SegmentationClass/*.png", tuple(range(21)), (255,),
                    ("", "VOC20??", "VOCdevkit/VOC20??"),
-                   lists="ImageSets/Segmentation/{part}.txt"),  # PAPER SILENT on its evaluation
+                   lists="ImageSets/Segmentation/{part}.txt"),  # PAPER SILENT on evaluation on VOC
 }
 LABELLED = ("shapes", *DATA_SETS)  # for stage 3 and evaluation
 UNLABELLED = (*LABELLED, "cityscapes_coarse", "imagenet21k")  # for stage 2
@@ -60,13 +60,12 @@ FILES = ("root", "images", "masks", "train_list", "val_list", "val_fraction")  #
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "unlabelled"}
 
 
-# ---------------------------------------- Sources: what a stage reads
+# ---- Sources: what a stage reads
 
 
 @dataclasses.dataclass
 class Source:
-    """Pictures by number. Each kind has name(i) and read(i) -> {"image": tv_tensors.Image, "mask":
-    tv_tensors.Mask, "label": int}, what there is of these. rows: a list, or Rows. note: what was found."""
+    """Pictures by number. A subclass adds name(i) and read(i); see data.py. note: what was found."""
     rows: list
     note: str
 
@@ -92,10 +91,12 @@ class Toy(Source):
     def read(self, i):
         image, mask, label = draw(*self.rows[i])
         sample = {"image": tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))}
-        kind = self.rows[i][0]
-        if kind == "encoder_train":
-            return {**sample, "label": label}
-        return sample if kind == "unlabelled" else {**sample, "mask": tv_tensors.Mask(torch.from_numpy(mask))}
+        part = self.rows[i][0]
+        if part == "encoder_train":
+            sample["label"] = label
+        elif part != "unlabelled":
+            sample["mask"] = tv_tensors.Mask(torch.from_numpy(mask))
+        return sample
 
 
 def toy(part):
@@ -104,14 +105,14 @@ def toy(part):
 
 
 class Files(Source):
-    """Pictures by the records of a .npy file (files.list_pictures), which is mapped: str would take gigabytes
-    in every process. folder: below root, where all of them lie."""
+    """Pictures by the records of files.list_pictures, memory-mapped: a list of millions of str would take
+    gigabytes in every process. folder: the one below root that holds all."""
 
     def __init__(self, npy, note, root, folder):
         super().__init__(np.load(npy, mmap_mode="r"), note)
         self.npy, self.root, self.folder = npy, root, folder
 
-    def __reduce__(self):  # a loader worker that is not forked gets the path, not the records
+    def __reduce__(self):  # a loader worker that is not forked gets the path of the records
         return Files, (self.npy, self.note, self.root, self.folder)
 
     def name(self, i):
@@ -145,27 +146,30 @@ class Pairs(Source):
         path = os.path.join(self.root, self.rows[i][1])
         mask = read_mask(path, self.values)
         if tuple(mask.shape) != tuple(size):
-            raise UserError(f"{path}: {tuple(mask.shape)} (H, W), expected {tuple(size)} as its image")
+            raise UserError(f"{path}: {tuple(mask.shape)} (H, W), expected its image's {tuple(size)}")
         return mask
 
 
-# ---------------------------------------- Stages 1 and 2: pictures with a class, or without any label
+# ---- Stages 1 and 2: pictures with a class or no label
 
 
 def home(args, places, folder):
-    """--root, or the place below it where the set lies as it is distributed: which holds `folder`."""
+    """--root, or the one of `places` below it that holds `folder`. Raises UserError."""
     if args.root is None:
-        raise UserError(f"--data {args.data}: which folder? pass --root DIR")
-    found = [path for place in places for path in sorted(glob(os.path.join(escape(args.root), place).rstrip("/")))
-             if os.path.isdir(os.path.join(path, folder))]
-    if len(found) != 1:
-        raise UserError(f"--root {args.root}: " + (f"holds {', '.join(found)}; pass one of them" if found else
-                        f"no folder {folder or '.'} in it; see --root, --images and --masks"))
+        raise UserError(f"--data {args.data} needs a folder; pass --root DIR")
+    found = []
+    for place in places:
+        paths = sorted(glob(os.path.join(escape(args.root), place).rstrip("/")))
+        found += [path for path in paths if os.path.isdir(os.path.join(path, folder))]
+    if not found:
+        raise UserError(f"--root {args.root}: no folder {folder or '.'}; see --root, --images, --masks")
+    if len(found) > 1:
+        raise UserError(f"--root {args.root}: holds {', '.join(found)}; pass one of them")
     return found[0]
 
 
 def pretraining_images(args):
-    """The source of stage 2, by --data, --root and --images; no labels are used."""
+    """The source for stage 2."""
     if args.data == "shapes":
         common.refuse(args, FILES, "on shapes")
         return toy("unlabelled")
@@ -175,7 +179,9 @@ def pretraining_images(args):
     pattern = plain(args.images or row.images)
     if args.data == "folder" and args.images is None:
         pattern = "images/*" if os.path.isdir(os.path.join(args.root or "", "images")) else "*"
-    words = [row.words[0], *["train_extra"] * (args.data == "cityscapes_coarse")]  # Table 3: "fine & coarse"
+    words = row.words[:1]
+    if args.data == "cityscapes_coarse":
+        words += ("train_extra",)  # both, as in Table 3: "fine & coarse"
     patterns = [pattern.replace("{part}", word) for word in words]
     return files_of(home(args, row.places, form_of(patterns[0])[0]), patterns)
 
@@ -183,12 +189,13 @@ def pretraining_images(args):
 def files_of(root, patterns, tars=()):
     npy, note = list_pictures(root, patterns, tars)
     source = Files(npy, note, root, form_of(patterns[0])[0])
-    source.note = f"{len(source)} pictures in {f'{len(tars)} .tar files of ' if tars else ''}{root}{note}"
+    where = f"{len(tars)} .tar files of {root}" if tars else root
+    source.note = f"{len(source)} pictures in {where}{note}"
     return source
 
 
 def classification_images(args):
-    """(source, class names) of stage 1: class folders or ImageNet-21k's .tar files, in root or root/train."""
+    """(source, class names) for stage 1: a folder or, in ImageNet-21k, a .tar file per class."""
     if args.data == "shapes":
         common.refuse(args, FILES, "on shapes")
         return toy("encoder_train"), list(shapes.CLASSES[1:])
@@ -200,56 +207,58 @@ def classification_images(args):
         common.refuse(args, ["images"], "on .tar files")
     source = files_of(root, [plain(args.images or "*")], tars)
     _, firsts = np.unique(source.rows["label"], return_index=True)
-    below = [os.fsdecode(source.rows[i]["path"]).removeprefix(source.folder).partition("/") for i in firsts]
-    names = [Path(first).stem if tars else first if slash else "." for first, slash, _ in below]
-    splits = [name for name in names if SPLITS & {*re.split("[^a-z]+", name.lower())}]  # "bullet train" is one
+    paths = [os.fsdecode(source.rows[i]["path"]).removeprefix(source.folder) for i in firsts]  # one per class
+    if tars:
+        names = [Path(path).stem for path in paths]
+    else:
+        names = [path.split("/")[0] if "/" in path else "." for path in paths]
+    splits = [name for name in names if SPLITS & {*re.split("[^a-z]+", name.lower())}]  # "bullet train" too
     if len(names) < 2 or "." in names or len(splits) > 1 or any(name.lower() in SPLITS for name in splits):
-        raise UserError(f"{root}: its pictures lie in {', '.join((splits or names)[:8])}; expected a folder "
-                        "for each of two or more classes, not for parts of a data set; pass --root with those")
+        raise UserError(f"{root}: its pictures lie in {', '.join((splits or names)[:8])}; expected a "
+                        "folder for each of two or more classes; pass the --root of those")
     return source, names
 
 
-# ---------------------------------------- Stage 3: pictures with masks
+# ---- Stage 3: pictures with masks
 
 
 class Classes(NamedTuple):
     names: list
     colours: list  # (R, G, B)
-    values: dict   # {mask value or (R, G, B): class index or IGNORE}
+    values: dict  # {mask value or (R, G, B): class index or IGNORE}
 
 
 def classes_of(args):
-    """The Classes of --data; of a folder by its classes.txt."""
+    """The Classes of --data; those of a folder are in its classes.txt."""
     if args.data == "shapes":
         names = [*shapes.CLASSES]
         return Classes(names, palette(len(names)), {i: i for i in range(len(names))})
     if args.data == "folder":
         return own_classes(os.path.join(home(args, ("",), ""), "classes.txt"))
     values, ignored = DATA_SETS[args.data].values, DATA_SETS[args.data].ignored
-    if args.data == "cityscapes" and re.search("train_?id", args.masks or "", re.IGNORECASE):  # made by users
+    if args.data == "cityscapes" and re.search("train_?id", args.masks or "", re.IGNORECASE):
         values, ignored = range(len(values)), (IGNORE,)
     lines = read_lines(Path(__file__).parent / "classes" / f"{args.data.removesuffix('_60')}.txt")
-    lines = [line.split(maxsplit=3) for line in lines[-len(values):]]  # 59 classes are the last of 60
+    lines = [line.split(maxsplit=3) for line in lines[-len(values):]]  # the 59 classes are the last of 60
     return Classes([line[3] for line in lines], [tuple(map(int, line[:3])) for line in lines],
                    {**dict.fromkeys(ignored, IGNORE), **{value: k for k, value in enumerate(values)}})
 
 
 def own_classes(path):
-    """Classes of a text file whose lines are all `name` (line n is value n, from 0, and 255 is ignored), all
-    `value name` or all `R G B name`. Lines with one name are one class; "ignore" is ignored."""
+    """The Classes in a text file (README.md describes it). Raises UserError."""
     lines = [line.split() for line in (read_lines(path) if os.path.exists(path) else [])]
-    count = next(n for n in (3, 1, 0)
+    count = next(n for n in (3, 1, 0)  # of numbers before the name
                  if all(len(words) > n and all(map(str.isdecimal, words[:n])) for words in lines))
     keys = [tuple(map(int, words[:count])) if count else (i,) for i, words in enumerate(lines)]
     named = [" ".join(words[count:]) for words in lines]
     names = [name for name in dict.fromkeys(named) if name != "ignore"]
-    # `1: sky`, lines of two forms, __ignore__; where lines are names alone `sky 1`, `sky,1`
+    # Such as `1: sky`, mixed forms, `__ignore__`; without numbers before the names also `sky 1` and `sky,1`
     wrong = [name for name in named if name[0] in "#-+.0123456789" or "ignore" in name.lower() != "ignore"
              or not count and re.search(r"[\s,;:=]\d+$", name)]
     if wrong or len(set(keys)) < len(keys) or not 2 <= len(names) <= 255 or max(map(max, keys)) > 255:
-        raise UserError(f"{path}: {wrong[0] if wrong else f'{len(names)} classes'}; expected a line for each "
-                        "of 2 to 255 classes, all `name` (line n is mask value n, from 0), all `value name` or "
-                        "all `R G B name`, each value from 0 to 255 and once; `ignore` names what is no class")
+        raise UserError(f"{path}: {wrong[0] if wrong else f'{len(names)} classes'}; expected 2 to 255 "
+                        "classes, a line each: all `name` (line n is value n, from 0), all `value name` or "
+                        "all `R G B name`; each value once, from 0 to 255; `ignore` is no class")
     colours = [keys[named.index(name)] for name in names] if count == 3 else palette(len(names))
     classes = [IGNORE if name == "ignore" else names.index(name) for name in named]
     values = dict(zip(keys if count == 3 else (key[0] for key in keys), classes))
@@ -257,37 +266,42 @@ def own_classes(path):
 
 
 def labelled(args, classes, wanted=("train", "val")):
-    """{part: its Pairs} for those of `wanted`, of train, val and test, that there are.
+    """{part: source} for the parts in `wanted` (train, val, test) that have images. Raises UserError.
 
-    args: the data flags of finetune.py. A part is what its list selects, of all folders, or else what lies in
-    its folder; patterns without {part} are one folder, of training images.
+    args: the data flags of finetune.py. A part has the images that its list names, from the folders of all
+    parts; without a list, those in its own folder. Patterns without {part} mean one folder, for training.
     """
     if args.data == "shapes":
         common.refuse(args, FILES, "on shapes")
         return {part: toy(part) for part in wanted if part in SHAPES_COUNTS}
-    row, found, sources = DATA_SETS[args.data], {}, {}
+    row = DATA_SETS[args.data]
     images, masks = plain(args.images or row.images), plain(args.masks or row.masks)
     root = home(args, row.places, form_of(masks.replace("{part}", "*"))[0])
     own = row.lists and f"{root}/{row.lists}"
     lists = {"train": args.train_list or own, "val": args.val_list or own, "test": own}
+    listed = any(lists[part] for part in wanted)
+    found = {}  # {part: ([Pair, ...], other pictures)}, by folders
     for part, word in zip(lists, row.words if "{part}" in images else [""]):
         pattern = images.replace("{part}", word)
-        there = os.path.isdir(os.path.join(root, form_of(pattern)[0]))
-        if there and (part in wanted or any(lists[part] for part in wanted)):
+        if (listed or part in wanted) and os.path.isdir(os.path.join(root, form_of(pattern)[0])):
             found[part] = find_pairs(root, pattern, masks.replace("{part}", word))
+    everywhere = [pair for pairs, _ in found.values() for pair in pairs if pair.image]
+    sources = {}
     for part in wanted:
         pairs, others = found.get(part, ([], []))
-        note = f"; left out {len(others)} other pictures, such as {others[0]}" if others else ""
+        note = ""
         if lists[part]:
-            everywhere = [pair for pairs, _ in found.values() for pair in pairs if pair.image]
-            pairs, note = select(str(lists[part]).replace("{part}", part), everywhere, pairs), ""
+            pairs = select(str(lists[part]).replace("{part}", part), everywhere, pairs)
+        elif others:
+            note = f"; left out {len(others)} other pictures, such as {others[0]}"
         alone = [pair.image or pair.mask for pair in pairs if None in pair]
         if alone:
             raise UserError(f"{os.path.join(root, alone[0])}: {len(alone)} files without a partner; expected "
-                            f"pairs {images} and {masks}, equal in place of *: mend that, pass --images and "
-                            "--masks, or select images with --train-list and --val-list")
+                            f"{images} and {masks} with equal text for *; add what is missing, pass --images "
+                            "and --masks, or list images in --train-list and --val-list")
         official = dict(zip(lists, row.counts)).get(part)
-        note = f" (the official set has {official}){note}" if official not in (None, 0, len(pairs)) else note
+        if official and official != len(pairs):
+            note = f" (the official set has {official}){note}"
         if pairs:
             rows = [(pair.image, pair.mask) for pair in pairs]
             sources[part] = Pairs(rows, f"{len(rows)} pairs{note}", root, classes.values)
@@ -295,11 +309,12 @@ def labelled(args, classes, wanted=("train", "val")):
 
 
 def training_and_validation(args, classes):
-    """(train, val or None): what --train-list, --val-list, --val-fraction and --labels make of the data."""
+    """(train, val or None), after --train-list, --val-list, --val-fraction and --labels. Raises UserError."""
     sources = labelled(args, classes)
     train, val = sources.get("train"), sources.get("val")
-    if train and args.val_list and not args.train_list:  # the others train
-        train = train.subset([i for i, row in enumerate(train.rows) if row not in {*val.rows}])
+    if train and args.val_list and not args.train_list:
+        held_out = {*val.rows}
+        train = train.subset([i for i, row in enumerate(train.rows) if row not in held_out])
     if not train:
         raise UserError(f"{args.root}: no training images; expected images/train and masks/train, or "
                         "patterns in --images and --masks")
@@ -311,7 +326,7 @@ def training_and_validation(args, classes):
         train, val = train.subset(sorted(ranked[count:])), train.subset(sorted(ranked[:count]))
     both = {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val or []))}
     if both:
-        raise UserError(f"{min(both)}: both a training and a validation image; expected lists that differ")
+        raise UserError(f"{min(both)}: both a training and a validation image; put it in one list only")
     if args.labels is not None:
         if args.labels > len(train):
             raise UserError(f"--labels {args.labels}: there are {len(train)} labelled images")
@@ -320,18 +335,20 @@ def training_and_validation(args, classes):
 
 
 def ranking(source, seed):
-    """The indices of a source by a hash of seed and name: subsets of one seed are nested. PAPER SILENT on how
-    they are drawn."""
+    """Indices of a source, sorted by a hash of seed and name: so smaller subsets lie in larger ones.
+
+    PAPER SILENT on how subsets of the labels are drawn.
+    """
     def key(i):
         return hashlib.sha256(f"{seed}/{source.name(i)}".encode("utf-8", "surrogateescape")).digest()
     return sorted(range(len(source)), key=key)
 
 
 def survey(parts, classes, crop_size):
-    """A look at up to 500 masks of each of {part: Pairs}: lines with the share of each class.
+    """Look at up to 500 masks of each part in {part: Pairs}. Returns a table of the share of each class.
 
-    UserError for a value that is not listed, a size that is not the image's, palettes in which a value has two
-    colours (some program made one for each file), and fewer than two classes.
+    UserError for an unknown value, a size other than the image's, a value that has two colours (some programs
+    make a palette per file), and fewer than two classes.
     """
     def look(source, i):
         image, path = (os.path.join(source.root, path) for path in source.rows[i])
@@ -343,7 +360,7 @@ def survey(parts, classes, crop_size):
         return path, pixels, max(size), {value: tuple(palette[3 * value:3 * value + 3]) for value in used}
 
     in_colours = isinstance(next(iter(classes.values)), tuple)
-    shares, largest, first = {}, 0, {}  # first: {mask value: (its colour, the file)}
+    shares, largest, first = {}, 0, {}  # {mask value: (its colour, the file)}
     for part, source in parts.items():
         pixels, some = np.zeros(256), np.unique(np.linspace(0, len(source) - 1, 500).astype(int))
         with ThreadPoolExecutor(8) as pool:
@@ -351,18 +368,19 @@ def survey(parts, classes, crop_size):
                 pixels, largest = pixels + found, max(largest, size)
                 for value, colour in colours.items():
                     if first.setdefault(value, (colour, path))[0] != colour:
-                        raise UserError(f"{path}: value {value} is {colour} in its palette, {first[value][0]} "
-                                        f"in {first[value][1]}; write `R G B name` lines to classes.txt")
+                        old, where = first[value]
+                        raise UserError(f"{path}: value {value} is {colour} in its palette, but {old} in "
+                                        f"{where}; write `R G B name` lines to classes.txt")
         shares[part] = pixels[[*range(len(classes.names)), IGNORE]] / pixels.sum()
     if (shares["train"][:-1] > 0).sum() < 2:
         raise UserError(f"{parts['train'].root}: the training masks hold fewer than two of "
-                        f"{', '.join(classes.names[:8])}; where classes.txt has names alone, line n is value n "
+                        f"{', '.join(classes.names[:8])}; in a classes.txt of names alone line n is value n, "
                         "and 255 is ignored")
     width = max(map(len, ["of the pixels", *classes.names]))
     lines = [f"{'of the pixels':{width}}" + "".join(f"{part:>9}" for part in shares)]
     lines += [f"{name:{width}}" + "".join(f"{share:9.2%}" for share in row)
               for name, row in zip([*classes.names, "ignored"], np.stack([*shares.values()], axis=1))]
     if largest < crop_size:
-        lines.append(f"no picture is larger than {largest} pixels, the rest of a crop of {crop_size} is "
-                     f"padding: pass --crop-size {largest}")
+        lines.append(f"no picture is larger than {largest} pixels: pass --crop-size {largest}, or crops of "
+                     f"{crop_size} are partly padding")
     return "\n".join(lines)

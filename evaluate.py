@@ -1,16 +1,14 @@
-"""Evaluation: mIoU of a fine-tuned network over a whole data set (sections 2 and 5.1).
+"""Evaluation: the mIoU of a fine-tuned network (sections 2 and 5.1).
 
-    python evaluate.py --checkpoint runs/shapes/finetune/last.pt                # its own validation images
-    python evaluate.py --checkpoint last.pt --root elsewhere                    # ... which lie elsewhere now
-    python evaluate.py --checkpoint last.pt --data folder --root other          # other images with masks
-    python evaluate.py --checkpoint last.pt --data folder --root photos --save-predictions out   # without
+    python evaluate.py --checkpoint last.pt                              # the training's validation images
+    python evaluate.py --checkpoint last.pt --data folder --root other   # other images
     torchrun --nproc_per_node=8 evaluate.py --checkpoint last.pt --flip --scales 0.5 0.75 1 1.25 1.5 1.75
 
-In: a checkpoint of finetune.py. Out: metrics.json in --out (fractions of 1); in --save-predictions DIR
-index/, PNGs in the values of the training masks, and overlay/, their colours over the images.
+Input: last.pt of finetune.py. Output: metrics.json in --out, scores from 0 to 1. --save-predictions
+gets index/, PNGs with the values of the training masks, and overlay/, class colours over the images.
 
-ONE confusion matrix counts the pixels of all images, without those of value 255. Per class IoU = TP / (TP +
-FP + FN); mIoU is its mean over the classes that occur in the truth or in a prediction.
+ONE confusion matrix counts the pixels of all images; ignored pixels (255) do not count. The IoU of a class is
+TP / (TP + FP + FN). mIoU is the mean over the classes that occur in the truth or in a prediction.
 """
 import argparse
 import math
@@ -31,27 +29,26 @@ from data import IGNORE, Samples, to_pixels
 from model import unet_of
 from pictures import colour_mask
 
-# ---------------------------------------- Scores
+# ---- Scores
 
 
 def confusion_matrix(prediction, truth, num_classes):
-    """int64 (N, N): entry [t, p] counts the pixels of class t that were predicted as p."""
+    """int64 (N, N): entry [t, p] is the number of pixels of class t that are predicted as p."""
     counted = truth != IGNORE
     pairs = truth[counted].long() * num_classes + prediction[counted].long()
     return torch.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
 
 
 def scores(confusion, names):
-    """IoU, accuracy (TP / (TP + FN)) and Dice by class, their means, pixel accuracy; from 0 to 1.
+    """IoU, accuracy (TP / (TP + FN)) and Dice of each class, their means, and pixel accuracy.
 
-    None for a class that occurs neither in the truth nor (but for the accuracy) in a prediction; means are
-    over the others (PAPER SILENT).
+    A score of the form 0 / 0 is None. PAPER SILENT on classes that do not occur: the means leave None out.
     """
     confusion = confusion.double()
     hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
 
     def number(value):
-        return None if math.isnan(value) else value  # 0 / 0
+        return None if math.isnan(value) else value
 
     found = {"pixel_accuracy": number((hits.sum() / confusion.sum()).item())}
     for name, mean, values in (("iou", "miou", hits / (truth + predicted - hits)),
@@ -73,41 +70,41 @@ def as_text(metrics):
     return "\n".join([f"{'class':{width}}     IoU %  accuracy      Dice", *lines])
 
 
-# ---------------------------------------- Predictions
+# ---- Predictions
 
 
 def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
-    """Logits of images x (B, 3, H, W) in [-1, 1], averaged over scales and mirror images (5.1): (B, C, H, W).
+    """x (B, 3, H, W) in [-1, 1] -> float32 logits (B, C, H, W), the mean over scales and mirror images (5.1).
 
-    The logits of other scales are brought to the size of x (bilinear). window, stride: see in_windows. PAPER
-    SILENT on logits or probabilities ("average the results").
+    PAPER SILENT on what "average the results" averages: here logits, resized to H x W (bilinear).
     """
     total = 0
     for scale in scales:
         size = [max(1, round(scale * side)) for side in x.shape[-2:]]
         scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", antialias=True)
-        for mirrored in {False, flip}:
+        for mirrored in (False, True) if flip else (False,):
             logits = in_windows(model, scaled.flip(3) if mirrored else scaled, window, stride)
             if scale != 1:
                 logits = F.interpolate(logits, x.shape[-2:], mode="bilinear")
-            total += logits.flip(3) if mirrored else logits  # a running sum: many classes take gigabytes
+            total += logits.flip(3) if mirrored else logits  # a list would take gigabytes
     return total / (len(scales) * (1 + flip))
 
 
 def in_windows(model, x, window, stride):
-    """Float32 logits of x, window by window of this side, every `stride` pixels, the last ones at the edges,
-    and their mean where they overlap. 0: the whole image. 1024 on 1024x2048 are the two patches of 5.1."""
-    (height, width), stride = x.shape[-2:], min(stride or window, window)
+    """Logits of square windows, one every `stride` pixels (default: `window`) and one at the edge, with their
+    mean where they overlap. 0: the whole image. 1024: the two patches of Cityscapes (5.1)."""
+    height, width = x.shape[-2:]
+    stride = min(stride or window, window)
     if not window or window >= max(height, width):
         return model(x).float()
     tops, lefts = ({*range(0, max(1, side - window), stride), max(0, side - window)}
                    for side in (height, width))
-    total, count = 0, torch.zeros(height, width, device=x.device)
+    total, count = None, torch.zeros(height, width, device=x.device)
     for top in tops:
         for left in lefts:
             part = ..., slice(top, top + window), slice(left, left + window)
             logits = model(x[part]).float()
-            if isinstance(total, int):
+            if total is None:
                 total = logits.new_zeros(*logits.shape[:2], height, width)
             total[part] += logits
             count[part] += 1
@@ -118,8 +115,8 @@ def in_windows(model, x, window, stride):
 def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", workers=0, write=None, **how):
     """The scores of `model` on `source`; every image counts once, on any number of processes.
 
-    write(index, image (3, H, W) uint8, prediction (H, W) uint8) gets each image of this process. how: for
-    predict. Raises UserError for logits that are not finite.
+    write: called with (index, image (3, H, W) uint8, prediction (H, W) uint8). how: arguments of predict.
+    Raises UserError if logits are not finite.
     """
     model.eval()
     confusion = torch.zeros(len(names), len(names), dtype=torch.int64, device=device)
@@ -129,9 +126,8 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
     for index, batch in zip(indices, common.progress(loader, unit="image")):
         with common.autocast(precision, device):
             logits = predict(model, to_pixels(batch["image"].to(device)), **how)[0]  # (C, H, W)
-        if not logits.isfinite().all():  # argmax of NaN is class 0
-            raise UserError(f"{source.name(index)}: the logits are not finite; train anew, or pass "
-                            "--precision fp32")
+        if not logits.isfinite().all():  # argmax would make NaN a class
+            raise UserError(f"{source.name(index)}: logits not finite; train again or use --precision fp32")
         prediction = logits.argmax(0)
         if "mask" in batch:
             confusion += confusion_matrix(prediction, batch["mask"][0].to(device), len(names))
@@ -141,91 +137,98 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
 
 
 def protocol(data, encoder, crop_size):
-    """How a network is evaluated (5.1): arguments of predict. Table 7: a ResNet-50 at one scale. PAPER SILENT
-    on the windows of other sets than Cityscapes: of the size of the training crops."""
+    """Arguments of predict for a data set (5.1).
+
+    PAPER SILENT on windows for other data sets than Cityscapes: here as large as the training crops.
+    """
     if data == "shapes":
         return dict(scales=(1.0,), flip=False, window=0)
-    scales = (1.0,) if encoder == "resnet50" else datasets.DATA_SETS[data].scales
+    scales = (1.0,) if encoder == "resnet50" else datasets.DATA_SETS[data].scales  # Table 7
     return dict(scales=scales, flip=True, window=crop_size)
 
 
 def writer(folder, source, classes):
     """A function for evaluate's `write` that fills folder/index and folder/overlay."""
-    stems = [os.path.splitext(source.name(i))[0] for i in range(len(source))]
-    if len(set(stems)) < len(stems):  # a.png beside a.jpg
-        stems = [source.name(i) for i in range(len(source))]
-    value_of = {k: value for value, k in reversed(classes.values.items())}  # the first one of each class
+    names = [source.name(i) for i in range(len(source))]
+    stems = [os.path.splitext(name)[0] for name in names]
+    if len(set(stems)) == len(stems):  # not so for a.jpg and a.png
+        names = stems
+    value_of = {k: value for value, k in reversed(classes.values.items())}  # the first value of each class
     in_colours = isinstance(value_of[0], tuple)
-    table = np.array([k if in_colours else value_of[k] for k in range(len(classes.names))], np.uint8)
+    index_of = np.array([k if in_colours else value_of[k] for k in range(len(classes.names))], np.uint8)
     palette = np.zeros((256, 3), np.uint8)
-    palette[table] = classes.colours
+    palette[index_of] = classes.colours
 
     def write(index, image, prediction):
-        mask = Image.fromarray(table[prediction.numpy()])
+        mask = Image.fromarray(index_of[prediction.numpy()])
         mask.putpalette(palette.tobytes())
         overlay = image.permute(1, 2, 0).numpy() // 2 + colour_mask(prediction, classes.colours) // 2
         for kind, picture in (("index", mask), ("overlay", Image.fromarray(overlay))):
-            below = os.path.relpath(os.path.join("/", stems[index]), "/")  # a name may begin with ../
+            below = os.path.relpath(os.path.join("/", names[index]), "/")  # drops a leading ../
             path = os.path.join(folder, kind, f"{below}.png")
             os.makedirs(os.path.dirname(path), exist_ok=True)
             picture.save(path)
     return write
 
 
-# ---------------------------------------- The script
+# ---- The script
 
 
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
     parser.add_argument("--checkpoint", metavar="PATH", required=True, help="last.pt of finetune.py")
-    group = parser.add_argument_group("data (what the checkpoint was validated on)")
+    group = parser.add_argument_group("data (default: the validation images of the training)")
     common.add_data_flags(group, datasets.LABELLED, default=None)
-    group.add_argument("--masks", metavar="PATTERN", help='masks below --root, such as "labels/*_mask.png"')
-    group.add_argument("--val-list", metavar="FILE", help="text file that selects images, one a line")
-    group.add_argument("--split", choices=("train", "val", "test"), help="which part (val)")
-    group = parser.add_argument_group("method (the protocol of the data set, §5.1)")
-    group.add_argument("--scales", type=common.number(float, 0.01), nargs="+", help="to average over")
-    group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
-    group.add_argument("--window", type=common.number(int, 0), help="side of the windows; 0: the whole image")
-    group.add_argument("--stride", type=common.number(int, 1), help="step of the windows (their side)")
+    add = group.add_argument
+    add("--masks", metavar="PATTERN", help='where the masks are, such as "labels/*_mask.png"')
+    add("--val-list", metavar="FILE", help="text file with an image per line")
+    add("--split", choices=("train", "val", "test"), help="(val)")
+    add = parser.add_argument_group("method (default: the protocol of the data set, §5.1)").add_argument
+    add("--scales", type=common.number(float, 0.01), nargs="+", help="to average over")
+    add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
+    add("--window", type=common.number(int, 0), help="side of the windows; 0: the whole image")
+    add("--stride", type=common.number(int, 1), help="step between windows (their side)")
     group = parser.add_argument_group("machine")
-    group.add_argument("--out", metavar="DIR", help="of metrics.json (evaluate_SPLIT beside the checkpoint)")
-    group.add_argument("--save-predictions", metavar="DIR", help="write predictions there; needs no masks")
+    add = group.add_argument
+    add("--out", metavar="DIR", help="(evaluate_SPLIT beside the checkpoint)")
+    add("--save-predictions", metavar="DIR", help="works without masks too")
     common.add_device_flags(group)
     return parser.parse({"paper": {"workers": common.default_workers()}}, argv)
 
 
 def choose_source(args, trained, classes):
-    """The Pairs to score; or Files, where --data folder has no masks.
+    """The images to score (Pairs), or those of a --data folder without masks (Files). Raises UserError.
 
-    Without --data they are found by the flags of the training, `trained`, where none here replaces them; with
-    --data by those given here alone.
+    Without --data, flags that are not given are those of the training, `trained`.
     """
-    none = dict.fromkeys(("root", "images", "masks", "train_list", "val_list", "val_fraction"))
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    flags = argparse.Namespace(**{**none, **({} if args.data else trained), **given, "labels": None})
+    flags = dict.fromkeys(("root", "images", "masks", "train_list", "val_list", "val_fraction"))
+    if not args.data:
+        flags.update(trained)
+    flags.update({name: value for name, value in vars(args).items() if value is not None}, labels=None)
+    flags = argparse.Namespace(**flags)
     if args.data == "folder" and not args.masks and not os.path.isdir(os.path.join(args.root or "", "masks")):
         common.refuse(args, ("split", "val_list", "out"), "on pictures without masks")
         return datasets.pretraining_images(args)
     if args.data and (args.data != "folder" or os.path.exists(os.path.join(args.root or "", "classes.txt"))):
-        own = datasets.classes_of(flags)  # the same classes may have other mask values there
+        own = datasets.classes_of(flags)  # mask values may differ from the training
         if own.names != classes.names:
-            raise UserError(f"--data {args.data}: classes {', '.join(own.names[:4])} ..., expected those "
-                            f"of the training, {', '.join(classes.names[:4])} ...")
+            raise UserError(f"--data {args.data}: classes {', '.join(own.names[:4])} ..., expected "
+                            f"{', '.join(classes.names[:4])} ...")
         classes = own
     part = args.split or "val"
     if args.val_list:
         flags.val_fraction = None
-        common.refuse(args, ["split"] * (part != "val"), "beside --val-list")
-    elif args.data == "folder" and "{part}" not in (args.images or "{part}"):  # one folder: all of it
+        if part != "val":
+            common.refuse(args, ["split"], "beside --val-list")
+    elif args.data == "folder" and args.images and "{part}" not in args.images:  # no parts: take all
         part = "train"
-        common.refuse(args, ["split"], "where --images has no {part}")
+        common.refuse(args, ["split"], "if --images has no {part}")
     if part != "test" and flags.val_fraction is not None or part == "train" and flags.val_list:
         source = datasets.training_and_validation(flags, classes)[part == "val"]
     else:
         source = datasets.labelled(flags, classes, [part]).get(part)
     if source is None:
-        raise UserError(f"{flags.root}: no images of --split {part}; pass another --split, or --data")
+        raise UserError(f"{flags.root}: no images of --split {part}; pass another --split or --data")
     return source
 
 
@@ -238,33 +241,28 @@ def main():
         classes = datasets.Classes(names, checkpoint["class_colours"], checkpoint["mask_values"])
         model = unet_of(checkpoint).to(device, memory_format=torch.channels_last)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{args.checkpoint}: no checkpoint of finetune.py (no {error})") from error
+        raise UserError(f"{args.checkpoint}: not a checkpoint of finetune.py ({error})") from error
     if args.compile:
         model.compile(dynamic=False)
 
     with common.local_first():
         source = choose_source(args, trained, classes)
-    has_masks, out = not isinstance(source, datasets.Files), Path(args.save_predictions or "")
-    if not has_masks and not args.save_predictions:
-        raise UserError(f"{args.root}: no folder of masks to compare with; pass --images and --masks where "
-                        "there are, or --save-predictions DIR to predict all pictures")
-    if not has_masks and out.resolve().is_relative_to(Path(source.root, source.folder).resolve()):
-        raise UserError(f"--save-predictions {out}: lies among the pictures of {source.root}, and would be "
-                        "predicted the next time; pass another folder")
+    has_masks = not isinstance(source, datasets.Files)
+    if not has_masks:
+        if not args.save_predictions:
+            raise UserError(f"{args.root}: no masks to compare with; pass --masks or --save-predictions DIR")
+        if Path(args.save_predictions).resolve().is_relative_to(Path(source.root, source.folder).resolve()):
+            raise UserError(f"--save-predictions {args.save_predictions}: lies among the pictures; pass another folder")
     data = args.data or trained["data"]
     how = protocol(data, checkpoint["model_args"]["encoder"], trained["crop_size"])
     how.update({key: getattr(args, key) for key in how if getattr(args, key) is not None}, stride=args.stride)
     if not how["window"]:
         common.refuse(args, ["stride"], "without windows")
-    where = args.root or (None if args.data else trained["root"]) or data
-    say(f"{args.checkpoint} on {len(source)} images of {where}, {how}", rank)
+    say(f"{args.checkpoint} on {len(source)} images of {data}, {how}", rank)
     write = writer(args.save_predictions, source, classes) if args.save_predictions else None
     metrics = evaluate(model, source, names, device, rank, world, args.precision, args.workers, write, **how)
-    if write:
-        say(f"predictions: {args.save_predictions}/index and overlay", rank)
-    if has_masks:
-        say(as_text(metrics), rank)
     if has_masks and rank == 0:
+        say(as_text(metrics))
         out = args.out or os.path.join(os.path.dirname(args.checkpoint), f"evaluate_{args.split or 'val'}")
         os.makedirs(out, exist_ok=True)
         common.save(os.path.join(out, "metrics.json"), metrics)

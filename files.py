@@ -1,7 +1,7 @@
-"""Finding files: by patterns, by text files that select them, in .tar files. What they mean is in datasets.py.
+"""Find files: by patterns, by text files that list them, and in .tar files.
 
-PATTERNS are paths below a root folder, with "/" on every system. A `*` may span folders; behind a last one the
-ending of any picture will do. What the `*` stand for is what an image and its mask have in common.
+A pattern is a path below a root folder, with "/" on every system. Each `*` stands for any text, "/" included;
+at the end it needs the ending of a picture. An image and its mask have the same text for each `*`.
 """
 import hashlib
 import mmap
@@ -22,20 +22,20 @@ import common
 from common import UserError
 
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-HIDDEN = ("__MACOSX", "lost+found")  # beside all that begins with "." or "@"
+HIDDEN = ("__MACOSX", "lost+found")  # and all names that begin with "." or "@"
 
 
 def files_below(root, folder):
-    """(folder, names of its files) of root/folder and of each folder in it, sorted.
+    """Yield (folder, its file names) for root/folder and all folders in it, sorted, without hidden ones.
 
-    A folder is "" or ends with "/". Hidden ones are left out. Links are followed; one that leads nowhere is an error.
+    folder: "" or ending with "/". Links are followed; UserError if one is broken.
     """
     with os.scandir(os.path.join(root, folder)) as entries:
-        entries = sorted((entry for entry in entries if entry.name[0] not in ".@" and entry.name not in HIDDEN),
-                         key=lambda entry: entry.name)
+        entries = [entry for entry in entries if entry.name[0] not in ".@" and entry.name not in HIDDEN]
+    entries.sort(key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_symlink() and not os.path.exists(entry.path):
-            raise UserError(f"{entry.path}: a link that leads nowhere; mend or delete it")
+            raise UserError(f"{entry.path}: a link that leads nowhere; repair or delete it")
     yield folder, [entry.name for entry in entries if not entry.is_dir()]
     for entry in entries:
         if entry.is_dir():
@@ -47,12 +47,12 @@ def is_picture(name):
 
 
 def plain(path):
-    """A path or pattern as people and lists write it, made comparable ("ü" may be one character or two)."""
+    """A path in one spelling: "ü" may be one character or two."""
     return unicodedata.normalize("NFC", path.replace("\\", "/").removeprefix("./"))
 
 
 def form_of(pattern):
-    """(the folder in which all matches lie, a regular expression of their paths with a group for each `*`)."""
+    """(the folder of all matches, a regular expression with a group for each `*`)."""
     parts = [re.escape(part) for part in pattern.split("*")]
     if len(parts) == 1:
         raise UserError(f"{pattern}: expected a pattern with a *, such as images/*.jpg")
@@ -65,86 +65,94 @@ def read_lines(path):
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-# ---------------------------------------- Images and their masks
+# ---- Images and their masks
 
 
 class Pair(NamedTuple):
-    star: str   # what the `*` stand for
+    star: str   # the text for the `*`
     image: str  # path below the root, or None
     mask: str   # the same
 
 
 def find_pairs(root, images, masks):
-    """([Pair, ...] of all that matches one of two patterns, other pictures beside the images)."""
+    """([Pair, ...], other pictures in the folder of the images)."""
     mask_of, _ = matches(root, masks)
     image_of, others = matches(root, images, without={*mask_of.values()})
     return [Pair(star, image_of.get(star), mask_of.get(star)) for star in {**image_of, **mask_of}], others
 
 
 def matches(root, pattern, without=()):
-    """({what the `*` stand for: path}, other pictures beside them); nothing where the folder is missing."""
-    folder, form = form_of(pattern)
+    """({text for the `*`: path}, other pictures in the folder), both empty if there is no folder."""
+    start, form = form_of(pattern)
     found, others = {}, []
-    for folder, names in files_below(root, folder) if os.path.isdir(os.path.join(root, folder)) else ():
+    if not os.path.isdir(os.path.join(root, start)):
+        return found, others
+    for folder, names in files_below(root, start):
         for path in (folder + name for name in names if folder + name not in without):
             match = form.fullmatch(plain(path))
-            if not match:
-                others += [path] * is_picture(path.rpartition("/")[2])
-            elif found.setdefault(star := "/".join(match.groups()), path) != path:
-                raise UserError(f"{root}/{path} and {found[star]}: expected one file for both")
+            if match:
+                star = "/".join(match.groups())
+                if star in found:
+                    raise UserError(f"{root}/{path} and {found[star]}: both match {pattern}; delete one")
+                found[star] = path
+            elif is_picture(path.rpartition("/")[2]):
+                others.append(path)
     return found, others
 
 
 def select(list_file, pairs, own):
-    """The pairs that a text file selects, in the order of its lines.
+    """The pairs that a text file lists, in its order. Raises UserError.
 
-    The first word of a line names an image, since published lists hold pairs: by its path (folders before it do
-    not matter), by what `*` stands for, or by an ending of these that no other image has. Of several with one
-    `*` that in `own` is meant.
+    A line names one image: by its path (after any other folders), by the text for `*`, or by a unique end of
+    either. Its mask may follow after a tab or space, as in published lists. Of several images with the same
+    text for `*`, the one in `own` is meant.
     """
     by_path = {plain(pair.image): pair for pair in pairs}
-    by_star = {pair.star: pair for pair in [*pairs, *own]}
+    by_star = {pair.star: pair for pair in [*pairs, *own] if pair.image}
     by_ending = {}
     for pair in pairs:
-        for name in {*endings(plain(pair.image)), *endings(pair.star)}:
-            by_ending[name] = None if name in by_ending else pair
-    chosen = {}
+        for ending in {*endings(plain(pair.image)), *endings(pair.star)}:
+            by_ending[ending] = None if ending in by_ending else pair
+    chosen = {}  # a dict, to be searched fast
     for number, line in enumerate(read_lines(list_file), start=1):
-        words = [plain(word).lstrip("/") for word in (line, line.split("\t")[0], line.split()[0])]
-        found = [table.get(word) for table in (by_path, by_star, by_ending) for word in words]
-        found += [by_path.get(ending) for word in words for ending in endings(word)]
+        names = [plain(name).lstrip("/") for name in (line, line.split("\t")[0], line.split()[0])]
+        found = [table.get(name) for table in (by_path, by_star, by_ending) for name in names]
+        found += [by_path.get(ending) for name in names for ending in endings(name)]
         pair = next(filter(None, found), None)
         if pair is None or pair in chosen:
-            raise UserError(f"{list_file}, line {number}: {line!r} {'twice' if pair else 'is not one image'}; "
-                            "expected paths below --root, or what * stands for in --images")
-        chosen[pair] = line
+            problem = "again" if pair else "is not one image"
+            raise UserError(f"{list_file}, line {number}: {line!r} {problem}; expected each image once: its "
+                            "path below --root, or its text for * in --images")
+        chosen[pair] = None
     if not chosen:
-        raise UserError(f"{list_file}: no line in it; expected an image a line")
+        raise UserError(f"{list_file}: empty; expected one image per line")
     return list(chosen)
 
 
 def endings(path):
-    """The path, then what is left of it without its first folder, its first two ..."""
+    """a/b/c -> [a/b/c, b/c, c]."""
     parts = path.split("/")
     return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
-# ---------------------------------------- Millions of pictures
+# ---- Millions of pictures
 
 
 def list_pictures(root, patterns, tars=()):
-    """(the path of a .npy file of records, a note): all pictures that match, or those in .tar files of root.
+    """List all pictures that match, or those in .tar files: (path of a .npy file of records, a note).
 
-    A record is (path below root as bytes, offset, size, label); size -1: all of the file. The label is the
-    number of the folder right below the pattern's, or of the .tar. One process of a machine lists them, folders
-    in each run anew (common.local_first), into torch.hub's cache folder; the others get the path alone.
+    A record is (path below root as bytes, offset, size, label); size -1: the whole file. Labels number the
+    .tar files or the folders right below the pattern's. The list lies in torch.hub's cache. The first process
+    of a machine makes it (common.local_first); the others find it and get an empty note.
     """
-    known = patterns, [(tar, os.path.getsize(f"{root}/{tar}")) for tar in tars] or os.path.abspath(root)
-    digest = hashlib.sha256(repr(known).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    path, note = os.path.join(torch.hub.get_dir(), f"pictures_{digest}.npy"), ""
-    if not os.path.exists(path) or not tars and common.is_local_first():
-        os.makedirs(torch.hub.get_dir(), exist_ok=True)
-        with TemporaryDirectory(dir=torch.hub.get_dir()) as folder:  # before the work: it may be forbidden
+    sizes = [(tar, os.path.getsize(f"{root}/{tar}")) for tar in tars]
+    known = repr((patterns, sizes or os.path.abspath(root))).encode("utf-8", "surrogateescape")
+    cache, note = torch.hub.get_dir(), ""
+    path = os.path.join(cache, f"pictures_{hashlib.sha256(known).hexdigest()[:16]}.npy")
+    # Folders are listed in each run, since files in them may be new
+    if not os.path.exists(path) or (not tars and common.is_local_first()):
+        os.makedirs(cache, exist_ok=True)
+        with TemporaryDirectory(dir=cache) as folder:  # before the listing, in case the cache is read-only
             rows, note = list_tars(root, tars) if tars else list_folders(root, patterns)
             np.save(f"{folder}/rows.npy", rows)
             os.replace(f"{folder}/rows.npy", path)
@@ -152,14 +160,13 @@ def list_pictures(root, patterns, tars=()):
 
 
 def records(paths, offset, size, label):
-    """paths: an array of bytes; the others: arrays as long, or numbers."""
     rows = np.empty(len(paths), [("path", paths.dtype), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
     rows["path"], rows["offset"], rows["size"], rows["label"] = paths, offset, size, label
     return rows
 
 
 def list_folders(root, patterns):
-    """(records of the pictures that match, a note of where they lie)."""
+    """(records, a note that says where they lie)."""
     chunks, labels, shown, others = [], {}, [], []
     for pattern in patterns:
         start, form = form_of(pattern)
@@ -172,15 +179,14 @@ def list_folders(root, patterns):
                 text = f"{folder.rstrip('/') or '.'} {len(taken)}: {taken[0]} to {taken[-1]}"
                 shown.append((-len(taken), text))
     if not chunks:
-        raise UserError(f"{root}: no pictures in it (looked for {' and '.join(patterns)})")
+        raise UserError(f"{root}: no pictures match {' and '.join(patterns)}; see --root and --images")
     note = f" ({'; '.join(text for _, text in sorted(shown)[:8])}{'; ...' * (len(shown) > 8)})"
     note += f"; left out {len(others)} other files, such as {min(others)}" if others else ""
     return np.concatenate(chunks), note
 
 
 def list_tars(root, tars):
-    """(records of the pictures in .tar files, "")."""
-    with ProcessPoolExecutor(16) as pool:  # threads would wait for each other, one process for a cold disk
+    with ProcessPoolExecutor(16) as pool:  # one process would wait for the disk, threads for each other
         found = pool.map(tar_members, [f"{root}/{tar}" for tar in tars])
         found = list(common.progress(found, total=len(tars), unit=" .tar", delay=1))
     chunks = [records(np.full(len(members), os.fsencode(tar)), *members.T, label)
@@ -189,8 +195,10 @@ def list_tars(root, tars):
 
 
 def tar_members(path):
-    """An array (N, 2), offset and size of the pictures in a .tar file. Plain headers are read here, since
-    tarfile takes ten times as long; where there is any other it reads the whole file."""
+    """An array (N, 2): offset and size in bytes of each picture in a .tar file. Raises UserError.
+
+    Plain headers are read here, ten times as fast as by tarfile, which reads the file if it has others.
+    """
     found, at, end = [], 0, b""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
@@ -199,14 +207,14 @@ def tar_members(path):
                 found.append((name.decode(errors="replace"), at + 512, size))
                 at += 512 + (size + 511) // 512 * 512
             end = tar[at:at + 512]
-    except ValueError:  # an empty file, or a size that is no number
+    except ValueError:  # an empty file or a broken size
         pass
     if end != bytes(512):
         try:
             with tarfile.open(path, "r:") as tar:
                 found = [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
                 tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
+                if tar.fileobj.read(512) != bytes(512):  # tarfile stops at a broken header as at the end
                     raise tarfile.ReadError("its end is missing")
         except tarfile.TarError as error:
             raise UserError(f"{path}: not a whole .tar file ({error}); download it again") from None

@@ -1,17 +1,18 @@
-"""Stage 3: fine-tune the whole network on labelled images (5.1), from one of four initialisations.
+"""Stage 3: fine-tune the whole network on labelled images (5.1).
 
     python finetune.py --init runs/shapes/pretrain_decoder_ddep/last.pt --labels 32      # toy data, on a CPU
-    python finetune.py --data folder --root my_data --init ddep.pt                       # your own, one GPU
+    python finetune.py --data folder --root my_data --init ddep.pt                       # one GPU
     torchrun --nproc_per_node=8 finetune.py --data cityscapes --root cityscapes --init ddep.pt --labels 372
 
-    --init ddep.pt or dep.pt: a checkpoint of pretrain_decoder.py, all but its head         "DDeP", "DeP"
-    --init encoder.pt or imagenet21k: of pretrain_encoder.py or published, encoder only     "Supervised"
-    --init none: fresh weights                                                              "No Pretraining"
+    --init                           keeps             name in the paper
+    last.pt of stage 2               all but the head  DDeP, DeP
+    last.pt of stage 1, imagenet21k  the encoder       Supervised
+    none                             nothing           No Pretraining
 
-or from a checkpoint of this stage; with the same classes its head is kept, too.
+last.pt of this stage keeps its head too if the classes are the same.
 
-In: pairs of image and mask. Out, in --out: last.pt, which evaluate.py takes; log.jsonl; metrics.json, by the
-evaluation protocol of the data set; predictions.png.
+Input: pairs of image and mask. Output in --out: last.pt, for evaluate.py; log.jsonl; metrics.json;
+predictions.png.
 """
 import os
 
@@ -19,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 
 import common
 from common import say
@@ -27,38 +27,37 @@ from data import IGNORE, Order, Samples, segmentation_transform, to_pixels
 from datasets import LABELLED, classes_of, survey, training_and_validation
 from evaluate import as_text, evaluate, predict, protocol
 from model import ENCODERS, build_unet, load_weights, read_weights, unet_of, use_batch_statistics
-from pictures import colour_mask, table
+from pictures import colour_mask, picture_table
 
-# 5.1 sweeps lr and weight_decay over [1e-5, 3e-4]. PAPER SILENT on what won, on batch size and steps.
+# PAPER SILENT on batch size, steps and the chosen lr and weight_decay, each swept over [1e-5, 3e-4] (5.1)
 PAPER = dict(steps=10_000, batch_size=16, micro_batch=4, lr=1e-4, warmup=0.0, weight_decay=1e-4,
              crop_size=512, workers=common.default_workers(), save_every=500)
 RECIPES = {
     "shapes": dict(steps=250, batch_size=8, micro_batch=8, lr=4e-3, warmup=0.04, weight_decay=0.0,
                    crop_size=64, min_area=0.5, workers=0, save_every=125),
     "paper": PAPER,
-    "cityscapes": {**PAPER, "crop_size": 1024, "micro_batch": 2},
+    "cityscapes": dict(PAPER, crop_size=1024, micro_batch=2),
 }
 
 
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
-    group = parser.add_argument_group("method")
-    add = group.add_argument
-    add("--init", default="none", metavar="PATH", help="a path, imagenet21k, imagenet1k or none (none)")
-    add("--encoder", choices=ENCODERS, help="(that of --init, else hybrid; shapes: hybrid-small)")
+    add = parser.add_argument_group("method").add_argument
+    add("--init", default="none", metavar="PATH", help="or imagenet21k, imagenet1k, none (%(default)s)")
+    add("--encoder", choices=ENCODERS, help="(as in --init, else hybrid; shapes: hybrid-small)")
     add("--width", type=common.number(float, 1 / 64),
-        help="decoder of [1024, 512, 256, 128, 64] * W (that of --init, else 1; shapes: 1/4; §4.3)")
-    add("--labels", type=common.number(int, 1), help="how many labelled images, drawn by --seed (all)")
+        help="decoder of [1024, 512, 256, 128, 64] * W (as in --init, else 1; shapes: 1/4; §4.3)")
+    add("--labels", type=common.number(int, 1), help="number of labelled images, drawn by --seed (all)")
     group = parser.add_argument_group("data")
     common.add_data_flags(group, LABELLED)
     add = group.add_argument
     add("--masks", metavar="PATTERN", help='where the masks are, such as "labels/*_mask.png"')
-    add("--train-list", metavar="FILE", help="text file that selects training images, one a line")
+    add("--train-list", metavar="FILE", help="text file with a training image per line")
     add("--val-list", metavar="FILE", help="the same for validation")
-    add("--val-fraction", type=common.number(float, 0, 1), help="hold out this share for validation")
+    add("--val-fraction", type=common.number(float, 0, 1), help="share of the images to validate on")
     add("--crop-size", type=common.number(int, 32), help="side of the crops (%(default)s; §5.1)")
     add("--min-area", type=common.number(float, 0, 1),
-        help="inception-style crops (§6) of at least this share of the image, instead of windows (§5.1)")
+        help="take inception-style crops (§6) of at least this share, not windows (§5.1)")
     common.add_optimisation_flags(parser)
     common.add_machine_flags(parser)
     args = parser.parse(RECIPES, argv)
@@ -66,8 +65,8 @@ def parse_arguments(argv=None):
     return args
 
 
-def new_network(args, classes):
-    """(the UNet with the weights of --init and a head for the classes, its model_args)."""
+def segmentation_network(args, classes):
+    """The UNet, with the weights of --init, and its model_args. Raises UserError."""
     with common.local_first(), common.users_mistakes():
         state, made_with = read_weights(args.init) if args.init != "none" else ({}, {})
     model_args = dict(**common.network_args(args, made_with, args.init), out_channels=len(classes.names),
@@ -75,9 +74,9 @@ def new_network(args, classes):
     torch.manual_seed(args.seed)
     model = build_unet(**model_args)
     if state:
-        has_decoder = any(name.startswith("decoder.") for name in state)
-        same_classes = has_decoder and made_with["class_names"] == classes.names
-        fresh = () if same_classes else ("decoder.head.",) if has_decoder else ("decoder.",)
+        fresh = ("decoder.",)  # weights that stay random
+        if any(name.startswith("decoder.") for name in state):
+            fresh = () if made_with["class_names"] == classes.names else ("decoder.head.",)
         with common.users_mistakes():
             load_weights(model, state, args.init, fresh)
     return model, model_args
@@ -88,79 +87,78 @@ def main():
     rank, world, device = common.start_processes(args.device)
     precision = common.choose_precision(args.precision, device)
 
-    # Data: all labelled images, or a subset of them
+    # Data: images and masks
     classes = classes_of(args)
     train, val = training_and_validation(args, classes)
     steps = common.number_of_steps(args, len(train), world)
     data = f"{train}; classes {', '.join(classes.names)}"
     checkpoint = common.resume(args, data)
     start = checkpoint["step"] if checkpoint else 0
-    with common.local_first():
+    with common.local_first():  # a survey may take long: all wait
         if args.data != "shapes" and start == 0 and rank == 0:
-            say(survey({"train": train, **({"val": val} if val else {})}, classes, args.crop_size))
+            say(survey({"train": train, "val": val} if val else {"train": train}, classes, args.crop_size))
 
-    # Model: everything trains (section 2)
+    # Model: all weights are trained ("full fine-tuning", section 6)
     if checkpoint:
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:
-        model, model_args = new_network(args, classes)
-    if args.init == "none":
+        model, model_args = segmentation_network(args, classes)
+    if args.init == "none":  # new BatchNorm has no statistics
         use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
     model.to(device, memory_format=torch.channels_last).train()
     if args.compile:
-        model.compile(dynamic=False)  # in place: no "_orig_mod." in the names of parameters
+        model.compile(dynamic=False)  # in place: parameters keep their names
     network = DistributedDataParallel(model) if world > 1 else model
 
-    # Adam (5.1). PAPER SILENT on its betas, here torch's defaults, and on coupled weight decay or not
+    # Adam (5.1). PAPER SILENT on betas (torch's) and on coupled or decoupled weight decay (coupled)
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        checkpoint = None  # its memory is free
+        checkpoint = None  # frees its memory
 
     samples = Samples(train, segmentation_transform(args.crop_size, args.min_area), args.seed)
     order = Order(len(train), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
-    loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
-                        pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
-    say(f"stage 3: --init {args.init}, {model_args}, training on {len(train)} of {train.note}, validating on "
-        f"{len(val or [])}, {start} of {steps} steps done, {world} x {device}, {precision}", rank)
-    batches = iter(loader)  # of micro-batches: gradients are accumulated, so that a batch fits in memory
+    say(f"stage 3: --init {args.init}, {model_args}, {train.note}, {len(train)} train, {len(val or [])} val, "
+        f"{start} of {steps} steps done, {world} x {device}, {precision}", rank)
+    # Micro-batches: gradients add up, so only one must fit in memory
+    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
+                              pin_memory=device.type == "cuda"))
     for step in range(start + 1, steps + 1):
+        rate = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
+            group["lr"] = rate
 
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        # The loss is the mean over the labelled pixels of the GLOBAL batch: a mean per process or part would
-        # weigh a pixel by how many others share its part
+        # Mean over the labelled pixels of the GLOBAL batch: all weigh the same
         parts = [next(batches) for _ in range(order.parts)]
         labelled = common.total(sum((part["mask"] != IGNORE).sum() for part in parts).to(device)).clamp(min=1)
         for part in parts:
-            x = to_pixels(part["image"].to(device))                 # (B, 3, H, W) in [-1, 1]
-            mask = part["mask"].to(device).long()                   # (B, H, W)
-            network.require_backward_grad_sync = part is parts[-1]  # DDP: exchange gradients once a step
+            x = to_pixels(part["image"].to(device))  # (B, 3, H, W) in [-1, 1]
+            mask = part["mask"].to(device).long()    # (B, H, W)
+            network.require_backward_grad_sync = part is parts[-1]  # DDP: one exchange per step
             with common.autocast(precision, device):
-                logits = network(x)                                 # (B, classes, H, W)
+                logits = network(x)  # (B, classes, H, W)
             part_loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum") / labelled
-            scaler.scale(part_loss * world).backward()  # times world: DDP averages, we need the sum
+            scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
 
         loss = common.finish_step(step, loss, optimizer, scaler)
-        log.write(step, loss=loss, rate=optimizer.param_groups[0]["lr"])
+        log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
-            common.save(os.path.join(args.out, "last.pt"), dict(
-                step=step, model=model.state_dict(), model_args=model_args, args=vars(args),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), data=data,
-                class_names=classes.names, class_colours=classes.colours, mask_values=classes.values))
+            common.save_checkpoint(
+                args, step, model, model_args, optimizer, scaler, data, class_names=classes.names,
+                class_colours=classes.colours, mask_values=classes.values)
     log.close()
 
+    # PAPER SILENT on which weights are scored: the last, not the best on validation data
     metrics = {"step": steps}
     if val:
         how = protocol(args.data, model_args["encoder"], args.crop_size)
-        metrics.update(evaluate(
-            model, val, classes.names, device, rank, world, args.precision, args.workers, **how))
+        metrics |= evaluate(model, val, classes.names, device, rank, world, precision, args.workers, **how)
         say(f"{as_text(metrics)}\n{len(val)} validation images, {how}", rank)
         if rank == 0:
             page = draw_predictions(model, val, classes, device, args)
@@ -171,15 +169,17 @@ def main():
 
 @torch.inference_mode()
 def draw_predictions(model, source, classes, device, args):
-    """A PIL page: image, truth and prediction of six images, spread over the source."""
-    page, samples, rows = [], Samples(source, v2.Identity()), min(6, len(source))
+    """predictions.png: image, truth and prediction of six images."""
+    rows = min(6, len(source))
+    page = []
     for row in range(rows):
-        sample = samples[0, row * len(source) // rows]
+        sample = source.read(row * len(source) // rows)
         with common.autocast(args.precision, device):
             logits = predict(model, to_pixels(sample["image"][None].to(device)), window=args.crop_size)
-        masks = [colour_mask(mask, classes.colours) for mask in (sample["mask"], logits[0].argmax(0).cpu())]
-        page.append([sample["image"].permute(1, 2, 0).numpy(), *masks])
-    return table(page, ["image", "truth", "prediction"], 160, classes.names, classes.colours)
+        page.append([sample["image"].permute(1, 2, 0).numpy(),
+                     colour_mask(sample["mask"], classes.colours),
+                     colour_mask(logits[0].argmax(0).cpu(), classes.colours)])
+    return picture_table(page, ["image", "truth", "prediction"], 160, classes.names, classes.colours)
 
 
 if __name__ == "__main__":

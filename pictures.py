@@ -21,16 +21,16 @@ def from_pixels(x):
 def colour_mask(mask, colours):
     """Class indices (H, W) in these colours (N, 3), as uint8 (H, W, 3); 255, ignored, is hatched."""
     mask = np.asarray(mask)
-    table = np.full((256, 3), 255, np.uint8)
-    table[:len(colours)] = colours
-    page = table[mask]
+    colour_of = np.full((256, 3), 255, np.uint8)
+    colour_of[:len(colours)] = colours
+    page = colour_of[mask]
     y, x = np.nonzero(mask == 255)
     hatched = (x + y) % 8 >= 6
     page[y[hatched], x[hatched]] = 150
     return page
 
 
-def table(rows, titles, width=160, names=(), colours=()):
+def picture_table(rows, titles, width=160, names=(), colours=()):
     """A PIL image: rows of uint8 (H, W, 3), drawn `width` wide below their titles, and a legend."""
     font, step = ImageFont.load_default(13), width + 6
     cells = [[Image.fromarray(cell) for cell in row] for row in rows]

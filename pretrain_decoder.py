@@ -1,17 +1,18 @@
 """Stage 2: Decoder Denoising Pretraining (DDeP), or denoising pretraining of the whole network (DeP).
 
-    python pretrain_decoder.py --gamma 0.95                 # toy data, on a CPU; stage 1 first where missing
-    python pretrain_decoder.py --data folder --root photos --encoder-weights imagenet21k  # one GPU
+    python pretrain_decoder.py --gamma 0.95                # toy data, on a CPU; runs stage 1 if needed
+    python pretrain_decoder.py --data folder --root photos --encoder-weights imagenet21k   # one GPU
     torchrun --nproc_per_node=8 pretrain_decoder.py --data imagenet21k --root imagenet21k \\
-        --encoder-weights imagenet21k --gamma 0.95                                        # eight
+        --encoder-weights imagenet21k --gamma 0.95                                         # eight
 
-In: images without labels, and the weights of the encoder. Out, in --out: last.pt, which finetune.py takes as
---init; log.jsonl; panel.png; metrics.json.
+Input: images without labels and, for DDeP, a trained encoder. Output in --out: last.pt, for --init of
+stage 3; log.jsonl; panel.png; metrics.json.
 
-DDeP (Eq. 6):  O4(phi | theta, gamma) = E_x E_e || g_phi(f_theta(sqrt(gamma) x + sqrt(1 - gamma) e)) - e ||^2
+DDeP (Eq. 6) trains the decoder g_phi; the encoder f_theta is frozen:
 
-The encoder f_theta is frozen, the decoder g_phi is trained. DeP (section 3) trains both, theta from fresh
-weights unless --encoder-weights names others.
+    O4(phi | theta, gamma) = E_x E_e || g_phi(f_theta(sqrt(gamma) x + sqrt(1 - gamma) e)) - e ||^2
+
+DeP (section 3) trains both; its encoder starts from random weights by default.
 """
 import os
 
@@ -26,13 +27,15 @@ from common import UserError, say
 from data import Order, Samples, pretraining_transform, to_pixels
 from datasets import UNLABELLED, pretraining_images
 from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet_of, use_batch_statistics
-from pictures import from_pixels, table
+from pictures import from_pixels, picture_table
 
-RECIPES = {  # PAPER SILENT on weight decay and warm-up of this stage: none on real data
+# "paper": section 5.1. PAPER SILENT on batch size, learning rate and crop size of DeP: those of DDeP
+# PAPER SILENT on weight decay and warm-up in pretraining: none on real data
+RECIPES = {
     "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=3e-3, warmup=0.02, weight_decay=0.0,
                    image_size=64, min_area=0.5, workers=0, save_every=400),
     "paper": dict(epochs=100, batch_size=512, micro_batch=64, warmup=0.0, weight_decay=0.0, image_size=224,
-                  min_area=0.08, workers=common.default_workers(), save_every=10_000),  # 5.1
+                  min_area=0.08, workers=common.default_workers(), save_every=10_000),
 }
 TOY_ENCODER = os.path.join("runs", "shapes", "pretrain_encoder")
 
@@ -40,26 +43,28 @@ TOY_ENCODER = os.path.join("runs", "shapes", "pretrain_encoder")
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
     group = parser.add_argument_group("method")
-    add, level = group.add_argument, group.add_mutually_exclusive_group()
-    add("--method", choices=("ddep", "dep"), default="ddep", help="train the decoder, or the encoder too")
+    add = group.add_argument
+    add("--method", choices=("ddep", "dep"), default="ddep", help="dep trains the encoder too (ddep)")
+    level = group.add_mutually_exclusive_group()
     level.add_argument("--gamma", type=common.number(float, 0, 1), nargs="+", metavar="G",
-                       help="of Eq. 5 (0.95; Table 4), or two: drawn between them for each image (§4.4)")
-    level.add_argument("--sigma", type=common.number(float, 0), help="sigma of Eq. 1, simple noise, instead")
+                       help="of Eq. 5 (0.95), or two: drawn between them for each image (§4.4)")
+    level.add_argument("--sigma", type=common.number(float, 0), help="use the noise of Eq. 1 instead")
     add("--target", choices=("noise", "image"), default="noise", help="what to predict (%(default)s; §3.2)")
-    add("--condition", action="store_true", help="condition the decoder's norms on gamma (§4.4)")
-    add("--encoder", choices=ENCODERS, help="(that of the weights, else hybrid; shapes: hybrid-small)")
+    add("--condition", action="store_true", help="the decoder is told gamma (§4.4)")
+    add("--encoder", choices=ENCODERS, help="(as in the weights, else hybrid; shapes: hybrid-small)")
     weights = group.add_mutually_exclusive_group()
-    weights.add_argument("--encoder-weights", metavar="PATH", help="of stage 1, or published: imagenet21k "
-                         "(hybrid) and imagenet1k (resnet50, PAPER SILENT) are downloaded")
-    weights.add_argument("--init", metavar="PATH", help="a checkpoint of this stage, to go on from")
+    weights.add_argument("--encoder-weights", metavar="PATH",
+                         help="last.pt of stage 1, or a download: imagenet21k (hybrid), "
+                         "imagenet1k (resnet50; PAPER SILENT on which weights)")
+    weights.add_argument("--init", metavar="PATH", help="last.pt of this stage")
     add("--width", type=common.number(float, 1 / 64),
-        help="decoder of [1024, 512, 256, 128, 64] * W (that of --init, else 1; shapes: 1/4; §4.3)")
+        help="decoder of [1024, 512, 256, 128, 64] * W (as in --init, else 1; shapes: 1/4; §4.3)")
     group = parser.add_argument_group("data")
     common.add_data_flags(group, UNLABELLED)
-    group.add_argument("--image-size", type=common.number(int, 32),
-                       help="side of the crops (%(default)s; §5.1)")
-    group.add_argument("--min-area", type=common.number(float, 0, 1),
-                       help="least share of an image that a crop shows; PAPER SILENT (%(default)s)")
+    add = group.add_argument
+    add("--image-size", type=common.number(int, 32), help="side of the crops (%(default)s; §5.1)")
+    add("--min-area", type=common.number(float, 0, 1),
+        help="smallest share of the image in a crop; PAPER SILENT (%(default)s)")
     common.add_optimisation_flags(parser)
     common.add_machine_flags(parser)
     args = parser.parse(RECIPES, argv)
@@ -71,26 +76,25 @@ def parse_arguments(argv=None):
     return args
 
 
-def new_network(args, rank):
-    """(the UNet with the weights that the flags name, its model_args)."""
+def denoising_network(args, rank):
+    """The UNet, with the weights to start from, and its model_args. Raises UserError."""
     source = args.init or args.encoder_weights
     if source is None and args.method == "ddep":
         if args.data != "shapes" or args.encoder not in (None, "hybrid-small"):
-            raise UserError("DDeP pretrains the decoder of a trained encoder; pass --encoder-weights PATH "
-                            "or imagenet21k")
+            raise UserError("DDeP needs a trained encoder: pass --encoder-weights PATH or imagenet21k")
         source = os.path.join(TOY_ENCODER, "last.pt")
         finished = os.path.join(TOY_ENCODER, "metrics.json")
         common.require_same(finished, os.path.exists(finished))
         if not os.path.exists(finished):
-            say(f"no encoder in {TOY_ENCODER}: stage 1 first, once", rank)
+            say(f"stage 1 trains an encoder first, in {TOY_ENCODER}", rank)
             pretrain_encoder.main(["--out", TOY_ENCODER, "--device", args.device])
             common.require_same(source, os.path.exists(source))
     with common.local_first(), common.users_mistakes():
         state, made_with = read_weights(source) if source else ({}, {})
-    if args.encoder_weights:  # of a whole network the encoder alone
-        made_with.pop("width", None)
+    if args.encoder_weights:
+        made_with.pop("width", None)  # a decoder in the file is not used
     model_args = dict(**common.network_args(args, made_with, source), condition_on_gamma=args.condition)
-    torch.manual_seed(args.seed)  # here: stage 1 has drawn from it, where it ran
+    torch.manual_seed(args.seed)  # after stage 1, which draws too
     model = build_unet(**model_args)
     if source:
         with common.users_mistakes():
@@ -99,7 +103,7 @@ def new_network(args, rank):
 
 
 def add_noise(args, x, seeds):
-    """(x~, e, gamma (B,)) of images x (B, 3, H, W) in [-1, 1]; noise and gamma by each image's seed."""
+    """x (B, 3, H, W) in [-1, 1] -> x~ and e of its shape, gamma (B,). seeds: one per image."""
     eps = noise.sample_noise(x.shape, seeds, x.device)
     if args.sigma is not None:
         gamma = torch.full((len(x),), noise.sigma_to_gamma(args.sigma), device=x.device)
@@ -113,71 +117,71 @@ def main():
     rank, world, device = common.start_processes(args.device)
     precision = common.choose_precision(args.precision, device)
 
-    # Data: images alone
-    with common.local_first():  # one process of a machine writes the index of .tar files
+    # Data: images
+    with common.local_first():  # one process per machine indexes .tar files
         images = pretraining_images(args)
     steps = common.number_of_steps(args, len(images), world)
     checkpoint = common.resume(args, str(images))
     start = checkpoint["step"] if checkpoint else 0
 
-    # Model: in DDeP the encoder is frozen
+    # Model: DDeP freezes the encoder
     if checkpoint:
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:
-        model, model_args = new_network(args, rank)
+        model, model_args = denoising_network(args, rank)
     if args.method == "ddep":
-        freeze(model.encoder)  # before DDP and the optimiser see its parameters
-    elif args.encoder_weights is None and args.init is None:
+        freeze(model.encoder)  # before DDP sees its parameters
+    elif args.encoder_weights is None and args.init is None:  # new BatchNorm has no statistics
         use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
     model.to(device, memory_format=torch.channels_last).train()
     if args.compile:
-        model.compile(dynamic=False)  # in place: no "_orig_mod." in the names of parameters
+        model.compile(dynamic=False)  # in place: parameters keep their names
     network = DistributedDataParallel(model) if world > 1 else model
 
-    # Adam (5.1): 6e-5 for x1 and x3, 1e-4 for x2. PAPER SILENT on its betas: torch's defaults
-    usual_rate = 1e-4 if model_args["width"] == 2 else 6e-5
-    peak_rate = usual_rate if args.lr is None else args.lr
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Adam (5.1). PAPER SILENT on its betas: torch's defaults
+    peak_rate = args.lr
+    if peak_rate is None:
+        peak_rate = 1e-4 if model_args["width"] == 2 else 6e-5
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        checkpoint = None  # its memory is free
+        checkpoint = None  # frees its memory
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
-    loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
-                        pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 2: {args.method}, {model_args}, {images.note}, {start} of {steps} steps done, "
         f"{world} x {device}, {precision}", rank)
-    batches = iter(loader)  # of micro-batches: gradients are accumulated, so that a batch fits in memory
+    # Micro-batches: gradients add up, so only one must fit in memory
+    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
+                              pin_memory=device.type == "cuda"))
     for step in range(start + 1, steps + 1):
+        rate = common.cosine_rate(step - 1, steps, peak_rate, args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = common.cosine_rate(step - 1, steps, peak_rate, args.warmup)
+            group["lr"] = rate
 
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
         for part in range(order.parts):
             batch = next(batches)
-            x = to_pixels(batch["image"].to(device))                       # (B, 3, H, W) in [-1, 1]
-            x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])  # the same, the same, (B,)
-            network.require_backward_grad_sync = part == order.parts - 1   # DDP: exchange gradients once a step
+            x = to_pixels(batch["image"].to(device))  # (B, 3, H, W) in [-1, 1]
+            x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])
+            network.require_backward_grad_sync = part == order.parts - 1  # DDP: one exchange per step
             with common.autocast(precision, device):
-                prediction = network(x_noisy, gamma)                       # (B, 3, H, W)
+                prediction = network(x_noisy, gamma)  # (B, 3, H, W)
             target = eps if args.target == "noise" else x
-            # The parts of all processes add up to the mean over the global batch
+            # Summed over parts and processes: the mean over the global batch
             part_loss = noise.denoising_loss(prediction, target) * len(x) / args.batch_size
-            scaler.scale(part_loss * world).backward()  # times world: DDP averages, we need the sum
+            scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
 
         loss = common.finish_step(step, loss, optimizer, scaler)
-        log.write(step, loss=loss, rate=optimizer.param_groups[0]["lr"])
+        log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
-            common.save(os.path.join(args.out, "last.pt"), dict(
-                step=step, model=model.state_dict(), model_args=model_args, args=vars(args),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), data=str(images)))
+            common.save_checkpoint(args, step, model, model_args, optimizer, scaler, str(images))
     log.close()
     if rank == 0:
         metrics, panel = look_at(args, model, samples, device)
@@ -187,45 +191,43 @@ def main():
 
 @torch.no_grad()
 def look_at(args, model, samples, device):
-    """({losses}, a picture) of the first 16 training images; prints what the losses say."""
+    """Prints how well 16 training images are denoised; returns (metrics, panel.png)."""
     model.eval()
     batch = next(iter(DataLoader(samples, batch_sampler=Order(len(samples.source), 16, 16, 1, args.seed))))
     x = to_pixels(batch["image"].to(device))
     x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])
     target = eps if args.target == "noise" else x
     maps = model.encode(x_noisy)
+    prediction = model.decoder(maps, x.shape[-2:], gamma)
+    loss = noise.denoising_loss(prediction, target).item()
 
-    def loss_of(maps):
-        return noise.denoising_loss(model.decoder(maps, x.shape[-2:], gamma), target).item()
-
-    # What needs no network: the best multiple of the noisy image
-    loss, multiple = loss_of(maps), (target * x_noisy).sum() / x_noisy.square().sum()
-    loss_of_multiple = noise.denoising_loss(multiple * x_noisy, target).item()
-    say(f"denoising loss {loss:.4f}; the best multiple of the noisy image, {multiple:.3f}, has "
-        f"{loss_of_multiple:.4f}")
+    # A guess without a network: a multiple of the noisy image
+    factor = (target * x_noisy).sum() / x_noisy.square().sum()
+    loss_of_multiple = noise.denoising_loss(factor * x_noisy, target).item()
+    say(f"denoising loss {loss:.4f}; {factor:.3f} times the noisy image has {loss_of_multiple:.4f}")
     if loss >= loss_of_multiple:
-        say("WARNING: the network is no better than that: pretrain for more steps, or with another --lr")
+        say("WARNING: the network is no better; raise --steps or change --lr")
 
-    # Which maps of the encoder the decoder uses. Near 0 %: the blocks behind a map are hardly pretrained
+    # A decoder that does not use a map has not trained the blocks behind it
     rises = {}
     for i, stride in enumerate(model.encoder.strides):
-        mean = maps[i].mean(0, keepdim=True).expand_as(maps[i])
-        rises[stride] = loss_of([*maps[:i], mean, *maps[i + 1:]]) / loss - 1
-    say("rise of the loss where one map of the encoder is replaced by its mean: "
-        + ", ".join(f"{rise:.1%} (stride {stride})" for stride, rise in rises.items()))
+        changed = list(maps)
+        changed[i] = maps[i].mean(0, keepdim=True).expand_as(maps[i])
+        without = noise.denoising_loss(model.decoder(changed, x.shape[-2:], gamma), target).item()
+        rises[stride] = without / loss - 1
+        say(f"the loss rises by {rises[stride]:.1%} if the map of stride {stride} is replaced by its mean")
 
     columns = {"image": x, "noisy image": x_noisy}
-    prediction = model.decoder(maps, x.shape[-2:], gamma)
     if args.target == "noise":
         columns["predicted noise"] = prediction / 3  # [-1, 1] shows 3 standard deviations
         if args.sigma is None:
-            prediction = noise.remove_noise(x_noisy, prediction, gamma.clamp(min=1e-3))  # no division by 0
+            prediction = noise.remove_noise(x_noisy, prediction, gamma.clamp(min=1e-3))
         else:
             prediction = x_noisy - args.sigma * prediction
     columns["denoised image"] = prediction
     rows = [[from_pixels(pictures[i]) for pictures in columns.values()] for i in range(4)]
     metrics = {"loss": loss, "loss_of_multiple": loss_of_multiple, "rise_of_loss_without_map": rises}
-    return metrics, table(rows, list(columns))
+    return metrics, picture_table(rows, list(columns))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Stage 1: train the encoder as a classifier (section 2: "The encoder is pre-trained on ImageNet-21k
-classification").
+"""Stage 1: train the encoder to classify images (section 2).
 
     python pretrain_encoder.py                                                             # toy data, a CPU
     python pretrain_encoder.py --data folder --root imagenet                               # one GPU
     torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k  # eight
 
-In: class folders (root/train/<class>/ or root/<class>/) or .tar files. Out, in --out: last.pt, which stage 2
-takes as --encoder-weights; log.jsonl; metrics.json, which says that the run is finished. Such an encoder is
-published (--encoder-weights imagenet21k): with it, skip this stage.
+Input: a folder (root/train/<class>/ or root/<class>/) or .tar file per class. Output in --out: last.pt, for
+--encoder-weights of stage 2; log.jsonl; metrics.json at the end. A published encoder replaces this stage
+(--encoder-weights imagenet21k).
 """
 import os
 
@@ -22,7 +21,7 @@ from data import Order, Samples, pretraining_transform, to_pixels
 from datasets import CLASSIFIED, classification_images
 from model import ENCODERS, Classifier, build_encoder, use_batch_statistics
 
-RECIPES = {  # PAPER SILENT on all of stage 1. "paper": the usual figures of ViT training on ImageNet
+RECIPES = {  # PAPER SILENT on all settings of stage 1: "paper" has those usual for a ViT
     "shapes": dict(encoder="hybrid-small", steps=500, batch_size=32, micro_batch=32, lr=2e-3, warmup=0.04,
                    weight_decay=0.0, image_size=64, min_area=0.5, workers=0, save_every=250),
     "paper": dict(encoder="hybrid", epochs=90, batch_size=4096, micro_batch=64, lr=1e-3, warmup=0.03,
@@ -33,13 +32,14 @@ RECIPES = {  # PAPER SILENT on all of stage 1. "paper": the usual figures of ViT
 
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
-    group = parser.add_argument_group("method")
-    group.add_argument("--encoder", choices=ENCODERS, help="the network (%(default)s)")
+    add = parser.add_argument_group("method").add_argument
+    add("--encoder", choices=ENCODERS, help="the network (%(default)s)")
     group = parser.add_argument_group("data")
     common.add_data_flags(group, CLASSIFIED)
-    group.add_argument("--image-size", type=common.number(int, 32), help="side of the crops (%(default)s)")
-    group.add_argument("--min-area", type=common.number(float, 0, 1),
-                       help="least share of an image that a crop shows (%(default)s)")
+    add = group.add_argument
+    add("--image-size", type=common.number(int, 32), help="side of the crops (%(default)s)")
+    add("--min-area", type=common.number(float, 0, 1),
+        help="smallest share of the image in a crop (%(default)s)")
     common.add_optimisation_flags(parser)
     common.add_machine_flags(parser)
     args = parser.parse(RECIPES, argv)
@@ -52,14 +52,14 @@ def main(argv=None):
     rank, world, device = common.start_processes(args.device)
     precision = common.choose_precision(args.precision, device)
 
-    # Data: images with a class
-    with common.local_first():  # one process of a machine writes the index of .tar files
+    # Data: images and their classes
+    with common.local_first():  # one process per machine indexes .tar files
         images, names = classification_images(args)
     steps = common.number_of_steps(args, len(images), world)
     checkpoint = common.resume(args, str(images))
     start = checkpoint["step"] if checkpoint else 0
 
-    # Model: everything trains
+    # Model: all weights are trained
     torch.manual_seed(args.seed)
     model_args = dict(encoder=args.encoder, num_classes=len(names))
     model = Classifier(build_encoder(args.encoder), len(names))
@@ -68,28 +68,29 @@ def main(argv=None):
     use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
     model.to(device, memory_format=torch.channels_last).train()
     if args.compile:
-        model.compile(dynamic=False)  # in place: no "_orig_mod." in the names of parameters
+        model.compile(dynamic=False)  # in place: parameters keep their names
     network = DistributedDataParallel(model) if world > 1 else model
 
-    # Adam with decoupled weight decay, as Dosovitskiy et al. trained it
+    # Adam with decoupled weight decay, as is usual for a ViT
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        checkpoint = None  # its memory is free
+        checkpoint = None  # frees its memory
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
-    loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers,
-                        pin_memory=device.type == "cuda")
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 1: {args.encoder}, {len(names)} classes ({', '.join(names[:8])} ...), {images.note}, {start} "
         f"of {steps} steps done, {world} x {device}, {precision}", rank)
-    batches = iter(loader)  # of micro-batches: gradients are accumulated, so that a batch fits in memory
+    # Micro-batches: gradients add up, so only one must fit in memory
+    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
+                              pin_memory=device.type == "cuda"))
     for step in range(start + 1, steps + 1):
+        rate = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
+            group["lr"] = rate
 
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
@@ -97,21 +98,19 @@ def main(argv=None):
             batch = next(batches)
             x = to_pixels(batch["image"].to(device))  # (B, 3, H, W) in [-1, 1]
             label = batch["label"].to(device)         # (B,)
-            network.require_backward_grad_sync = part == order.parts - 1  # DDP: exchange gradients once a step
+            network.require_backward_grad_sync = part == order.parts - 1  # DDP: one exchange per step
             with common.autocast(precision, device):
-                logits = network(x)                                 # (B, classes)
-            # The parts of all processes add up to the mean over the global batch
+                logits = network(x)  # (B, classes)
+            # Summed over parts and processes: the mean over the global batch
             part_loss = F.cross_entropy(logits.float(), label, reduction="sum") / args.batch_size
-            scaler.scale(part_loss * world).backward()  # times world: DDP averages, we need the sum
+            scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
 
         loss = common.finish_step(step, loss, optimizer, scaler)
-        log.write(step, loss=loss, rate=optimizer.param_groups[0]["lr"])
+        log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
-            common.save(os.path.join(args.out, "last.pt"), dict(
-                step=step, model=model.state_dict(), model_args=model_args, args=vars(args),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), data=str(images),
-                class_names=names))
+            common.save_checkpoint(args, step, model, model_args, optimizer, scaler, str(images),
+                                   class_names=names)
     log.close()
     if rank == 0:
         common.save(os.path.join(args.out, "metrics.json"), {"step": steps})

@@ -2,7 +2,7 @@
 
     python reproduce.py                                   # the comparison on the toy data
     python reproduce.py list                              # all tables, and what there is of them
-    python reproduce.py table6 --dry-run                  # the commands that are missing of it
+    python reproduce.py table6 --dry-run                  # the commands of it that are missing
     python reproduce.py table6 --root imagenet21k=DIR pascal_context=DIR
     python reproduce.py table6 --root ... --shard 3/32    # a 32nd of its fine-tunings: for a Slurm array
 
@@ -11,29 +11,29 @@ Tables share what they have in common, above all the pretrainings. A run with me
 any time, the same command goes on.
 
 Rates are chosen as in 5.1: each cell runs a grid of them on a seed of its own, whose score does not enter the
-table, and takes the best. PAPER SILENT on the grid and on what a "task" is: here four by four values from
-1e-5 to 3e-4, and a task is a cell. All repeats share one pretraining, as in the paper.
+table, and takes the best.
+PAPER SILENT on the grid and on what a "task" is: here four by four values from 1e-5 to 3e-4 for each cell.
+PAPER SILENT on whether the repeats of a fine-tuning share one pretraining: here they do.
 """
 import argparse
 import json
 import os
-import queue
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product, zip_longest
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import common
 from common import UserError, say
 
-# ---------------------------------------- The tables
+# ---- The tables
 
 
 class Row(NamedTuple):
@@ -52,6 +52,8 @@ class Table(NamedTuple):
 
 
 DDEP = "--data imagenet21k --gamma 0.95"  # 100 epochs, batch 512, 224 px: the defaults of stage 2
+# PAPER SILENT on the batch size, rate and crop size of DeP: here those of DDeP
+# PAPER SILENT on which "all Cityscapes images" (Table 2) are: here fine and coarse, as Table 3 calls them
 DEP = "--method dep --data cityscapes_coarse --epochs 6000"
 DEP_SIGMA = f"{DEP} --sigma 0.8"  # 3.4. PAPER SILENT on Table 1: as Table 2
 SIMPLE = "--data imagenet21k --sigma 0.2294"  # PAPER SILENT: the same ratio of noise and image as gamma 0.95
@@ -128,6 +130,7 @@ TABLES = {
         "", (19.01, 8.46, 6.72, 5.30, 2.73), (45.21, 24.55, 19.27, 14.97, 6.09),
         (46.07, 30.38, 26.39, 21.12, 9.63), RESNET)),
 }
+# PAPER SILENT on how many images 10% of Cityscapes are: here 298; Table 3's 73.21 is Figure 6's at 1/8
 LABELS = {  # images of a column; all of 100%
     "shapes": {"8 labels": 8, "32 labels": 32},
     "cityscapes": {"1/4": 744, "1/8": 372, "10%": 298, "5%": 149, "1/30": 100, "2%": 60, "1%": 30},
@@ -153,13 +156,35 @@ def grid(row, data):
     return [(two, f"--lr {rate} --weight-decay {decay}") for two, rate, decay in product(twos, rates, decays)]
 
 
-# ---------------------------------------- Runs. A run is a command, a list of words: SCRIPT --out DIR ...
+# ---- Runs
+
+
+class Run(NamedTuple):
+    script: str
+    out: str     # its folder
+    words: list  # its flags, --out too
+
+    def result(self):
+        """The content of metrics.json, None while the run is not finished."""
+        path = Path(self.out, "metrics.json")
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def can_start(self):
+        """Whether the pretraining of a fine-tuning is finished."""
+        init = Path(self.words[self.words.index("--init") + 1])
+        return init.name != "last.pt" or init.with_name("metrics.json").exists()
+
+    def takes_all_gpus(self):
+        return self.script != "finetune.py" and "shapes" not in self.words
 
 
 def runs_of(args, row, data, column, seed, rates):
     """The runs of one fine-tuning, in order: what it needs, then itself. rates: flags of stages 2 and 3."""
-    def out(*parts):
-        return os.path.join(args.out, "_".join(" ".join(parts).replace("--", "").replace("/", "-").split()))
+    def run(script, parts, *words):
+        name = "_".join(" ".join(parts).replace("--", "").replace("/", "-").split())
+        folder = os.path.join(args.out, name)
+        runs.append(Run(script, folder, ["--out", folder, *words]))
+        return os.path.join(folder, "last.pt")
 
     def root(data):
         name = data.removesuffix("_coarse")
@@ -168,89 +193,87 @@ def runs_of(args, row, data, column, seed, rates):
     runs, init, network = [], row.init, row.network.split()
     encoder = "imagenet1k" if row.network == RESNET else "imagenet21k"
     if data == "shapes":  # stage 1
-        encoder = os.path.join(out("encoder"), "last.pt")
-        runs.append(["pretrain_encoder.py", "--out", out("encoder")])
+        encoder = run("pretrain_encoder.py", ["encoder"], "--data", data)
     if init.startswith("--"):  # stage 2
-        folder = out("pretrain", init, row.network, rates[0])
         words = [*init.split(), *network, *rates[0].split()]
         if "dep" not in words:
             words += ["--encoder-weights", encoder]
-        images = words[words.index("--data") + 1]
-        runs.append(["pretrain_decoder.py", "--out", folder, *words, *root(images)])
-        init, network = os.path.join(folder, "last.pt"), []
+        images = root(words[words.index("--data") + 1])
+        init = run("pretrain_decoder.py", ["pretrain", init, row.network, rates[0]], *words, *images)
+        network = []
     elif init == "supervised":
         init, network = encoder, network if "--width" in network else []
-    labels = LABELS[data].get(column)
-    return [*runs, ["finetune.py", "--out", out(data, column, row.init, row.network, *rates, f"seed {seed}"),
-                    "--data", data, *root(data), "--init", init, *network,
-                    *(["--labels", str(labels)] if labels else []), "--seed", str(seed), *rates[1].split()]]
-
-
-def result(run):
-    """The content of a finished run's metrics.json, else None."""
-    path = os.path.join(run[2], "metrics.json")
-    return json.loads(open(path).read()) if os.path.exists(path) else None
-
-
-def can_start(run):
-    """Whether the pretraining of a fine-tuning is finished."""
-    init = run[run.index("--init") + 1]
-    return not init.endswith("last.pt") or os.path.exists(os.path.join(os.path.dirname(init), "metrics.json"))
+    labels = ["--labels", str(LABELS[data][column])] if column in LABELS[data] else []
+    run("finetune.py", [data, column, row.init, row.network, *rates, f"seed {seed}"], "--data", data,
+        *root(data), "--init", init, *network, *labels, "--seed", str(seed), *rates[1].split())
+    return runs
 
 
 def cells(args):
     """For each cell of the chosen tables: (table's name, row's name, column, its sweep, its repeats).
 
-    sweep: [(rates, runs of the candidate), ...]; repeats: [runs, ...], empty while the sweep is not finished.
+    Both are lists of the runs of a fine-tuning; there are no repeats while the sweep is not finished.
     """
     for name in args.tables:
         table = TABLES[name]
         rows = [(key, row) for key, row in table.rows.items() if isinstance(row, Row)]
         for (key, row), column in product(rows, table.columns):
-            data, sweep = row.data or table.data, []
-            rates = row.rates.get(column, ("", ""))
+            data, rates, sweep = row.data or table.data, row.rates.get(column, ("", "")), []
             if args.sweep or (args.sweep is None and data != "shapes"):
-                sweep = [(rates, runs_of(args, row, data, column, SWEEP_SEED, rates))
-                         for rates in grid(row, data)]
-                scores = [result(runs[-1]) for _, runs in sweep]
-                best = max(range(len(sweep)), key=lambda i: (scores[i] or {}).get("miou", 0))
-                rates = None if None in scores else sweep[best][0]
+                candidates = grid(row, data)
+                sweep = [runs_of(args, row, data, column, SWEEP_SEED, rates) for rates in candidates]
+                results = [runs[-1].result() for runs in sweep]
+                best = max(range(len(sweep)), key=lambda i: (results[i] or {}).get("miou", 0))
+                rates = None if None in results else candidates[best]
             repeats = min(args.repeats, REPEATS.get((data, column), 10)) if rates else 0
             yield name, key, column, sweep, [runs_of(args, row, data, column, seed, rates)
                                              for seed in range(repeats)]
 
 
 def missing_runs(args):
-    """The runs that are not finished, each once, pretrainings first."""
-    every = {}
-    for *_, sweep, repeats in cells(args):
-        for runs in [*(runs for _, runs in sweep), *repeats]:
-            every.update({run[2]: run for run in runs})
-    scripts = ["pretrain_encoder.py", "pretrain_decoder.py", "finetune.py"]
-    missing = [run for run in every.values() if result(run) is None]
-    return sorted(missing, key=lambda run: scripts.index(run[0]))
+    """The runs that are not finished, each once, pretrainings first; with --shard its fine-tunings alone."""
+    every = {run.out: run for *_, sweep, repeats in cells(args) for runs in sweep + repeats for run in runs}
+    missing = [run for run in every.values() if run.result() is None]
+    if args.shard:  # by the name of the folder: it stays in its shard whatever else is finished
+        part, parts = args.shard
+        missing = [run for run in missing if run.script == "finetune.py"
+                   and zlib.crc32(os.path.basename(run.out).encode()) % parts == part - 1]
+    return sorted(missing, key=lambda run: run.script, reverse=True)  # the order of the stages
+
+
+def ambiguous():
+    """[{(table, row, column): the paper's number}, ...]: cells of one run whose numbers differ."""
+    args, groups = parse_arguments(["all", "--no-sweep", "--repeats", "1"]), {}
+    for name, key, column, _, repeats in cells(args):
+        number = TABLES[name].rows[key].paper[TABLES[name].columns.index(column)]
+        groups.setdefault(repeats[0][-1].out, {})[name, key, column] = number
+    return [group for group in groups.values() if len({*group.values()}) > 1]
 
 
 def show(args):
     """Each table with our mean ± standard deviation (number of runs) beside the paper's number."""
-    measured = {}
+    measured, groups = {}, ambiguous()
     for name, key, column, _, repeats in cells(args):
-        done = [100 * result(runs[-1])["miou"] for runs in repeats if result(runs[-1])]
+        done = [100 * runs[-1].result()["miou"] for runs in repeats if runs[-1].result()]
         if done:
             spread = f" ± {statistics.stdev(done):.1f}" if len(done) > 1 else ""
             measured[name, key, column] = f"{statistics.mean(done):.1f}{spread} ({len(done)})"
+    if {name for group in groups for name, *_ in group} & {*args.tables}:
+        say(f"* {len(groups)} runs in all each stand for several, different numbers of the paper, marked *")
     for name in args.tables:
         table = TABLES[name]
         say(f"\n{name}: {table.title}; mIoU %, ours (runs) / the paper's\n")
         say(f"| | {' | '.join(table.columns)} |\n|---{'|---' * len(table.columns)}|")
         for key, row in table.rows.items():
-            paper = row.paper if isinstance(row, Row) else row
-            texts = [measured.get((name, key, column), "-") + (f" / {number:.2f}" if number else "")
-                     for column, number in zip_longest(table.columns, paper)]
+            texts = []
+            for column, number in zip_longest(table.columns, row.paper if isinstance(row, Row) else row):
+                star = "*" * any((name, key, column) in group for group in groups)
+                paper = f" / {number:.2f}{star}" if number else ""
+                texts.append(measured.get((name, key, column), "-") + paper)
             say(f"| {key} | {' | '.join(texts)} |")
 
 
-# ---------------------------------------- The program
+# ---- The program
 
 
 def shard(text):
@@ -273,65 +296,79 @@ def parse_arguments(argv=None):
     add("--dry-run", action="store_true", help="print the commands that are missing, run nothing")
     args = parser.parse_args(argv)
     args.list, args.roots = args.tables == ["list"], dict(pair.partition("=")[::2] for pair in args.root)
+    if args.list and (args.shard or args.dry_run):
+        parser.error("list runs nothing: --shard and --dry-run have no effect; drop them")
     if args.tables in (["all"], ["list"]):
         args.tables = [name for name in TABLES if name != "shapes" or args.list]
     wrong = {*args.tables} - {*TABLES} or {*args.roots} - {*SETS}
     if wrong:
-        parser.error(f"{wrong}: expected tables of {', '.join(TABLES)}, --root SET=DIR of "
-                     f"{', '.join(SETS)}")
+        parser.error(f"{wrong}: expected tables of {', '.join(TABLES)}, --root SET=DIR of {', '.join(SETS)}")
     return args
 
 
-def start(run, gpus, threads, free):
-    """Run a command and wait for it, its output in DIR/output.txt; returns its exit status."""
-    os.makedirs(run[2], exist_ok=True)
-    gpu, environment = free.get(), {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    words = [sys.executable, os.path.join(HERE, run[0]), *run[1:]]
-    if gpus and run[0] != "finetune.py":  # all of them
-        words[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    elif gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    with open(os.path.join(run[2], "output.txt"), "a") as output:
-        status = subprocess.run(words, env=environment, stdout=output, stderr=output).returncode
-    free.put(gpu)
-    if status:
-        say(f"failed: {shlex.join(run)}; see {output.name}")
-    elif run[0] == "finetune.py" and not run[2].endswith("seed_0"):
-        os.remove(os.path.join(run[2], "last.pt"))  # there are more than a thousand
-    return status
+def run_together(runs, gpus):
+    """Run them at once, their output in DIR/output.txt, the i-th fine-tuning on GPU i; how many failed."""
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
+    threads, processes, failed = max(1, os.cpu_count() // max(len(runs), gpus)), [], 0
+    try:
+        for i, run in enumerate(runs):
+            words = [os.path.join(HERE, run.script), *run.words]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            if gpus and run.takes_all_gpus():
+                words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", *words]
+            elif gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = visible[i]
+            os.makedirs(run.out, exist_ok=True)
+            with open(os.path.join(run.out, "output.txt"), "a") as output:
+                processes.append(subprocess.Popen(
+                    [sys.executable, *words], env=environment, stdout=output, stderr=output))
+        for process in processes:
+            process.wait()
+    finally:  # after an interrupt, too
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+    for run, process in zip(runs, processes):
+        output, sweeps = Path(run.out, "output.txt"), run.out.endswith(f"seed_{SWEEP_SEED}")
+        last = output.read_text(errors="replace").splitlines()[-3:]  # the progress bar may follow the error
+        if sweeps and process.returncode == 2 and common.NOT_FINITE in " ".join(last):
+            common.save(os.path.join(run.out, "metrics.json"), {"miou": 0.0})  # diverged: not to be chosen
+        elif process.returncode:
+            failed += 1
+            say(f"failed: {run.script} {shlex.join(run.words)}; see {output}")
+        if run.result() and run.script == "finetune.py" and not run.out.endswith("seed_0"):
+            Path(run.out, "last.pt").unlink(missing_ok=True)  # there are more than a thousand
+    return failed
 
 
 def main():
     args = parse_arguments()
     if args.dry_run:
         for run in missing_runs(args):
-            torchrun = run[0] != "finetune.py" and "shapes" not in run
-            say(f"{'torchrun --nproc_per_node=8' if torchrun else 'python'} {shlex.join(run)}")
+            start = "torchrun --nproc_per_node=8" if run.takes_all_gpus() else "python"
+            say(f"{start} {run.script} {shlex.join(run.words)}")
         return
-    gpus, failed = torch.cuda.device_count(), []
+    gpus, failed = torch.cuda.device_count(), 0
     while not (args.list or failed):
-        todo = missing_runs(args)
-        if args.shard:
-            part, parts = args.shard
-            todo = [run for run in todo if run[0] == "finetune.py" and can_start(run)
-                    and zlib.crc32(run[2].encode()) % parts == part - 1]
-        runs = [run for run in todo if run[0] == todo[0][0]]  # of one stage
+        todo = [run for run in missing_runs(args) if not args.shard or run.can_start()]
+        runs = [run for run in todo if run.script == todo[0].script]  # of one stage
         if not runs:
             break
-        free = queue.Queue()
-        slots = min(len(runs), 2 if not gpus else gpus if runs[0][0] == "finetune.py" else 1)
-        for slot in range(slots):
-            free.put(slot)
-        threads = max(1, os.cpu_count() // slots)
-        say(f"{len(todo)} runs are missing; now {len(runs)} of {runs[0][0]}, {slots} at a time")
-        with ThreadPoolExecutor(slots) as pool:
-            statuses = pool.map(lambda run: start(run, gpus, threads, free), runs)
-            statuses = tqdm(statuses, total=len(runs), unit="run")
-            failed = [run for run, status in zip(runs, statuses) if status]
+        alone = gpus and any(run.takes_all_gpus() for run in runs)
+        slots = 1 if alone else min(len(runs), gpus or 2)
+        say(f"{len(todo)} runs are missing; now {len(runs)} of {runs[0].script}, {slots} at a time")
+        batches = [runs[i:i + slots] for i in range(0, len(runs), slots)]
+        failed = sum(run_together(batch, gpus) for batch in common.progress(batches, unit="batch"))
     show(args)
     if failed:
-        raise UserError(f"{len(failed)} runs failed, see above; mend that, then repeat the command")
+        raise UserError(f"{failed} runs failed, see above; correct the cause, then repeat the command")
+
+
+def interrupt(*_):
+    raise UserError("interrupted, and the runs in progress with it; the same command goes on")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     common.run(main)

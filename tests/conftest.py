@@ -80,6 +80,16 @@ def script(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def done(script):
+    """done("finetune", ...) runs finetune.py to its end -> stderr."""
+    def call(*command):
+        status, _, err = script(*command)
+        assert status == 0, err
+        return err
+    return call
+
+
 def torchrun(processes, name, *flags, cwd=None):
     """A script under torchrun -> CompletedProcess."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",

@@ -1,5 +1,5 @@
 """benchmark.py: that it times what it says, in turns; not how long anything takes."""
-import json
+import re
 import time
 
 import torch
@@ -7,22 +7,26 @@ import torch
 import benchmark
 
 
-def test_cases_take_turns_and_the_first_call_of_each_is_not_counted(monkeypatch):
-    calls, now, seconds = [], [0], {"ours": [50, 4, 1, 4], "peer: b": [50, 2, 1, 4]}
+def test_cases_take_turns_and_the_first_call_of_each_is_not_counted(monkeypatch, capsys):
+    calls, now, seconds = [], [0], {"ours": [50, 4, 1, 4], "peer": [1, 4, 2, 8]}
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def call(name):
         calls.append(name)
         now[0] += seconds[name].pop(0)
-    cases = {"ours": (lambda: call("ours"), 8), "peer: b": (lambda: call("peer: b"), 2)}
-    rows = benchmark.measure("Title", cases, 3, torch.device("cpu"))
-    assert calls == ["ours", "peer: b"] * 4
-    assert [(row["fastest"], row["median"], row["ratio"]) for row in rows] == [(8, 2, 4), (2, 1, 1)]
+    cases = {name: lambda name=name: call(name) for name in seconds}
+    benchmark.measure("Title", cases, 8, 3, torch.device("cpu"))
+    assert calls == ["ours", "peer"] * 4
+    rows = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["ours", "8.000", "2.000", "2.00"], ["peer", "4.000", "2.000", "1.00"]]
 
 
-def test_the_script_writes_its_rows(script, tmp_path):
-    path = tmp_path / "speed.json"
-    status, out, err = script("benchmark", "--only", "toy", "--rounds", 1, "--json", path, "--device", "cpu")
+def test_the_script_prints_a_row_for_each_case(script):
+    threads, hub = torch.get_num_threads(), torch.hub.get_dir()
+    status, out, err = script("benchmark", "--only", "data", "--rounds", 1, "--peers", "--device", "cpu")
+    torch.set_num_threads(threads)
+    torch.hub.set_dir(hub)
     assert status == 0, err
-    row, = json.loads(path.read_text())["rows"]
-    assert row["fastest"] == row["median"] > 0 and row["gflops"] > 0 and row["name"] in out
+    rows = re.findall(r"^  (.*?) +([\d.]+) +([\d.]+) +[\d.]+ x the peer$", out, re.M)
+    assert [name for name, *_ in rows] == ["folder", "imagenet21k", "peer"]
+    assert all(float(fastest) == float(median) > 0 for _, fastest, median in rows)

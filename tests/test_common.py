@@ -1,9 +1,9 @@
 """common.py: what a user's mistake looks like, flags, rates and lengths by hand, checkpoints and the log."""
 import argparse
+import io
 import json
 import math
 import os
-import subprocess
 import sys
 import types
 
@@ -13,12 +13,19 @@ import torch
 
 import common
 from common import UserError
-from conftest import ROOT
 
 
-class Pictures(torch.utils.data.IterableDataset):
-    def __iter__(self):
+class Pictures(torch.utils.data.Dataset):
+    def __getitem__(self, i):
         raise UserError("imgs/a.png: broken")
+
+
+def load():
+    loader = iter(torch.utils.data.DataLoader(Pictures(), sampler=[0], num_workers=1))
+    try:
+        next(loader)
+    finally:
+        loader._shutdown_workers()  # left to the collector they would be waited for, for 5 s
 
 
 def raises(error):
@@ -28,15 +35,13 @@ def raises(error):
 @pytest.mark.parametrize("main, part", [
     (lambda: raises(UserError("--lr 7: too high")), "--lr 7: too high"),
     (common.users_mistakes()(lambda: raises(ValueError("a.pt: no weights"))), "a.pt: no weights"),
-    (lambda: next(iter(torch.utils.data.DataLoader(Pictures(), num_workers=1))), "error: imgs/a.png: broken"),
-    (lambda: raises(RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet X for more")), "--compile"),
+    (load, "error: imgs/a.png: broken"),
+    (lambda: raises(RuntimeError("No working C++ compiler found\n\nSet X for more")), "--compile"),
     (lambda: torch.empty(10 ** 15), "--micro-batch"), (lambda: np.ones(10 ** 15), "--micro-batch"),
     (lambda: raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")), "--micro-batch"),
     (lambda: torch.nn.BatchNorm2d(3)(torch.ones(1, 3, 1, 1)), "--micro-batch"),
     (lambda: open("/nowhere/a.txt"), "/nowhere/a.txt"), (lambda: os.mkdir("/proc/no"), "/proc/no"),
-    (lambda: raises(RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")), "--ipc=host"),
-    (lambda: raises(RuntimeError("DataLoader worker is killed by signal: Bus error. It is possible that "
-                                 "dataloader's workers are out of shared memory.")), "--workers"),
+    (lambda: raises(RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")), "--workers"),
     (lambda: common.Parser().parse_args(["--nonsense"]), "--nonsense")])
 def test_what_a_user_can_mend_is_one_line_and_status_2(main, part, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["/a/finetune.py"])
@@ -71,15 +76,13 @@ def test_defaults_follow_the_data_and_steps_and_epochs_replace_each_other(flags,
 
 
 @pytest.mark.parametrize("flags", [
-    ["--steps", "3", "--epochs", "2"], ["--steps", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--warmup", "1.5"],
-    ["--batch-size", "2.5"], ["--step", "3"], ["--seed", "x"], ["--seed", str(2 ** 63)], ["--seed", "1" * 400],
-    ["--lr", "inf"]])
+    ["--steps", "3", "--epochs", "2"], ["--steps", "0"], ["--lr", "nan"], ["--seed", "1" * 400],
+    ["--batch-size", "2.5"], ["--step", "3"], ["--seed", str(2 ** 63)], ["--lr", "inf"], ["--warmup", "1.5"]])
 def test_a_flag_without_a_sensible_value_is_a_users_mistake_that_names_it(flags):
     parser = common.Parser()
     common.add_optimisation_flags(parser)
     with pytest.raises(UserError, match=flags[-2]):
         parser.parse_args(flags)
-    assert common.number(float, 0, 1)("0.5") == 0.5 and common.number(int, 3)("3") == 3
 
 
 @pytest.mark.parametrize("data, encoder, width, made_with, wanted", [
@@ -91,9 +94,10 @@ def test_the_network_is_as_asked_and_as_its_weights_were_made(data, encoder, wid
     args = argparse.Namespace(data=data, encoder=encoder, width=width)
     made = common.network_args(args, made_with, "w.pt")
     assert made == dict(zip(("encoder", "width", "image_size"), wanted))
-    args.encoder = "hybrid"
-    with pytest.raises(UserError, match="hybrid.*w.pt.*mine"):
-        common.network_args(args, {"encoder": "mine"}, "w.pt")
+    args.encoder, args.width = "hybrid", 0.5
+    for other in ({"encoder": "mine"}, {"encoder": "hybrid", "width": 0.25}):
+        with pytest.raises(UserError, match=r"(hybrid|0\.5).*w.pt.*(mine|0\.25)"):
+            common.network_args(args, other, "w.pt")
 
 
 @pytest.mark.parametrize("steps, epochs, images, batch, wanted", [
@@ -134,10 +138,12 @@ def test_what_is_not_finite_is_refused_where_no_lower_scale_can_help(loss, gradi
 def test_a_save_that_is_interrupted_leaves_the_file_before_it(module, name, tmp_path, monkeypatch):
     path = tmp_path / ("a.json" if module is json else "a.pt")
     common.save(path, {"step": 1})
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(module, name, lambda *_, **__: raises(KeyboardInterrupt()))
-        common.save(path, {"step": 2})
-    assert (json.loads(path.read_text()) if module is json else torch.load(path)) == {"step": 1}
+    for error, seen in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left"), UserError)):
+        with monkeypatch.context() as patched, pytest.raises(seen) as caught:
+            patched.setattr(module, name, lambda *_, **__: raises(error))
+            common.save(path, {"step": 2})
+        assert seen is KeyboardInterrupt or str(path) in str(caught.value)
+        assert (json.loads(path.read_text()) if module is json else torch.load(path)) == {"step": 1}
     common.save(path, {"step": 3})
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
@@ -160,39 +166,32 @@ def test_a_run_is_resumed_with_the_flags_and_images_that_it_began_with(tmp_path)
         assert all(part in str(caught.value) for part in [str(tmp_path), *said])
 
 
-@pytest.mark.parametrize("spoil", [lambda whole: b"", lambda whole: whole[:200], lambda whole: bytes(len(whole)),
-                                   lambda whole: b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize("spoil", [
+    lambda whole: b"", lambda whole: whole[:200], lambda whole: bytes(len(whole)),
+    lambda whole: b"version https://git-lfs.github.com/spec/v1\n"])
 def test_a_damaged_checkpoint_is_named_in_one_line(spoil, tmp_path):
-    args = argparse.Namespace(out=str(tmp_path))
-    common.save(tmp_path / "last.pt", {"args": vars(args), "data": 50, "step": 4, "model": torch.zeros(99)})
+    common.save(tmp_path / "last.pt", {"step": 4, "model": torch.zeros(99)})
     (tmp_path / "last.pt").write_bytes(spoil((tmp_path / "last.pt").read_bytes()))
     with pytest.raises(UserError, match="last.pt") as caught:
-        common.resume(args, 50)
+        common.resume(argparse.Namespace(out=str(tmp_path)), 50)
     assert "\n" not in str(caught.value)
 
 
-def full(*_, **__):
-    raise OSError(28, "No space left on device")
-
-
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
+def test_a_log_on_a_full_disk_is_named(tmp_path):
     log = common.Log(tmp_path, 0, 2, 0)
     log.file.close()
-    log.file = type("Full", (), {"write": full, "name": str(tmp_path / "log.jsonl")})()
-    with pytest.raises(UserError, match="log.jsonl"):
+    log.file = argparse.Namespace(name="o/log.jsonl", write=lambda _: raises(OSError(28, "No space left")))
+    with pytest.raises(UserError, match="o/log.jsonl"):
         log.write(1, loss=1.0)
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="last.pt"):
-        common.save(tmp_path / "last.pt", {})
 
 
-def test_a_name_that_the_console_cannot_print_ends_no_run():
-    code = ("import common, os; common.run(lambda: (common.say('stra\u00dfe ' + os.fsdecode(b'\\xfc.png')), "
-            "print('done')))")
-    for encoding in ("ascii", "utf-8", "latin-1"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
-                              env={**os.environ, "PYTHONIOENCODING": encoding})
-        assert done.returncode == 0 and b"done" in done.stdout, done.stderr
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
+def test_a_name_that_the_console_cannot_print_ends_no_run(encoding, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    common.run(lambda: (common.say("straße 写 " + os.fsdecode(b"\xfc.png")), print("done")))
+    console.flush()
+    assert b"done" in console.buffer.getvalue()
 
 
 def test_tasks_of_srun_without_torchrun_are_refused(monkeypatch):
@@ -203,27 +202,21 @@ def test_tasks_of_srun_without_torchrun_are_refused(monkeypatch):
     assert common.start_processes("cpu") == (0, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("error", [ImportError, TypeError])
-def test_without_a_working_tensorboard_a_run_goes_on(error, tmp_path, monkeypatch):
-    module = types.ModuleType("tensorboard")
-    module.__getattr__ = lambda name: raises(error("Descriptors cannot be created directly"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    log = common.Log(tmp_path, 0, 1, 0)
-    log.write(1, loss=1.0)
-    log.close()
-    assert json.loads((tmp_path / "log.jsonl").read_text())["loss"] == 1
-
-
 @pytest.mark.parametrize("asked, kind, bf16, wanted", [
     ("auto", "cpu", True, "fp32"), ("auto", "cuda", True, "bf16"), ("auto", "cuda", False, "fp16"),
     ("auto", "mps", True, "fp32"), ("fp32", "cuda", True, "fp32"), ("bf16", "cpu", False, "bf16")])
-def test_auto_is_bf16_without_emulation_then_fp16_and_on_other_devices_fp32(asked, kind, bf16, wanted, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16)
+def test_auto_is_bf16_without_emulation_then_fp16_and_elsewhere_fp32(asked, kind, bf16, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or bf16)
     assert common.choose_precision(asked, torch.device(kind)) == wanted
 
 
-def test_the_log_of_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is not installed
+@pytest.mark.parametrize("error", [ImportError, TypeError])
+def test_the_log_of_a_resumed_run_drops_what_came_after_its_checkpoint_without_tensorboard_too(
+        error, tmp_path, monkeypatch):
+    module = types.ModuleType("tensorboard")  # not installed, or broken
+    module.__getattr__ = lambda name: raises(error("Descriptors cannot be created directly"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     for start, value, rank in ((0, 1.0, 0), (2, 5.0, 0), (2, 9.0, 1)):  # process 1 writes none
         log = common.Log(tmp_path, start, 4, rank)
         for step in range(start, 4):

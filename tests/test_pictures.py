@@ -29,22 +29,22 @@ def test_a_table_shows_every_picture_whole_and_equally_wide_below_its_title():
     rng = np.random.RandomState(0)
     heights = (20, 10, 40)  # square, wide and tall
     rows = [[rng.randint(0, 256, (height, 20, 3), dtype=np.uint8) for _ in range(2)] for height in heights]
-    page = np.asarray(pictures.table(rows, ["a", "b"], width=20))
+    page = np.asarray(pictures.picture_table(rows, ["a", "b"], width=20))
     assert page.shape == (24 + sum(heights) + 3 * 6, 6 + 2 * 26, 3)
     for row, top, height in zip(rows, (24, 50, 66), heights):
         assert np.array_equal(page[top:top + height, 6:26], row[0])
         assert np.array_equal(page[top:top + height, 32:52], row[1])
     assert (page[5:20, 6:26] < 128).any() and (page[5:20, 32:52] < 128).any()  # the titles
-    enlarged = np.asarray(pictures.table([[rows[0][0]]], [""], width=40))
+    enlarged = np.asarray(pictures.picture_table([[rows[0][0]]], [""], width=40))
     assert np.array_equal(enlarged[24:64, 6:46], rows[0][0].repeat(2, 0).repeat(2, 1))
 
 
 def test_a_legend_shows_every_class_in_its_colour_and_what_is_ignored():
     cell = np.zeros((20, 150, 3), np.uint8)
-    plain = pictures.table([[cell]], ["a"], 150)
+    plain = pictures.picture_table([[cell]], ["a"], 150)
     colours = np.array([[20 * k, 255 - 20 * k, 7] for k in range(9)], np.uint8)
     for names, table in ((["one", "two"], COLOURS), ([f"class {k}" for k in range(9)], colours)):
-        page = np.asarray(pictures.table([[cell]], ["a"], 150, names, table))
+        page = np.asarray(pictures.picture_table([[cell]], ["a"], 150, names, table))
         assert page.shape[1] == plain.width and np.array_equal(page[:plain.height], np.asarray(plain))
         legend = page[plain.height:]
         assert all((legend == colour).all(-1).sum() == 10 * 10 for colour in table)  # whole, in its frame

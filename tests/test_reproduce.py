@@ -1,8 +1,13 @@
 """reproduce.py: the numbers of the paper, the commands of its tables, what runs and when."""
 import importlib
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,7 +48,9 @@ def cells(*flags):
 STAGE = """import json, os, shlex, sys
 out, words = sys.argv[2], [os.path.basename(sys.argv[0]), *sys.argv[1:]]
 print(shlex.join(words), file=open(os.path.dirname(sys.argv[0]) + "/commands", "a"))
-if "dep" in words and os.path.exists(os.path.dirname(sys.argv[0]) + "/fails"):
+fails = os.path.dirname(sys.argv[0]) + "/fails"
+if os.path.exists(fails) and open(fails).read() in words:
+    print("error: step 3: the loss, nan, " + "is not finite\\n\\r 5%|" * ("2e-3" in words), file=sys.stderr)
     sys.exit(2)
 open(out + "/last.pt", "w").close()
 score = 0.5 + 0.001 * int(out.rpartition("_")[2]) + 0.2 * ("4e-3" in words) if "--seed" in words else None
@@ -98,13 +105,13 @@ def test_the_stages_take_every_command_with_what_its_row_says(flags):
     pretrainings = set()
     for name, key, column, sweep, repeats in cells(*flags):
         data = reproduce.TABLES[name].rows[key].data or reproduce.TABLES[name].data
-        for runs in [*(runs for _, runs in sweep), *repeats]:
-            parsed = [importlib.import_module(run[0][:-3]).parse_arguments(run[1:]) for run in runs]
+        for runs in sweep + repeats:
+            parsed = [importlib.import_module(run.script[:-3]).parse_arguments(run.words) for run in runs]
             args = network = parsed[-1]
-            assert [args.out for args in parsed] == [run[2] for run in runs]
+            assert [args.out for args in parsed] == [run.out for run in runs]
             assert (args.data, args.labels) == (data, reproduce.LABELS[data].get(column))
             published = "imagenet1k" if name == "table7" else "imagenet21k"
-            init, encoder = "none", f"{runs[0][2]}/last.pt" if data == "shapes" else published
+            init, encoder = "none", f"{runs[0].out}/last.pt" if data == "shapes" else published
             if "Supervised" in key:
                 init = encoder
             elif "No pretraining" not in key:
@@ -124,8 +131,8 @@ def test_the_sweep_of_the_paper_covers_its_range_with_a_seed_that_no_repeat_has(
     toy = cells("shapes", "--sweep")
     assert len({len(sweep) for *_, sweep, _ in toy}) == 1  # as many for each method
     for *_, sweep, repeats in [*cells("table6"), *toy]:
-        assert repeats == [] and len({runs[-1][2] for _, runs in sweep}) == len(sweep) > 1
-        assert {runs[-1][runs[-1].index("--seed") + 1] for _, runs in sweep} == {"100"}
+        assert repeats == [] and len({runs[-1].out for runs in sweep}) == len(sweep) > 1
+        assert {runs[-1].words[runs[-1].words.index("--seed") + 1] for runs in sweep} == {"100"}
     candidates = reproduce.grid(reproduce.TABLES["table6"].rows["x1 DDeP"], "pascal_context")
     rates = {float(word) for _, words in candidates for word in words.split()[1::2]}
     assert (min(rates), max(rates)) == (1e-5, 3e-4)
@@ -157,6 +164,8 @@ def test_the_best_candidate_of_the_sweep_is_repeated_and_its_score_is_in_no_tabl
 def test_shards_divide_the_fine_tunings(script, fake, tmp_path):
     flags = ["reproduce", "--out", tmp_path / "r", "--repeats", 1]
     whole = commands_in(script(*flags, "--dry-run")[1])
+    printed = [commands_in(script(*flags, "--dry-run", "--shard", f"{i}/3")[1]) for i in (1, 2, 3)]
+    assert sorted(sum(printed, [])) == sorted(whole[4:])
     assert script(*flags, "--shard", "1/1")[0] == 0 and len(fake()) == 2  # those that need no pretraining
     shutil.rmtree(tmp_path / "r")
     (tmp_path / "commands").write_text("")
@@ -164,23 +173,84 @@ def test_shards_divide_the_fine_tunings(script, fake, tmp_path):
         Path(words[2]).mkdir(parents=True)
         for name in ("last.pt", "metrics.json"):
             (Path(words[2]) / name).write_text("{}")
-    shards = [len(fake())]
-    for i in (1, 2, 3):
+    for i, commands in enumerate(printed, 1):
+        before = len(fake())
         assert script(*flags, "--shard", f"{i}/3")[0] == 0
-        shards.append(len(fake()))
-    assert sorted(fake()) == sorted(whole[4:])
-    assert all(after - before < 6 for before, after in zip(shards, shards[1:]))
+        assert sorted(fake()[before:]) == sorted(commands) and len(commands) < 6
 
 
 def test_a_run_that_fails_is_named_and_none_that_needs_it_is_begun(script, fake, tmp_path):
-    (tmp_path / "fails").touch()
+    (tmp_path / "fails").write_text("dep")
     status, out, err = script("reproduce", "--repeats", 1, "--out", tmp_path / "r")
     assert status == 2 and "--method dep" in out and err.count("error:") == 1
     assert "finetune.py" not in [words[0] for words in fake()]
 
 
-@pytest.mark.parametrize("flags", [["table8"], ["list", "table1"], ["--root", "photos=a"], ["--shard", "3"],
-                                   ["--shard", "0/4"], ["--shard", "5/4"]])
+def test_a_candidate_that_diverges_has_0_and_only_that_failure_counts_so(script, fake, tmp_path):
+    flags = ["reproduce", "--sweep", "--repeats", 1, "--out", tmp_path / "r"]
+    (tmp_path / "fails").write_text("2e-3")
+    status, out, err = script(*flags)
+    results = {path.parent.name: path.read_text() for path in (tmp_path / "r").glob("shapes*/metrics.json")}
+    diverged = [name for name, text in results.items() if '"miou": 0.0' in text]
+    assert status == 0 and out.count("70.0 (1)") == 8, err
+    assert len(diverged) == 8 * 2 and all("_lr_2e-3_weight" in name for name in diverged)  # of six each
+    (tmp_path / "fails").write_text("100")  # the seed of the candidates, for another reason
+    assert script(*flags[:-1], tmp_path / "other")[0] == 2
+
+
+def test_numbers_that_differ_for_one_run_are_marked_and_counted(script):
+    status, out, _ = script("reproduce", "list")
+    lines = out[out.index("\ntable1:"):].splitlines()
+    assert status == 0 and "* 13 runs" in out
+    commands = {}
+    for name, key, column, _, repeats in cells("all", "--no-sweep", "--repeats", 1):
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:"))
+        row = next(line for line in lines[at:] if line.startswith(f"| {key} |")).split(" | ")[1:]
+        columns = reproduce.TABLES[name].columns
+        number = row[columns.index(column)].strip(" |").removeprefix("- / ")
+        commands.setdefault(shlex.join(repeats[0][-1].words), []).append(number)
+    marked = [{*numbers} for numbers in commands.values() if any("*" in number for number in numbers)]
+    assert len(marked) == 13 and {"75.01*", "77.14*"} in marked and {"60.00*", "60.57*", "60.95*"} in marked
+    assert all(len(numbers) > 1 for numbers in marked)
+    assert all(len({*numbers}) == 1 for numbers in commands.values() if "*" not in "".join(numbers))
+
+
+@pytest.mark.parametrize("visible, expected", [("", ["0", "1"]), ("4,7", ["4", "7"])])
+def test_fine_tunings_have_a_gpu_each_and_pretrainings_all(visible, expected, monkeypatch, tmp_path):
+    started, popen = [], subprocess.Popen
+
+    def note(words, env, **files):
+        started.append((words, env["CUDA_VISIBLE_DEVICES"]))
+        return popen(["true"])
+    monkeypatch.setattr(reproduce.subprocess, "Popen", note)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    runs = [reproduce.Run("finetune.py", str(tmp_path / name), ["--data", "voc"]) for name in "ab"]
+    assert reproduce.run_together(runs, gpus=2) == 0
+    assert [gpu for _, gpu in started] == expected
+    reproduce.run_together([runs[0]._replace(script="pretrain_decoder.py")], gpus=2)
+    assert "--nproc_per_node=2" in started[-1][0] and started[-1][1] == visible
+
+
+def test_an_interrupt_is_one_line_ends_the_runs_and_the_same_command_goes_on(fake, tmp_path):
+    (tmp_path / "pretrain_encoder.py").write_text("import time\ntime.sleep(60)\n" + STAGE)
+    shutil.copy(ROOT / "reproduce.py", tmp_path)
+    command = [sys.executable, tmp_path / "reproduce.py", "--out", tmp_path / "r", "--repeats", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment,
+                             start_new_session=True)
+    while not (tmp_path / "r/encoder/output.txt").exists():
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGINT)
+    err = first.communicate(timeout=30)[1]
+    assert first.returncode == 2 and err.count("error: interrupted") == 1 and "Traceback" not in err
+    assert not fake()
+    (tmp_path / "pretrain_encoder.py").write_text(STAGE)
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0 and len(fake()) == 1 + 3 + 8 and "100%" in again.stderr
+
+
+@pytest.mark.parametrize("flags", ["list table1", "list --dry-run", "list --shard 1/2", "table8",
+                                   "--root photos=a", "--shard 3", "--shard 0/4", "--shard 5/4"])
 def test_a_mistake_is_one_line(flags, script, fake, tmp_path):
-    status, _, err = script("reproduce", *flags, "--out", tmp_path / "r")
-    assert status == 2 and flags[-1].split("=")[0] in err and err.count("error:") == 1 and not fake()
+    status, _, err = script("reproduce", *flags.split(), "--out", tmp_path / "r")
+    assert status == 2 and re.split("[ =]", flags)[0] in err and err.count("error:") == 1 and not fake()
