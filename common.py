@@ -130,8 +130,8 @@ def add_machine_flags(parser):
     group = parser.add_argument_group("machine")
     add = group.add_argument
     add("--out", metavar="DIR", help="folder of the run; the same command continues it (runs/DATA/STAGE)")
-    add("--micro-batch", type=number(int, 1), help="images in one process's network at once: lower it to save "
-        "memory; a ResNet-50 that trains from nothing normalises over them (%(default)s)")
+    add("--micro-batch", type=number(int, 1), help="images at once in a process; fewer need less memory; a "
+        "ResNet-50 that trains from nothing normalises over them (%(default)s)")
     add("--save-every", type=number(int, 1), help="steps between checkpoints (%(default)s)")
     add_device_flags(group)
 

@@ -1,17 +1,17 @@
-"""The networks: two encoders, Hybrid-ViT and ResNet-50, the decoder, and the UNet of both (Figure 2, 4.3).
+"""The networks of Figure 2 and section 4.3: two encoders, the decoder, and the UNet that joins them.
 
     unet = build_unet("hybrid", width=1, out_channels=3)  # R50+ViT-B/16, decoder [1024, 512, 256, 128, 64]
     load_encoder_weights(unet.encoder, "R50+ViT-B_16.npz")
     eps_hat = unet(x)                                     # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H, W
     unet.decoder.replace_head(19)                         # segmentation: (B, 19, H, W) logits
 
-AN ENCODER is any module with two tuples, `channels` and `strides` (powers of two up to 32), from fine to
-coarse. Its forward takes (B, 3, H, W) in [-1, 1], H and W multiples of strides[-1], and returns a map per
-stride: (B, channels[i], H / strides[i], W / strides[i]). UNet(your_encoder) works with any.
+YOUR OWN ENCODER works in UNet(encoder). It has two tuples, `channels` and `strides` (powers of two up to 32),
+finest first. It takes (B, 3, H, W) in [-1, 1], where strides[-1] divides H and W, and returns one map
+(B, channels[i], H / strides[i], W / strides[i]) per stride.
 
-IT NEEDS torch; ResNet50 needs torchvision, weights in .npz files numpy, in .safetensors files safetensors.
+It needs torch; ResNet50 needs torchvision, and files of weights numpy (.npz) or safetensors.
 
-SIZES: parameters, and multiply-adds for a 224x224 image by torch's counter; decoders with a head of 3.
+SIZES: parameters, and the multiply-adds that torch counts for a 224x224 image and 3 output channels.
 
               encoder             decoder x1          decoder x2           decoder x3
     hybrid    97,890,112  21.5 G  28,947,907  21.2 G  95,570,819   72.6 G  199,868,739  154.2 G
@@ -31,8 +31,8 @@ ENCODERS = ("hybrid", "hybrid-small", "resnet50")
 
 
 def build_encoder(name, image_size=None):
-    """One of ENCODERS with fresh weights. image_size: see HybridViT; None: 224, hybrid-small 64."""
-    if name == "hybrid":  # PAPER SILENT on its size: R50+ViT-B/16
+    """A new encoder, one of ENCODERS. image_size: see HybridViT; None means 224, or 64 for hybrid-small."""
+    if name == "hybrid":  # PAPER SILENT on the size of its Hybrid-ViT: here R50+ViT-B/16
         return HybridViT(image_size=image_size or 224)
     if name == "hybrid-small":  # for the toy data on a CPU
         return HybridViT(stem=48, widths=(16, 24, 32), units=(1, 2, 2), dim=128, depth=2, heads=4,
@@ -43,7 +43,7 @@ def build_encoder(name, image_size=None):
 
 
 def build_unet(encoder="hybrid", width=1, out_channels=3, condition_on_gamma=False, image_size=None):
-    """A UNet from plain arguments, the "model_args" in the checkpoints of stages 2 and 3."""
+    """A new UNet. Checkpoints of stages 2 and 3 store these arguments as "model_args"."""
     return UNet(build_encoder(encoder, image_size), width, out_channels, condition_on_gamma)
 
 
@@ -58,27 +58,31 @@ def unet_of(checkpoint):
 
 
 def same_padding(x, kernel, stride, value=0.0):
-    """JAX's SAME padding: ceil(size / stride) outputs, the odd row below, the odd column right. At even sizes
-    7x7/2 pads (2, 3), 3x3/2 (0, 1). Symmetric padding would shift features by half a pixel."""
-    total = [max(kernel - (size % stride or stride), 0) for size in x.shape[-2:]]
-    top, left = total[0] // 2, total[1] // 2
-    return F.pad(x, (left, total[1] - left, top, total[0] - top), value=value) if any(total) else x
+    """Pad x as JAX's SAME does: ceil(size / stride) outputs, an odd row below, an odd column to the right.
+
+    Symmetric padding would shift the features of an even size by one pixel of x.
+    """
+    rows, columns = (max(kernel - (size % stride or stride), 0) for size in x.shape[-2:])
+    if not rows and not columns:
+        return x
+    top, left = rows // 2, columns // 2
+    return F.pad(x, (left, columns - left, top, rows - top), value=value)
 
 
 class StdConv2d(nn.Conv2d):
-    """Convolution without bias, SAME padding, standardised weights: (w - mean) / (std + 1e-5) per output."""
+    """Convolution with SAME padding, without bias. Weights are standardised for each output channel."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1):
         super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
 
     def forward(self, x):
         std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        weight = (self.weight - mean) / (std + 1e-5)  # epsilon OUTSIDE the root, population std
+        weight = (self.weight - mean) / (std + 1e-5)  # in JAX, too, epsilon is outside the root
         return F.conv2d(same_padding(x, self.kernel_size[0], self.stride[0]), weight, stride=self.stride)
 
 
 def group_norm(channels):
-    """GroupNorm of 32 groups as published; narrow layers have fewer, of at least two channels each."""
+    """GroupNorm with the published 32 groups. Narrow layers have fewer, with at least two channels each."""
     groups = math.gcd(32, channels)
     if groups == channels > 1:
         groups //= 2
@@ -86,7 +90,7 @@ def group_norm(channels):
 
 
 class ResidualUnit(nn.Module):
-    """POST-activation bottleneck: 1x1, 3x3 (which has the stride), 1x1 to 4 * width; ReLU after the sum."""
+    """Bottleneck: 1x1, 3x3 with the stride, 1x1 to 4 * width channels; the last ReLU follows the sum."""
 
     def __init__(self, in_channels, width, stride=1):
         super().__init__()
@@ -108,7 +112,7 @@ class ResidualUnit(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-LayerNorm transformer block on tokens (B, N, dim); GELU is the tanh approximation."""
+    """Transformer block on tokens (B, N, dim), with LayerNorm before each part."""
 
     def __init__(self, dim, heads, mlp_dim):
         super().__init__()
@@ -117,9 +121,8 @@ class TransformerBlock(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.fc1, self.fc2 = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
-        query_key_value = self.qkv.weight.chunk(3)  # three matrices, each with its own fan
-        for weight in (self.proj.weight, self.fc1.weight, self.fc2.weight, *query_key_value):
-            nn.init.xavier_uniform_(weight)
+        for weight in (self.proj.weight, self.fc1.weight, self.fc2.weight, *self.qkv.weight.chunk(3)):
+            nn.init.xavier_uniform_(weight)  # query, key, value: each has its own fan
         for linear in (self.proj, self.fc1, self.fc2, self.qkv):
             nn.init.zeros_(linear.bias)
 
@@ -129,15 +132,15 @@ class TransformerBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, heads, N, dim / heads)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim)
         x = x + self.proj(y)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))  # as JAX approximates it
 
 
 class HybridViT(nn.Module):
-    """A ResNet to stride 16, then a ViT on its positions. Without arguments: R50+ViT-B/16, as in JAX.
+    """A ResNet down to stride 16, then a ViT on its positions. The defaults are R50+ViT-B/16, as in JAX.
 
-    stem: channels of the 7x7 root convolution. widths, units: bottleneck width (a quarter of the output
-    channels) and number of units of the blocks at strides 4, 8, 16. dim, depth, heads, mlp_dim: of the
-    transformer. image_size: what the position grid is made for: 224 -> 14x14. Other H x W interpolate it.
+    stem: channels of the 7x7 root convolution. widths, units: bottleneck width and number of units of the
+    blocks at strides 4, 8 and 16. dim, depth, heads, mlp_dim: the transformer's.
+    image_size: sets the position grid (224: 14x14), which is interpolated for images of other sizes.
 
     forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (before the max-pool), 4, 8 and 16 (after the last
     LayerNorm). PAPER SILENT on the class token: it takes part in the attention and is then dropped.
@@ -161,9 +164,9 @@ class HybridViT(nn.Module):
     @staticmethod
     def _block(in_channels, width, units, stride):
         block = nn.Sequential()
-        block.add_module("unit1", ResidualUnit(in_channels, width, stride))  # the published names
-        for i in range(2, units + 1):
-            block.add_module(f"unit{i}", ResidualUnit(4 * width, width))
+        for i in range(units):
+            block.add_module(f"unit{i + 1}", ResidualUnit(in_channels, width, stride))  # the published names
+            in_channels, stride = 4 * width, 1
         return block
 
     def forward(self, x):                                  # (B, 3, H, W)
@@ -180,7 +183,7 @@ class HybridViT(nn.Module):
         return stride2, stride4, stride8, stride16
 
     def position(self, height, width):
-        """(1, 1 + height * width, dim): bilinear, corners on corners, as the original's ndimage.zoom."""
+        """(1, 1 + height * width, dim), bilinear with aligned corners, like JAX's ndimage.zoom."""
         if (height, width) == (self.grid, self.grid):
             return self.pos_embedding
         cls, grid = self.pos_embedding[:, :1], self.pos_embedding[:, 1:]
@@ -193,28 +196,27 @@ class HybridViT(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """torchvision's ResNet-50 (v1.5) without its classifier, under its names, so that its weights load.
+    """torchvision's ResNet-50 (v1.5) without its classifier. It keeps the names, so that weights load.
 
-    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16, 32, of 64, 256,
-    512, 1024, 2048 channels.
+    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16 and 32.
 
-    batch_statistics: what BatchNorm uses in training mode. PAPER SILENT. False: the stored statistics, which
-    then never change. True: those of the batch, for fresh weights, whose stored 0 and 1 normalise nothing.
+    batch_statistics: PAPER SILENT on what BatchNorm uses in training mode. False: the stored statistics,
+    which never change. True: those of the batch. Fresh weights need these, since nothing useful is stored.
     """
 
     def __init__(self, batch_statistics=False):
         super().__init__()
-        from torchvision.models import resnet50  # here, since the rest of the file needs torch alone
+        from torchvision.models import resnet50  # here, as the rest needs torch alone
         self.channels, self.strides = (64, 256, 512, 1024, 2048), (2, 4, 8, 16, 32)
         self.batch_statistics = batch_statistics
         net = resnet50(weights=None, zero_init_residual=True)
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
-        # From [-1, 1] to what torchvision's weights expect: ((x + 1) / 2 - mean) / std
+        # torchvision's weights expect ((x + 1) / 2 - mean) / std
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 3, 1, 1)
         self.register_buffer("shift", 2 * mean - 1, persistent=False)
         self.register_buffer("scale", 2 * std, persistent=False)
-        self.train()
+        self.train()  # for BatchNorm's mode
 
     def train(self, mode=True):
         super().train(mode)
@@ -235,15 +237,15 @@ class ResNet50(nn.Module):
 
 
 class UpsampledConv2d(nn.Conv2d):
-    """A 3x3 convolution of x, upsampled by 2 (nearest), beside a skip: (B, I, H, W), (B, S, 2H, 2W) -> (B, O, 2H, 2W).
+    """Upsample x by 2, concatenate the skip, convolve: (B, I, H, W), (B, S, 2H, 2W) -> (B, O, 2H, 2W).
 
-    forward(x, skip) is the same function as these two plain lines, which a copy may use instead:
+    forward(x, skip) computes the same as these two lines, which can replace it:
 
         x = torch.cat([F.interpolate(x, scale_factor=2), skip], dim=1)
         return F.conv2d(x, self.weight, padding=1)
 
-    They take 36 multiply-adds for a position of x and a pair of channels. upsample_conv, one of the two functions
-    below, takes 9 or 16; a step of stage 2 is 1.3 to 1.4 times as fast.
+    They take 36 multiply-adds per position of x and pair of channels. upsample_conv, one of the functions
+    below, takes 9 or 16, which makes stage 2 1.3 to 1.4 times as fast.
     """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample_conv):
@@ -257,35 +259,37 @@ class UpsampledConv2d(nn.Conv2d):
 
 
 def upsample_conv_coarse(x, weight):
-    """9 multiply-adds: products of x with the nine taps, then sums for the four copies of a position."""
-    taps = weight.permute(2, 3, 0, 1).flatten(0, 2)                            # (9 O, I)
+    """9 multiply-adds: multiply x by each of the nine taps, then add up what each output position sees."""
+    taps = weight.permute(2, 3, 0, 1).flatten(0, 2)  # (9 O, I)
     products = F.linear(x.permute(0, 2, 3, 1), taps).unflatten(3, (3, 3, -1))  # (B, H, W, 3, 3, O)
-    rows = sum_taps(products.unbind(3), dim=1)                                 # (B, 2H, W, 3, O)
-    return sum_taps(rows.unbind(3), dim=2).permute(0, 3, 1, 2)                 # (B, O, 2H, 2W)
+    rows = sum_taps(products.unbind(3), dim=1)  # (B, 2H, W, 3, O)
+    return sum_taps(rows.unbind(3), dim=2).permute(0, 3, 1, 2)  # (B, O, 2H, 2W)
 
 
 def sum_taps(taps, dim):
-    """Products of taps -1, 0, 1 with n positions along `dim` -> 2n sums; 2i and 2i + 1 are copies of i."""
+    """The products of n positions with taps -1, 0 and 1 -> 2n sums along `dim`; 2i and 2i + 1 copy i."""
     before, here, after = taps
     n, zero = here.shape[dim], torch.zeros_like(here.narrow(dim, 0, 1))
-    even = torch.cat([zero, before], dim).narrow(dim, 0, n) + here + after  # 2i sees the copies i - 1, i, i
-    odd = before + here + torch.cat([after, zero], dim).narrow(dim, 1, n)   # 2i + 1 sees i, i, i + 1
+    even = torch.cat([zero, before], dim).narrow(dim, 0, n) + here + after  # 2i sees i - 1, i, i
+    odd = before + here + torch.cat([after, zero], dim).narrow(dim, 1, n)  # 2i + 1 sees i, i, i + 1
     return torch.stack([even, odd], dim + 1).flatten(dim, dim + 1)
 
 
 def upsample_conv_fine(x, weight):
-    """16 multiply-adds: ONE 4x4 stride-2 transposed convolution. Its kernel is the 3x3 one, summed over shifts:
-    little work where channels are few and positions many."""
-    kernel = weight.flip(2, 3).transpose(0, 1)                          # (I, O, 3, 3)
+    """16 multiply-adds: one 4x4 transposed convolution, whose kernel sums four shifted 3x3 kernels.
+
+    It is faster than upsample_conv_coarse where channels are few and positions many.
+    """
+    kernel = weight.flip(2, 3).transpose(0, 1)  # (I, O, 3, 3)
     kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # (I, O, 4, 3)
-    kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))              # (I, O, 4, 4)
+    kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # (I, O, 4, 4)
     return F.conv_transpose2d(x, kernel.contiguous(memory_format=torch.channels_last), stride=2, padding=1)
 
 
 class DecoderNorm(nn.Module):
-    """GroupNorm; with conditioning (4.4) then a scale and shift per channel, linear in the embedded gamma.
+    """GroupNorm. Conditioning (4.4) adds a scale and shift per channel, linear in the embedded gamma.
 
-    PAPER SILENT on both. With GroupNorm an image does not depend on the rest of its (small) batch.
+    PAPER SILENT on the norm and on how gamma enters. GroupNorm suits small batches: it sees one image.
     """
 
     def __init__(self, channels, gamma_dim=None):
@@ -294,7 +298,7 @@ class DecoderNorm(nn.Module):
         self.gamma = None
         if gamma_dim is not None:
             self.gamma = nn.Linear(gamma_dim, 2 * channels)
-            nn.init.zeros_(self.gamma.weight)  # starts as no conditioning at all
+            nn.init.zeros_(self.gamma.weight)  # starts without effect
             nn.init.zeros_(self.gamma.bias)
 
     def forward(self, x, gamma=None):  # (B, C, H, W), (B, gamma_dim) or None
@@ -306,11 +310,11 @@ class DecoderNorm(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """[x2 upsampling] -> [concatenate the skip] -> (3x3 convolution -> norm -> ReLU) twice (Figure 2).
+    """Upsample by 2, concatenate the skip, then twice 3x3 convolution, norm and ReLU (Figure 2).
 
-    PAPER SILENT on the block. It is that of TransUNet (Chen et al., 2021), which the paper names, but with
-    GroupNorm for BatchNorm and nearest for bilinear upsampling. upsample_conv: see UpsampledConv2d; None: the
-    block keeps the size, and has no skip.
+    PAPER SILENT on the decoder block, but it names TransUNet (Chen et al., 2021). This is TransUNet's block
+    with GroupNorm for BatchNorm and nearest for bilinear upsampling.
+    upsample_conv: see UpsampledConv2d. None: no upsampling and no skip.
     """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample_conv=None, gamma_dim=None):
@@ -332,13 +336,13 @@ class DecoderBlock(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """Blocks of [1024, 512, 256, 128, 64] * width channels, from the coarsest map to full size; 3x3 head.
+    """Blocks of [1024, 512, 256, 128, 64] * width channels from the coarsest map to full size, a 3x3 head.
 
-    channels, strides: the encoder's. width: 1, 2 or 3 in the paper. The last log2(strides[-1]) blocks
-    upsample. PAPER SILENT on how five widths meet the hybrid's stride 16 (four upsample), and on the skips:
-    every map of the encoder but the coarsest is one.
+    channels, strides: the encoder's. width: 1, 2 or 3 in the paper.
+    PAPER SILENT on five blocks at the hybrid's stride 16: here the last log2(16) = 4 upsample.
+    PAPER SILENT on the skips: here every map but the coarsest is one.
 
-    forward: maps, fine to coarse; size (H, W) -> (B, out_channels, H, W). gamma: see UNet.
+    forward: maps, finest first, and size (H, W) -> (B, out_channels, H, W). gamma: see UNet.
     """
 
     def __init__(self, channels, strides, width=1, out_channels=3, condition_on_gamma=False):
@@ -347,35 +351,35 @@ class UNetDecoder(nn.Module):
         widths = [max(1, round(width * c)) for c in (1024, 512, 256, 128, 64)]
         gamma_dim = 256 if condition_on_gamma else None
         self.gamma_mlp = nn.Sequential(nn.Linear(64, 256), nn.SiLU()) if condition_on_gamma else None
-        self.skip_levels, self.blocks = [], nn.ModuleList()  # level: which of the maps is the skip, or None
+        self.strides, self.block_strides, self.blocks = strides, [], nn.ModuleList()
+        skip_channels = dict(zip(strides[:-1], channels))
         stride, in_channels = strides[-1], channels[-1]
         for i, out in enumerate(widths):
             upsample_conv = None
-            if i >= 5 - math.log2(strides[-1]):
-                upsample_conv = upsample_conv_coarse if i < 2 else upsample_conv_fine  # measured
+            if stride == 2 ** (5 - i):
+                upsample_conv = upsample_conv_coarse if i < 2 else upsample_conv_fine  # the faster one
                 stride //= 2
-            level = strides.index(stride) if stride in strides[:-1] else None
-            skip = 0 if level is None else channels[level]
+            skip = skip_channels.get(stride, 0)
             self.blocks.append(DecoderBlock(in_channels, skip, out, upsample_conv, gamma_dim))
-            self.skip_levels.append(level)
+            self.block_strides.append(stride)
             in_channels = out
         self.replace_head(out_channels)
 
     def replace_head(self, out_channels):
-        """A fresh head (3 outputs: denoising, N: classes); the rest stays."""
+        """Put in a new head: 3 channels for denoising, one per class for segmentation."""
         last = self.blocks[-1].conv2
         self.head = nn.Conv2d(last.out_channels, out_channels, 3, padding=1).to(last.weight)
 
     def forward(self, maps, size, gamma=None):
         y = maps[-1]
         gamma = None if self.gamma_mlp is None else self.embed_gamma(gamma, y)
-        for block, skip in zip(self.blocks, self.skip_levels):
-            y = block(y, None if skip is None else maps[skip], gamma)
-        y = self.head(y)
-        return y[..., :size[0], :size[1]]  # without what UNet.encode padded
+        skips = dict(zip(self.strides, maps[:-1]))
+        for block, stride in zip(self.blocks, self.block_strides):
+            y = block(y, skips.get(stride), gamma)
+        return self.head(y)[..., :size[0], :size[1]]  # cuts off the padding of UNet.encode
 
     def embed_gamma(self, gamma, like):
-        """gamma in [0, 1], a float or (B,), or None (1) -> (B, 256)."""
+        """gamma in [0, 1], a float or (B,); None means 1 -> (B, 256)."""
         gamma = torch.as_tensor(1.0 if gamma is None else gamma, device=like.device, dtype=torch.float32)
         frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, device=like.device))
         phase = gamma.expand(like.shape[0])[:, None] * frequencies  # (B, 32)
@@ -383,9 +387,9 @@ class UNetDecoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """encoder + decoder: (B, 3, H, W) in [-1, 1] -> (B, out_channels, H, W), any H and W.
+    """Encoder and decoder: (B, 3, H, W) in [-1, 1] -> (B, out_channels, H, W), any H and W.
 
-    gamma: the noise level, for condition_on_gamma (4.4): a float or (B,); None means a clean image.
+    gamma: with condition_on_gamma (4.4) the noise level, a float or (B,); None means a clean image.
     """
 
     def __init__(self, encoder, width=1, out_channels=3, condition_on_gamma=False):
@@ -400,7 +404,7 @@ class UNet(nn.Module):
         return self
 
     def encode(self, x):
-        """The maps of x, padded (PAPER SILENT) below and right to a multiple of the coarsest stride."""
+        """PAPER SILENT on sizes that the coarsest stride does not divide: pad x below and right."""
         stride = self.encoder.strides[-1]
         padding = (0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride)
         return self.encoder(F.pad(x, padding, mode="replicate") if any(padding) else x)
@@ -410,9 +414,9 @@ class UNet(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Stage 1: encoder, mean of the coarsest map, linear: (B, 3, H, W) in [-1, 1] -> (B, num_classes).
+    """Stage 1: a linear layer on the mean of the coarsest map: (B, 3, H, W) -> (B, num_classes) logits.
 
-    PAPER SILENT on the head. The mean works for any encoder; Dosovitskiy et al. read the class token.
+    PAPER SILENT on the classifier. The mean suits any encoder; Dosovitskiy et al. use the class token.
     """
 
     def __init__(self, encoder, num_classes):
@@ -424,8 +428,10 @@ class Classifier(nn.Module):
 
 
 def use_batch_statistics(model, sync):
-    """ResNet-50 alone: normalise with the statistics of the batch, as fresh weights need; sync: over all
-    processes, on CUDA. PAPER SILENT."""
+    """Make a ResNet-50 normalise with the batch's statistics. Other encoders stay as they are.
+
+    PAPER SILENT on sync: whether these are the statistics of all processes (on CUDA).
+    """
     if isinstance(model.encoder, ResNet50):
         model.encoder.batch_statistics = True
         if sync:
@@ -433,10 +439,8 @@ def use_batch_statistics(model, sync):
 
 
 def freeze(encoder):
-    """Freeze the encoder of a UNet for good, and return it: no gradients, and eval mode, which UNet.train keeps.
-
-    requires_grad alone would not do: BatchNorm updates its statistics in training mode.
-    """
+    """Freeze the encoder of a UNet for good, and return it: no gradients, and eval mode, which UNet.train
+    keeps, since BatchNorm's statistics would change without it."""
     encoder.frozen = True
     return encoder.requires_grad_(False).eval()
 
@@ -450,57 +454,54 @@ PUBLISHED = {  # name: (address, first digits of its SHA-256 or None)
 
 
 def load_encoder_weights(encoder, source):
-    """Set every tensor of `encoder` from weights of a kind that read_weights knows, or raise ValueError."""
+    """Set every tensor of `encoder` from `source`, which read_weights reads. Raises ValueError."""
     state, _ = read_weights(source)
-    prefix = "encoder."
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     load_weights(encoder, state, source)
 
 
 def load_weights(model, state, source, fresh=()):
-    """Set every tensor of `model` but those whose names begin with one of `fresh`, or raise ValueError."""
-    ours, theirs = ({name: value for name, value in tensors.items() if not name.startswith(tuple(fresh))}
-                    for tensors in (model.state_dict(), state))
-    for name in ours.keys() - theirs.keys():
-        if name.endswith("num_batches_tracked"):  # older files lack these counters, which nothing reads
-            theirs[name] = ours[name]
+    """Set every tensor of `model`, except names that begin with one of `fresh`. Raises ValueError."""
+    ours = {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(fresh))}
+    theirs = {k: v for k, v in state.items() if not k.startswith(tuple(fresh))}
+    counters = {k: v for k, v in ours.items() if k.endswith("num_batches_tracked")}
+    theirs = {**counters, **theirs}  # older files lack these unused counters
     shared = ours.keys() & theirs.keys()
     faults = {"missing": ours.keys() - theirs.keys(), "unexpected": theirs.keys() - ours.keys(),
-              "of another shape": {name for name in shared if ours[name].shape != theirs[name].shape},
-              "not finite": {name for name in shared if not theirs[name].isfinite().all()}}
-    found = [f"{len(names)} {fault} ({', '.join(sorted(names)[:3])})" for fault, names in faults.items()
-             if names]
+              "of another shape": {k for k in shared if ours[k].shape != theirs[k].shape},
+              "not finite": {k for k in shared if not theirs[k].isfinite().all()}}
+    found = [f"{len(keys)} {fault} ({', '.join(sorted(keys)[:3])})" for fault, keys in faults.items() if keys]
     if found:
         raise ValueError(f"{source}: does not fit the network: {'; '.join(found)}")
     model.load_state_dict(theirs, strict=False)
 
 
 def read_weights(source):
-    """(state, made_with) of one of PUBLISHED or of a file, recognised by its content. Raises ValueError.
+    """Read one of PUBLISHED or a file of any known kind: (state, made_with). Raises ValueError.
 
-    state: our names -> tensors, "encoder.*" and, from stages 2 and 3, "decoder.*". made_with: what the file
-    decides of the arguments of build_unet, and the class names of stage 3.
+    state: tensors under our names, "encoder.*" and, from stages 2 and 3, "decoder.*".
+    made_with: the arguments of build_unet that the file fixes, and the class names of stage 3.
     """
-    content = read_file(download(source) if source in PUBLISHED else source)
-    if "model_args" in content:  # a checkpoint of ours
-        made_with = {**content["model_args"], "class_names": content.get("class_names")}
-        state = {name: value for name, value in content["model"].items() if not name.startswith("head.")}
+    file = read_file(download(source) if source in PUBLISHED else source)
+    state = file
+    for wrapper in ("model", "state_dict"):
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    state = {str(k).removeprefix("module."): v for k, v in state.items()}  # DDP's prefix
+    state = {k: v for k, v in state.items() if not re.match("(head|fc|fc_norm|pre_logits)[./]", k)}
+    if "model_args" in file:  # a checkpoint of ours
+        made_with = {**file["model_args"], "class_names": file.get("class_names")}
+    elif "conv_root/kernel" in state:
+        made_with, state = {"encoder": "hybrid"}, from_google(state)
+    elif "patch_embed.backbone.stem.conv.weight" in state:
+        made_with, state = {"encoder": "hybrid"}, from_timm(state)
+    elif "layer4.2.conv3.weight" in state:
+        made_with = {"encoder": "resnet50"}
     else:
-        for wrapper in ("model", "state_dict"):
-            content = content[wrapper] if isinstance(content.get(wrapper), dict) else content
-        content = {str(name).removeprefix("module."): value for name, value in content.items()}  # of DDP
-        if "conv_root/kernel" in content:
-            made_with, state = {"encoder": "hybrid"}, from_google(content)
-        elif "patch_embed.backbone.stem.conv.weight" in content:
-            made_with, state = {"encoder": "hybrid"}, from_timm(content)
-        elif "layer4.2.conv3.weight" in content:
-            made_with, state = {"encoder": "resnet50"}, {k: v for k, v in content.items() if k[:3] != "fc."}
-        else:
-            raise ValueError(f"{source}: unknown weights (first keys: {list(content)[:3]}); expected those "
-                             "of these scripts, Google's R50+ViT-B_16.npz, timm's vit_base_r50_s16 or "
-                             "torchvision's ResNet-50")
-        state = {f"encoder.{name}": value for name, value in state.items()}
-    if "encoder.pos_embedding" in state:  # the grid of 224 pixels is 14x14, of 384 24x24
+        raise ValueError(f"{source}: unknown weights (first keys: {list(state)[:3]}); expected ours, "
+                         "Google's R50+ViT-B_16.npz, timm's vit_base_r50_s16 or torchvision's ResNet-50")
+    if "model_args" not in file:
+        state = {f"encoder.{k}": v for k, v in state.items()}
+    if "encoder.pos_embedding" in state:  # 224 pixels have a grid of 14x14, 384 of 24x24
         made_with["image_size"] = 16 * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
     return state, made_with
 
@@ -514,9 +515,9 @@ def read_file(path):
         if zipfile.is_zipfile(path) and any(n.endswith(".npy") for n in zipfile.ZipFile(path).namelist()):
             import numpy
             return dict(numpy.load(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's scripts save one
+        with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision saves one
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # damaged files raise many kinds
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: cannot be read as weights ({type(error).__name__}: {reason})") from None
     if not isinstance(content, dict):
@@ -525,7 +526,7 @@ def read_file(path):
 
 
 def download(name):
-    """The path of one of PUBLISHED, fetched once into torch.hub's cache."""
+    """The path of one of PUBLISHED, fetched once into torch.hub's cache. Raises ValueError."""
     address, sha256 = PUBLISHED[name]
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
     if not os.path.exists(path):
@@ -538,28 +539,24 @@ def download(name):
 
 
 def from_google(arrays):
-    """The arrays of R50+ViT-B_16.npz (name -> array) as a state dict of HybridViT.
+    """The state dict of HybridViT from the arrays of R50+ViT-B_16.npz.
 
-    Kernels: (h, w, in, out), (in, out), query (in, heads, 64), out (heads, 64, dim). GroupNorm: (1, 1, 1, C).
+    Its kernels: (h, w, in, out), (in, out), query, key and value (in, heads, 64), out (heads, 64, dim).
     """
-    renamed = {"Transformer/": "", "posembed_input/": "", "encoderblock_": "transformer/",
-               "MultiHeadDotProductAttention_1/": "", "/out/": "/proj/", "LayerNorm_0": "norm1",
-               "LayerNorm_2": "norm2", "MlpBlock_3/Dense_0": "fc1", "MlpBlock_3/Dense_1": "fc2",
-               "kernel": "weight", "scale": "weight", "/": "."}
     state = {}
     for name, array in arrays.items():
-        if name.startswith(("head/", "pre_logits/")):
-            continue
         value = torch.as_tensor(array)
         if name.endswith(("bias", "scale")):
-            value = value.flatten()
+            value = value.flatten()  # GroupNorm's are (1, 1, 1, C)
         elif name.endswith("out/kernel"):
             value = value.flatten(0, 1).T
         elif name.endswith("kernel"):
             value = value.permute(3, 2, 0, 1) if value.dim() == 4 else value.flatten(1).T
-        for theirs, ours in renamed.items():
-            name = name.replace(theirs, ours)
         state[name] = value
+    state = rename(state, {
+        "Transformer/|posembed_input/|MultiHeadDotProductAttention_1/|MlpBlock_3/": "",
+        "encoderblock_": "transformer/", "/out/": "/proj/", "LayerNorm_0": "norm1", "LayerNorm_2": "norm2",
+        "Dense_0": "fc1", "Dense_1": "fc2", "kernel|scale": "weight", "/": "."})
     for query in [name for name in state if ".query." in name]:
         parts = [query.replace("query", part) for part in ("query", "key", "value")]
         if all(part in state for part in parts):
@@ -568,17 +565,17 @@ def from_google(arrays):
 
 
 def from_timm(tensors):
-    """timm's names as HybridViT's; the tensors are the same."""
-    renamed = {r"(backbone\..*)norm": r"\1gn", r"^patch_embed\.backbone\.": "",
-               r"^stem\.(conv|gn)": r"\1_root", r"downsample\.(conv|gn)": r"\1_proj",
-               r"^stages\.(\d+)\.blocks\.(\d+)": lambda m: f"block{int(m[1]) + 1}.unit{int(m[2]) + 1}",
-               r"^patch_embed\.proj": "embedding", "^cls_token": "cls", "^pos_embed": "pos_embedding",
-               r"^norm\.": "encoder_norm.", r"^blocks\.": "transformer.", r"\.(attn|mlp)\.": "."}
-    state = {}
-    for name, value in tensors.items():
-        if name.startswith(("head.", "pre_logits.", "fc_norm.")):
-            continue
-        for theirs, ours in renamed.items():
-            name = re.sub(theirs, ours, name)
-        state[name] = value
+    """The state dict of HybridViT from timm's: only the names differ."""
+    return rename(tensors, {
+        r"(backbone\..*)norm": r"\1gn", r"^patch_embed\.backbone\.": "", r"^stem\.(conv|gn)": r"\1_root",
+        r"downsample\.(conv|gn)": r"\1_proj",
+        r"^stages\.(\d+)\.blocks\.(\d+)": lambda m: f"block{int(m[1]) + 1}.unit{int(m[2]) + 1}",
+        r"^patch_embed\.proj": "embedding", "^cls_token": "cls", "^pos_embed": "pos_embedding",
+        r"^norm\.": "encoder_norm.", r"^blocks\.": "transformer.", r"\.(attn|mlp)\.": "."})
+
+
+def rename(state, patterns):
+    """Apply {regular expression: replacement} to every name, one pattern after the other."""
+    for pattern, replacement in patterns.items():
+        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
     return state

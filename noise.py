@@ -7,20 +7,20 @@
 x and e are (B, C, H, W); results have x's dtype. gamma in [0, 1] and sigma >= 0 are floats, or tensors (B,)
 with a value per image.
 
-THE PIXEL RANGE. gamma and sigma mean nothing without it. PAPER SILENT (Figure 4 is drawn in [0, 1]): here
-pixels x lie in [-1, 1], which is what the published encoder takes: x = (value - 127.5) / 127.5 for 8-bit
-values. sigma = 0.23 is then 29 grey levels of 255. Noisy images are never clipped (Figure 4). Eq. 5 keeps the
-variance of x~ at 1 only where the variance of x is 1; photographs in [-1, 1] have about 0.25.
+PAPER SILENT on the pixel range, without which gamma and sigma mean nothing (Figure 4 is drawn in [0, 1]).
+Here pixels x lie in [-1, 1], as the published encoder expects: x = (value - 127.5) / 127.5 for 8-bit values.
+Then sigma = 0.23 is 29 grey levels of 255. Noisy images are never clipped (Figure 4). Eq. 5 keeps the
+variance of x~ at 1 only if the variance of x is 1. Photographs in [-1, 1] have about 0.25.
 
-Two ways to write one noise: x~ = sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma e) / sqrt(1 + sigma^2), with
+Eqs. 1 and 5 differ by a factor: sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma e) / sqrt(1 + sigma^2), with
 
     gamma   sigma = sqrt(1/gamma - 1)  sqrt(1 - gamma)  where the paper uses it
     0.95    0.2294                     0.2236           main setting (Table 4)
     0.90    0.3333                     0.3162           lower end of U(0.9, 0.95) in Table 4
     0.6098  0.8000                     0.6247           DeP in Table 2: sigma = 0.8
 
-The paper's "optimal noise magnitude" (4.1), 0.22, is read here as sqrt(1 - gamma) at gamma = 0.95. (Table 4's
-caption says sigma where its values are gamma.)
+We read the paper's "optimal noise magnitude" (4.1) of 0.22 as sqrt(1 - gamma) at gamma = 0.95. (The caption
+of Table 4 says sigma, but its values are gamma.)
 """
 import torch
 import torch.nn.functional as F
@@ -46,23 +46,23 @@ def denoising_loss(prediction, target):
     """Eq. 2 (target = x: predict the image) and Eqs. 3, 4, 6 (target = e: predict the noise).
 
     prediction, target: (B, C, H, W). Returns a float32 scalar: the MEAN over all elements. The paper writes
-    the squared norm, a sum over C H W elements. The mean is that sum divided by a constant, to which Adam
-    without weight decay is indifferent; a model that answers 0 to unit noise has loss 1.
+    the squared norm, a sum over C H W elements. The mean is that sum divided by a constant, which changes
+    nothing for Adam without weight decay. A model that always predicts 0 has loss 1 on unit noise.
     """
     return F.mse_loss(prediction.float(), target.float())
 
 
 def remove_noise(x_noisy, eps, gamma):
-    """Eq. 5 solved for x: (x~ - sqrt(1 - gamma) e) / sqrt(gamma), gamma in (0, 1]; for display."""
+    """Solve Eq. 5 for x, for display: (x~ - sqrt(1 - gamma) e) / sqrt(gamma), with gamma in (0, 1]."""
     gamma = per_image(gamma, x_noisy)
     return ((x_noisy - (1 - gamma).sqrt() * eps) / gamma.sqrt()).to(x_noisy.dtype)
 
 
 def sample_noise(shape, seeds, device="cpu"):
-    """e ~ N(0, I) of shape (B, C, H, W), float32: image b from a generator of its own, seeded with seeds[b].
+    """e ~ N(0, I) of shape (B, C, H, W), float32. Image b has its own generator, seeded with seeds[b].
 
-    So an image's noise does not depend on its batch, its process, or what was drawn before. It does depend on
-    the kind of device, whose generators differ.
+    So an image's noise does not depend on its batch, its process, or earlier draws. It does depend on the
+    kind of device: CPU and GPU generators differ.
     """
     generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
     return torch.stack([torch.randn(shape[1:], generator=g, device=device) for g in generators])
@@ -71,13 +71,13 @@ def sample_noise(shape, seeds, device="cpu"):
 def sample_gamma(low, high, seeds):
     """gamma ~ U(low, high), one per image (4.4, Table 4): (B,) float32 on the CPU.
 
-    Image b's gamma comes from seeds[b] + 1: the seed of its noise would tie the two together.
+    Image b's gamma has the seed seeds[b] + 1, since with seeds[b] it would depend on the image's noise.
     """
     generators = [torch.Generator().manual_seed(int(seed) + 1) for seed in seeds]
     return low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])
 
 
 def per_image(value, x):
-    """A float or (B,) tensor, shaped to multiply (B, C, H, W); float32 at least: bf16 is too coarse."""
+    """Shape a float or (B,) to multiply (B, C, H, W), in float32 or finer, since bf16 is too coarse."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.as_tensor(value, dtype=dtype, device=x.device).reshape(-1, 1, 1, 1)

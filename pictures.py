@@ -1,4 +1,5 @@
 """Coloured masks; a table of pictures with titles and a legend."""
+import math
 from colorsys import hsv_to_rgb
 
 import numpy as np
@@ -19,41 +20,40 @@ def from_pixels(x):
 
 
 def colour_mask(mask, colours):
-    """Class indices (H, W) in these colours (N, 3), as uint8 (H, W, 3); 255, ignored, is hatched."""
+    """Class indices (H, W) in `colours` (N, 3) as uint8 (H, W, 3). Ignored pixels, 255, are hatched."""
     mask = np.asarray(mask)
     colour_of = np.full((256, 3), 255, np.uint8)
     colour_of[:len(colours)] = colours
     page = colour_of[mask]
-    y, x = np.nonzero(mask == 255)
-    hatched = (x + y) % 8 >= 6
-    page[y[hatched], x[hatched]] = 150
+    y, x = np.indices(mask.shape)
+    page[(mask == 255) & ((x + y) % 8 >= 6)] = 150
     return page
 
 
 def picture_table(rows, titles, width=160, names=(), colours=()):
-    """A PIL image: rows of uint8 (H, W, 3), drawn `width` wide below their titles, and a legend."""
-    font, step = ImageFont.load_default(13), width + 6
-    cells = [[Image.fromarray(cell) for cell in row] for row in rows]
-    cells = [[cell.resize((width, max(1, round(cell.height * width / cell.width))),
-                          Image.Resampling.BILINEAR if cell.width >= width else Image.Resampling.NEAREST)
-              for cell in row] for row in cells]  # enlarged pixels stay visible
-    tops = np.cumsum([24, *(max(cell.height for cell in row) + 6 for row in cells)]).tolist()
+    """A PIL image: titles, rows of uint8 (H, W, 3) and a legend. A row's pictures have one size.
+
+    They are drawn `width` wide, or wider where a text needs it.
+    """
+    font = ImageFont.load_default(13)
     entries = [*enumerate(names), (255, "ignored")] if len(names) else []
-    places, x, y = [], 6, tops[-1]
-    for _, name in entries:
-        needed = 29 + round(font.getlength(name))
-        if x > 6 and x + needed > step * len(titles):
-            x, y = 6, y + 20
-        places.append((x, y))
-        x += needed
-    page = Image.new("RGB", (6 + step * len(titles), y + 20 * bool(entries)), PAPER)
+    texts = [*map(font.getlength, titles), *(23 + font.getlength(name) for _, name in entries)]
+    width = math.ceil(max(width, *texts))
+    places = [6 + (width + 6) * i for i in range(len(titles))]
+    heights = [max(1, round(width * row[0].shape[0] / row[0].shape[1])) for row in rows]
+    legend = 24 + sum(heights) + 6 * len(rows)
+    height = legend + 20 * math.ceil(len(entries) / len(titles))
+    page = Image.new("RGB", (places[-1] + width + 6, height), PAPER)
     draw = ImageDraw.Draw(page)
-    for i, title in enumerate(titles):
-        draw.text((6 + step * i, 5), title, INK, font)
-    for top, row in zip(tops, cells):
-        for i, cell in enumerate(row):
-            page.paste(cell, (6 + step * i, top))
-    for (k, name), (x, y) in zip(entries, places):
+    for x, title in zip(places, titles):
+        draw.text((x, 5), title, INK, font)
+    y = 24
+    for row, height in zip(rows, heights):
+        for x, cell in zip(places, row):
+            page.paste(Image.fromarray(cell).resize((width, height), Image.Resampling.BOX), (x, y))
+        y += height + 6
+    for i, (k, name) in enumerate(entries):
+        x, y = places[i % len(titles)], legend + 20 * (i // len(titles))
         page.paste(Image.fromarray(colour_mask(np.full((12, 12), k), colours)), (x, y + 2))
         draw.rectangle([x, y + 2, x + 11, y + 13], outline=INK)
         draw.text((x + 17, y), name, INK, font)

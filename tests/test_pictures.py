@@ -49,3 +49,15 @@ def test_a_legend_shows_every_class_in_its_colour_and_what_is_ignored():
         legend = page[plain.height:]
         assert all((legend == colour).all(-1).sum() == 10 * 10 for colour in table)  # whole, in its frame
         assert (legend == 150).all(-1).sum() > 10  # hatched
+
+
+def test_long_texts_are_drawn_whole():
+    names, colours = [f"{'a long name ' * 4}{k}" for k in range(19)], pictures.palette(19)
+    for titles in (["image"], ["image", "truth", "a title " * 9]):
+        row = [np.zeros((20, 40, 3), np.uint8)] * len(titles)
+        page = np.asarray(pictures.picture_table([row], titles, 40, names, colours))
+        assert (page[:, -6:] == pictures.PAPER).all()  # nothing reaches the page's edge
+        column = (page.shape[1] - 6) // len(titles)
+        legend = page[-20 * -(-20 // len(titles)):]
+        for right in range(column, page.shape[1], column):  # nor the next column
+            assert (legend[:, right:right + 6] == pictures.PAPER).all()
