@@ -252,7 +252,8 @@ def main():
         if not args.save_predictions:
             raise UserError(f"{args.root}: no masks to compare with; pass --masks or --save-predictions DIR")
         if Path(args.save_predictions).resolve().is_relative_to(Path(source.root, source.folder).resolve()):
-            raise UserError(f"--save-predictions {args.save_predictions}: lies among the pictures; pass another folder")
+            raise UserError(f"--save-predictions {args.save_predictions}: lies among the pictures; pass "
+                            "another folder")
     data = args.data or trained["data"]
     how = protocol(data, checkpoint["model_args"]["encoder"], trained["crop_size"])
     how.update({key: getattr(args, key) for key in how if getattr(args, key) is not None}, stride=args.stride)

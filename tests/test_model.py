@@ -214,7 +214,7 @@ def test_conditioning_starts_as_none_then_follows_each_images_gamma(device):
 def test_a_frozen_encoder_keeps_every_byte_and_has_no_gradients(encoder, device):
     unet = tiny(encoder).to(device)
     freeze(unet.encoder)
-    unet = pickle.loads(pickle.dumps(copy.deepcopy(unet)))  # as a copy of its weights, a running mean, would do
+    unet = pickle.loads(pickle.dumps(copy.deepcopy(unet)))  # as for a running mean of its weights
     before, head = copy.deepcopy(unet.encoder.state_dict()), unet.decoder.head.weight.clone()
     model.use_batch_statistics(unet, sync=False)  # BatchNorm's statistics are the trap
     nn.Sequential(unet.eval()).train()
