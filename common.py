@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 # ---- Errors
@@ -40,11 +41,11 @@ def run(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # for file names that a console cannot print
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
     except (UserError, OSError, MemoryError, RuntimeError, ValueError) as error:
         # A loader worker puts a traceback before the text
-        text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-        if isinstance(error, MemoryError):
-            text = text or "out of memory"
+        text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip() or "out of memory"
         if not isinstance(error, (UserError, OSError)):
             hint = next((HINTS[part] for part in HINTS if part in text), None)
             if hint is None:
@@ -90,18 +91,14 @@ def refuse(args, flags, why):
             raise UserError(f"--{flag.replace('_', '-')} {value} has no effect {why}; drop it")
 
 
-LARGEST = 2 ** 63 - 1
-
-
-def number(kind, least, most=LARGEST):
+def number(kind, least, most=2 ** 63 - 1):
     """A type for argparse."""
     def convert(text):
         value = kind(text)
         if not least <= value <= most:
             raise ValueError
         return value
-    upper = "" if most == LARGEST else f" to {most}"
-    convert.__name__ = f"{kind.__name__} (from {least}{upper})"  # for argparse's message
+    convert.__name__ = f"{kind.__name__} from {least} to {most:g}"  # for argparse's message
     return convert
 
 
@@ -262,8 +259,8 @@ def cosine_rate(step, steps, peak, warmup):
 NOT_FINITE = "is not finite"
 
 
-def finish_step(step, loss, optimizer, scaler):
-    """Step the optimiser after backward. Returns the loss, summed over all processes, as a float.
+def finish_step(step, loss, optimizer, scaler, rate):
+    """Step the optimiser, at this rate, after backward. Returns the loss, summed over all processes, as a float.
 
     UserError, with the weights unchanged, if the loss or gradient is not finite. But in fp16 such a gradient
     only makes the scaler skip the step and halve its scale, until that is 1.
@@ -275,6 +272,8 @@ def finish_step(step, loss, optimizer, scaler):
     if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)):
         raise UserError(f"step {step}: the loss, {loss:g}, or its gradient {NOT_FINITE}; lower --lr, "
                         "raise --warmup, or pass --precision fp32")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     scaler.step(optimizer)
     scaler.update()
     return loss
@@ -305,6 +304,14 @@ def load(path):
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); restore a copy, or delete it to "
                         "start again") from error
+
+
+def to_train(model, args, device, world):
+    """Put the model on the device. Returns the network to call: the model, or DDP around it."""
+    model.to(device, memory_format=torch.channels_last).train()
+    if args.compile:
+        model.compile(dynamic=False)  # in place: parameters keep their names
+    return DistributedDataParallel(model) if world > 1 else model
 
 
 def save_checkpoint(args, step, model, model_args, optimizer, scaler, data, **classes):

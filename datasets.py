@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from colorsys import hsv_to_rgb
 from functools import cache, partial
 from glob import escape, glob
 from io import BytesIO
@@ -20,7 +21,6 @@ import shapes
 from common import UserError
 from data import IGNORE, image_size, read_image, read_mask
 from files import find_pairs, form_of, list_pictures, plain, read_lines, select
-from pictures import palette
 
 
 class DataSet(NamedTuple):
@@ -31,23 +31,22 @@ class DataSet(NamedTuple):
     places: tuple = ("",)  # where the set may lie below --root
     words: tuple = ("train", "val", "test")  # what stands for {part}
     lists: str = ""  # text files that list the images of a part
-    counts: tuple = (0, 0)  # official numbers of pairs, train and val
     scales: tuple = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # for evaluation (5.1)
 
 
 CONTEXT = DataSet("JPEGImages/*.jpg", "SegmentationClassContext/*.png", tuple(range(1, 60)), (0,),
-                  ("", "VOC2010", "VOCdevkit/VOC2010"), counts=(4998, 5105),
+                  ("", "VOC2010", "VOCdevkit/VOC2010"),
                   lists="ImageSets/SegmentationContext/{part}.txt")
 DATA_SETS = {
     "folder": DataSet("images/{part}/*", "masks/{part}/*", scales=(1.0,)),
     "cityscapes": DataSet(
         "leftImg8bit/{part}/*_leftImg8bit.png", "gtFine/{part}/*_gtFine_labelIds.png",
         (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), tuple(range(34)),
-        counts=(2975, 500), scales=(1.0,)),
+        scales=(1.0,)),
     "pascal_context": CONTEXT,  # PAPER SILENT on 59 classes (no background) or 60
     "pascal_context_60": CONTEXT._replace(values=tuple(range(60)), ignored=()),
     "ade20k": DataSet("images/{part}/*.jpg", "annotations/{part}/*.png", tuple(range(1, 151)), (0,),
-                      ("", "ADEChallengeData2016"), ("training", "validation", "test"), counts=(20210, 2000)),
+                      ("", "ADEChallengeData2016"), ("training", "validation", "test")),
     "voc": DataSet("JPEGImages/*.jpg", "SegmentationClass/*.png", tuple(range(21)), (255,),
                    ("", "VOC20??", "VOCdevkit/VOC20??"),
                    lists="ImageSets/Segmentation/{part}.txt"),  # PAPER SILENT on evaluation on VOC
@@ -228,6 +227,12 @@ class Classes(NamedTuple):
     values: dict  # {mask value or (R, G, B): class index or IGNORE}
 
 
+def palette(count):
+    """`count` colours (R, G, B): black for class 0, then hues a golden section apart."""
+    hues = [hsv_to_rgb(i * 0.618034 % 1, 0.8, (235, 175)[i // 7 % 2]) for i in range(1, count)]
+    return [(0, 0, 0), *(tuple(map(round, hue)) for hue in hues)][:count]
+
+
 def classes_of(args):
     """The Classes of --data; those of a folder are in its classes.txt."""
     if args.data == "shapes":
@@ -270,6 +275,7 @@ def labelled(args, classes, wanted=("train", "val")):
 
     args: the data flags of finetune.py. A part has the images that its list names, from the folders of all
     parts; without a list, those in its own folder. Patterns without {part} mean one folder, for training.
+    From the training images go those in --val-list, if it is the only list, or a --val-fraction.
     """
     if args.data == "shapes":
         common.refuse(args, FILES, "on shapes")
@@ -279,6 +285,8 @@ def labelled(args, classes, wanted=("train", "val")):
     root = home(args, row.places, form_of(masks.replace("{part}", "*"))[0])
     own = row.lists and f"{root}/{row.lists}"
     lists = {"train": args.train_list or own, "val": args.val_list or own, "test": own}
+    if "test" not in wanted and (args.val_list or args.val_fraction is not None):
+        wanted = ("train", "val")
     listed = any(lists[part] for part in wanted)
     found = {}  # {part: ([Pair, ...], other pictures)}, by folders
     for part, word in zip(lists, row.words if "{part}" in images else [""]):
@@ -299,31 +307,30 @@ def labelled(args, classes, wanted=("train", "val")):
             raise UserError(f"{os.path.join(root, alone[0])}: {len(alone)} files without a partner; expected "
                             f"{images} and {masks} with equal text for *; add what is missing, pass --images "
                             "and --masks, or list images in --train-list and --val-list")
-        official = dict(zip(lists, row.counts)).get(part)
-        if official and official != len(pairs):
-            note = f" (the official set has {official}){note}"
         if pairs:
             rows = [(pair.image, pair.mask) for pair in pairs]
             sources[part] = Pairs(rows, f"{len(rows)} pairs{note}", root, classes.values)
-    return sources
-
-
-def training_and_validation(args, classes):
-    """(train, val or None), after --train-list, --val-list, --val-fraction and --labels. Raises UserError."""
-    sources = labelled(args, classes)
     train, val = sources.get("train"), sources.get("val")
     if train and args.val_list and not args.train_list:
         held_out = {*val.rows}
-        train = train.subset([i for i, row in enumerate(train.rows) if row not in held_out])
-    if not train:
-        raise UserError(f"{args.root}: no training images; expected images/train and masks/train, or "
-                        "patterns in --images and --masks")
-    if args.val_fraction is not None:
+        sources["train"] = train.subset([i for i, row in enumerate(train.rows) if row not in held_out])
+    elif train and args.val_fraction is not None and "test" not in wanted:
         ranked, count = ranking(train, "validation"), round(args.val_fraction * len(train))
         if val or not 0 < count < len(train):
             problem = "there is a validation set" if val else f"{count} of {len(train)} images"
             raise UserError(f"--val-fraction {args.val_fraction}: {problem}; drop it, or pass another share")
-        train, val = train.subset(sorted(ranked[count:])), train.subset(sorted(ranked[:count]))
+        sources["train"] = train.subset(sorted(ranked[count:]))
+        sources["val"] = train.subset(sorted(ranked[:count]))
+    return sources
+
+
+def training_and_validation(args, classes):
+    """(train, val or None), with --labels of the training images. Raises UserError."""
+    sources = labelled(args, classes)
+    train, val = sources.get("train"), sources.get("val")
+    if not train:
+        raise UserError(f"{args.root}: no training images; expected images/train and masks/train, or "
+                        "patterns in --images and --masks")
     both = {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val or []))}
     if both:
         raise UserError(f"{min(both)}: both a training and a validation image; put it in one list only")
@@ -344,43 +351,42 @@ def ranking(source, seed):
     return sorted(range(len(source)), key=key)
 
 
-def survey(parts, classes, crop_size):
+def survey(parts, classes):
     """Look at up to 500 masks of each part in {part: Pairs}. Returns a table of the share of each class.
 
     UserError for an unknown value, a size other than the image's, a value that has two colours (some programs
     make a palette per file), and fewer than two classes.
     """
+    shares, seen = {}, {}  # {mask value: (its colour, the file)}
+    in_colours = isinstance(next(iter(classes.values)), tuple)
+
     def look(source, i):
         image, path = (os.path.join(source.root, path) for path in source.rows[i])
-        size = image_size(image)
-        pixels = np.bincount(source.mask(i, size).flatten(), minlength=256)
+        pixels, colours = np.bincount(source.mask(i, image_size(image)).flatten(), minlength=256), {}
         with Image.open(path) as picture:
-            palette = picture.getpalette("RGB") if picture.mode == "P" and not in_colours else None
-            used = [value for _, value in picture.getcolors()] if palette else []
-        return path, pixels, max(size), {value: tuple(palette[3 * value:3 * value + 3]) for value in used}
+            if picture.mode == "P" and not in_colours:
+                table = picture.getpalette("RGB")
+                colours = {k: tuple(table[3 * k:3 * k + 3]) for _, k in picture.getcolors()}
+        return path, pixels, colours
 
-    in_colours = isinstance(next(iter(classes.values)), tuple)
-    shares, largest, first = {}, 0, {}  # {mask value: (its colour, the file)}
     for part, source in parts.items():
         pixels, some = np.zeros(256), np.unique(np.linspace(0, len(source) - 1, 500).astype(int))
         with ThreadPoolExecutor(8) as pool:
-            for path, found, size, colours in pool.map(partial(look, source), some):
-                pixels, largest = pixels + found, max(largest, size)
+            for path, found, colours in pool.map(partial(look, source), some):
+                pixels += found
                 for value, colour in colours.items():
-                    if first.setdefault(value, (colour, path))[0] != colour:
-                        old, where = first[value]
-                        raise UserError(f"{path}: value {value} is {colour} in its palette, but {old} in "
+                    first, where = seen.setdefault(value, (colour, path))
+                    if colour != first:
+                        raise UserError(f"{path}: value {value} is {colour} in its palette, but {first} in "
                                         f"{where}; write `R G B name` lines to classes.txt")
         shares[part] = pixels[[*range(len(classes.names)), IGNORE]] / pixels.sum()
     if (shares["train"][:-1] > 0).sum() < 2:
         raise UserError(f"{parts['train'].root}: the training masks hold fewer than two of "
                         f"{', '.join(classes.names[:8])}; in a classes.txt of names alone line n is value n, "
                         "and 255 is ignored")
-    width = max(map(len, ["of the pixels", *classes.names]))
+    names = [*classes.names, "ignored"]
+    width = max(map(len, ["of the pixels", *names]))
     lines = [f"{'of the pixels':{width}}" + "".join(f"{part:>9}" for part in shares)]
-    lines += [f"{name:{width}}" + "".join(f"{share:9.2%}" for share in row)
-              for name, row in zip([*classes.names, "ignored"], np.stack([*shares.values()], axis=1))]
-    if largest < crop_size:
-        lines.append(f"no picture is larger than {largest} pixels: pass --crop-size {largest}, or crops of "
-                     f"{crop_size} are partly padding")
+    lines += [f"{name:{width}}" + "".join(f"{share[k]:9.2%}" for share in shares.values())
+              for k, name in enumerate(names)]
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -27,7 +27,6 @@ import datasets
 from common import UserError, say
 from data import IGNORE, Samples, to_pixels
 from model import unet_of
-from pictures import colour_mask
 
 # ---- Scores
 
@@ -147,6 +146,44 @@ def protocol(data, encoder, crop_size):
     return dict(scales=scales, flip=True, window=crop_size)
 
 
+# ---- Pictures
+
+
+def colour_mask(mask, colours):
+    """Class indices (H, W) in `colours` (N, 3) as uint8 (H, W, 3). Ignored pixels, 255, are hatched."""
+    mask = np.asarray(mask)
+    colour_of = np.full((256, 3), 255, np.uint8)
+    colour_of[:len(colours)] = colours
+    page = colour_of[mask]
+    y, x = np.indices(mask.shape)
+    page[(mask == IGNORE) & ((x + y) % 8 >= 6)] = 150
+    return page
+
+
+def picture_table(rows, titles, names=(), colours=(), width=160):
+    """A PIL image: titles, rows of uint8 (H, W, 3) and a legend, `width` a column or as wide as its texts."""
+    font = ImageFont.load_default(13)
+    entries = [*enumerate(names), (IGNORE, "ignored")] if names else []
+    width = math.ceil(max(width, *map(font.getlength, titles),
+                          *(23 + font.getlength(name) for _, name in entries)))
+    heights = [max(1, round(width * row[0].shape[0] / row[0].shape[1])) for row in rows]
+    legend = 24 + sum(heights) + 6 * len(rows)  # its y
+    size = 6 + (width + 6) * len(titles), legend + 20 * math.ceil(len(entries) / len(titles))
+    page = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(page)
+    for column, title in enumerate(titles):
+        x, y = 6 + (width + 6) * column, 24
+        draw.text((x, 5), title, "black", font)
+        for row, height in zip(rows, heights):
+            page.paste(Image.fromarray(row[column]).resize((width, height), Image.Resampling.BOX), (x, y))
+            y += height + 6
+    for i, (k, name) in enumerate(entries):
+        x, y = 6 + (width + 6) * (i % len(titles)), legend + 20 * (i // len(titles))
+        page.paste(Image.fromarray(colour_mask(np.full((14, 14), k), colours)), (x, y + 1))
+        draw.text((x + 19, y), name, "black", font)
+    return page
+
+
 def writer(folder, source, classes):
     """A function for evaluate's `write` that fills folder/index and folder/overlay."""
     names = [source.name(i) for i in range(len(source))]
@@ -201,10 +238,8 @@ def choose_source(args, trained, classes):
 
     Without --data, flags that are not given are those of the training, `trained`.
     """
-    flags = dict.fromkeys(("root", "images", "masks", "train_list", "val_list", "val_fraction"))
-    if not args.data:
-        flags.update(trained)
-    flags.update({name: value for name, value in vars(args).items() if value is not None}, labels=None)
+    flags = dict.fromkeys(datasets.FILES) if args.data else dict(trained)
+    flags.update({name: value for name, value in vars(args).items() if value is not None})
     flags = argparse.Namespace(**flags)
     if args.data == "folder" and not args.masks and not os.path.isdir(os.path.join(args.root or "", "masks")):
         common.refuse(args, ("split", "val_list", "out"), "on pictures without masks")
@@ -223,10 +258,7 @@ def choose_source(args, trained, classes):
     elif args.data == "folder" and args.images and "{part}" not in args.images:  # no parts: take all
         part = "train"
         common.refuse(args, ["split"], "if --images has no {part}")
-    if part != "test" and flags.val_fraction is not None or part == "train" and flags.val_list:
-        source = datasets.training_and_validation(flags, classes)[part == "val"]
-    else:
-        source = datasets.labelled(flags, classes, [part]).get(part)
+    source = datasets.labelled(flags, classes, [part]).get(part)
     if source is None:
         raise UserError(f"{flags.root}: no images of --split {part}; pass another --split or --data")
     return source

@@ -42,7 +42,8 @@ def files_below(root, folder):
             yield from files_below(root, f"{folder}{entry.name}/")
 
 
-def is_picture(name):
+def is_picture(path):
+    name = path.rpartition("/")[2]
     return f".{name.rpartition('.')[2].lower()}" in PICTURES and name[0] not in ".@"
 
 
@@ -95,7 +96,7 @@ def matches(root, pattern, without=()):
                 if star in found:
                     raise UserError(f"{root}/{path} and {found[star]}: both match {pattern}; delete one")
                 found[star] = path
-            elif is_picture(path.rpartition("/")[2]):
+            elif is_picture(path):
                 others.append(path)
     return found, others
 
@@ -104,26 +105,24 @@ def select(list_file, pairs, own):
     """The pairs that a text file lists, in its order. Raises UserError.
 
     A line names one image: by its path (after any other folders), by the text for `*`, or by a unique end of
-    either. Its mask may follow after a tab or space, as in published lists. Of several images with the same
-    text for `*`, the one in `own` is meant.
+    either. Its mask may follow after a tab or space. Of several images with one text for `*`, the one in
+    `own` is meant.
     """
-    by_path = {plain(pair.image): pair for pair in pairs}
-    by_star = {pair.star: pair for pair in [*pairs, *own] if pair.image}
-    by_ending = {}
+    by_path, by_ending, chosen = {plain(pair.image): pair for pair in pairs}, {}, {}
     for pair in pairs:
         for ending in {*endings(plain(pair.image)), *endings(pair.star)}:
             by_ending[ending] = None if ending in by_ending else pair
-    chosen = {}  # a dict, to be searched fast
+    known = {**by_ending, **{pair.star: pair for pair in [*pairs, *own] if pair.image}, **by_path}
     for number, line in enumerate(read_lines(list_file), start=1):
         names = [plain(name).lstrip("/") for name in (line, line.split("\t")[0], line.split()[0])]
-        found = [table.get(name) for table in (by_path, by_star, by_ending) for name in names]
+        found = [known.get(name) for name in names]
         found += [by_path.get(ending) for name in names for ending in endings(name)]
         pair = next(filter(None, found), None)
         if pair is None or pair in chosen:
             problem = "again" if pair else "is not one image"
             raise UserError(f"{list_file}, line {number}: {line!r} {problem}; expected each image once: its "
                             "path below --root, or its text for * in --images")
-        chosen[pair] = None
+        chosen[pair] = None  # in a dict, which is searched fast
     if not chosen:
         raise UserError(f"{list_file}: empty; expected one image per line")
     return list(chosen)
@@ -167,22 +166,19 @@ def records(paths, offset, size, label):
 
 def list_folders(root, patterns):
     """(records, a note that says where they lie)."""
-    chunks, labels, shown, others = [], {}, [], []
+    chunks, labels, shown = [], {}, []
     for pattern in patterns:
         start, form = form_of(pattern)
         for folder, names in common.progress(files_below(root, start), unit=" folders", delay=1):
-            taken = [name for name in names if form.fullmatch(plain(folder + name))]
-            others += [folder + name for name in {*names} - {*taken}]
-            if taken:
+            names = [name for name in names if form.fullmatch(plain(folder + name))]
+            if names:
                 label = labels.setdefault(folder[len(start):].partition("/")[0], len(labels))
-                chunks.append(records(np.array([os.fsencode(folder + name) for name in taken]), 0, -1, label))
-                text = f"{folder.rstrip('/') or '.'} {len(taken)}: {taken[0]} to {taken[-1]}"
-                shown.append((-len(taken), text))
+                chunks.append(records(np.array([os.fsencode(folder + name) for name in names]), 0, -1, label))
+                text = f"{folder.rstrip('/') or '.'} {len(names)}: {names[0]} to {names[-1]}"
+                shown.append((-len(names), text))
     if not chunks:
         raise UserError(f"{root}: no pictures match {' and '.join(patterns)}; see --root and --images")
-    note = f" ({'; '.join(text for _, text in sorted(shown)[:8])}{'; ...' * (len(shown) > 8)})"
-    note += f"; left out {len(others)} other files, such as {min(others)}" if others else ""
-    return np.concatenate(chunks), note
+    return np.concatenate(chunks), f" ({'; '.join(text for _, text in sorted(shown)[:8])})"
 
 
 def list_tars(root, tars):
@@ -218,7 +214,7 @@ def tar_members(path):
                     raise tarfile.ReadError("its end is missing")
         except tarfile.TarError as error:
             raise UserError(f"{path}: not a whole .tar file ({error}); download it again") from None
-    pictures = [(offset, size) for name, offset, size in found if is_picture(name.rpartition("/")[2])]
+    pictures = [(offset, size) for name, offset, size in found if is_picture(name)]
     if not pictures:
         raise UserError(f"{path}: no pictures in it; expected those of one class")
     return np.array(pictures)

@@ -18,16 +18,14 @@ import os
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import common
 from common import say
 from data import IGNORE, Order, Samples, segmentation_transform, to_pixels
 from datasets import LABELLED, classes_of, survey, training_and_validation
-from evaluate import as_text, evaluate, predict, protocol
+from evaluate import as_text, colour_mask, evaluate, picture_table, predict, protocol
 from model import ENCODERS, build_unet, load_weights, read_weights, unet_of, use_batch_statistics
-from pictures import colour_mask, picture_table
 
 # PAPER SILENT on batch size, steps and the chosen lr and weight_decay, each swept over [1e-5, 3e-4] (5.1)
 PAPER = dict(steps=10_000, batch_size=16, micro_batch=4, lr=1e-4, warmup=0.0, weight_decay=1e-4,
@@ -96,7 +94,7 @@ def main():
     start = checkpoint["step"] if checkpoint else 0
     with common.local_first():  # a survey may take long: all wait
         if args.data != "shapes" and start == 0 and rank == 0:
-            say(survey({"train": train, "val": val} if val else {"train": train}, classes, args.crop_size))
+            say(survey({"train": train, "val": val} if val else {"train": train}, classes))
 
     # Model: all weights are trained ("full fine-tuning", section 6)
     if checkpoint:
@@ -105,10 +103,7 @@ def main():
         model, model_args = segmentation_network(args, classes)
     if args.init == "none":  # new BatchNorm has no statistics
         use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
-    model.to(device, memory_format=torch.channels_last).train()
-    if args.compile:
-        model.compile(dynamic=False)  # in place: parameters keep their names
-    network = DistributedDataParallel(model) if world > 1 else model
+    network = common.to_train(model, args, device, world)
 
     # Adam (5.1). PAPER SILENT on betas (torch's) and on coupled or decoupled weight decay (coupled)
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -120,33 +115,28 @@ def main():
 
     samples = Samples(train, segmentation_transform(args.crop_size, args.min_area), args.seed)
     order = Order(len(train), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
+    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
+                              pin_memory=device.type == "cuda"))
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 3: --init {args.init}, {model_args}, {train.note}, {len(train)} train, {len(val or [])} val, "
         f"{start} of {steps} steps done, {world} x {device}, {precision}", rank)
-    # Micro-batches: gradients add up, so only one must fit in memory
-    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
-                              pin_memory=device.type == "cuda"))
     for step in range(start + 1, steps + 1):
-        rate = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        # Mean over the labelled pixels of the GLOBAL batch: all weigh the same
+        # Micro-batches, whose gradients add up: only one must fit in memory
         parts = [next(batches) for _ in range(order.parts)]
+        # The loss is the mean over the labelled pixels of the GLOBAL batch: all weigh the same
         labelled = common.total(sum((part["mask"] != IGNORE).sum() for part in parts).to(device)).clamp(min=1)
         for part in parts:
             x = to_pixels(part["image"].to(device))  # (B, 3, H, W) in [-1, 1]
             mask = part["mask"].to(device).long()    # (B, H, W)
-            network.require_backward_grad_sync = part is parts[-1]  # DDP: one exchange per step
             with common.autocast(precision, device):
                 logits = network(x)  # (B, classes, H, W)
             part_loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum") / labelled
             scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
-
-        loss = common.finish_step(step, loss, optimizer, scaler)
+        rate = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
+        loss = common.finish_step(step, loss, optimizer, scaler, rate)
         log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save_checkpoint(
@@ -179,7 +169,7 @@ def draw_predictions(model, source, classes, device, args):
         page.append([sample["image"].permute(1, 2, 0).numpy(),
                      colour_mask(sample["mask"], classes.colours),
                      colour_mask(logits[0].argmax(0).cpu(), classes.colours)])
-    return picture_table(page, ["image", "truth", "prediction"], 160, classes.names, classes.colours)
+    return picture_table(page, ["image", "truth", "prediction"], classes.names, classes.colours)
 
 
 if __name__ == "__main__":

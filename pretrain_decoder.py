@@ -6,7 +6,7 @@
         --encoder-weights imagenet21k --gamma 0.95                                         # eight
 
 Input: images without labels and, for DDeP, a trained encoder. Output in --out: last.pt, for --init of
-stage 3; log.jsonl; panel.png; metrics.json.
+finetune.py; log.jsonl; panel.png; metrics.json.
 
 DDeP (Eq. 6) trains the decoder g_phi; the encoder f_theta is frozen:
 
@@ -17,7 +17,6 @@ DeP (section 3) trains both; its encoder starts from random weights by default.
 import os
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import common
@@ -26,11 +25,12 @@ import pretrain_encoder
 from common import UserError, say
 from data import Order, Samples, pretraining_transform, to_pixels
 from datasets import UNLABELLED, pretraining_images
+from evaluate import picture_table
 from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet_of, use_batch_statistics
-from pictures import from_pixels, picture_table
 
 # "paper": section 5.1. PAPER SILENT on batch size, learning rate and crop size of DeP: those of DDeP
-# PAPER SILENT on weight decay and warm-up in pretraining: none on real data
+# PAPER SILENT on weight decay and warm-up in pretraining (none on real data) and on the optimiser and its
+# schedule: Adam and a cosine, which 5.1 names for fine-tuning
 RECIPES = {
     "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=3e-3, warmup=0.02, weight_decay=0.0,
                    image_size=64, min_area=0.5, workers=0, save_every=400),
@@ -52,13 +52,10 @@ def parse_arguments(argv=None):
     add("--target", choices=("noise", "image"), default="noise", help="what to predict (%(default)s; §3.2)")
     add("--condition", action="store_true", help="the decoder is told gamma (§4.4)")
     add("--encoder", choices=ENCODERS, help="(as in the weights, else hybrid; shapes: hybrid-small)")
-    weights = group.add_mutually_exclusive_group()
-    weights.add_argument("--encoder-weights", metavar="PATH",
-                         help="last.pt of stage 1, or a download: imagenet21k (hybrid), "
-                         "imagenet1k (resnet50; PAPER SILENT on which weights)")
-    weights.add_argument("--init", metavar="PATH", help="last.pt of this stage")
+    add("--encoder-weights", metavar="PATH", help="last.pt of stage 1, or a download: imagenet21k (hybrid), "
+        "imagenet1k (resnet50; PAPER SILENT on which weights)")
     add("--width", type=common.number(float, 1 / 64),
-        help="decoder of [1024, 512, 256, 128, 64] * W (as in --init, else 1; shapes: 1/4; §4.3)")
+        help="decoder of [1024, 512, 256, 128, 64] * W (1; shapes: 1/4; §4.3)")
     group = parser.add_argument_group("data")
     common.add_data_flags(group, UNLABELLED)
     add = group.add_argument
@@ -77,8 +74,8 @@ def parse_arguments(argv=None):
 
 
 def denoising_network(args, rank):
-    """The UNet, with the weights to start from, and its model_args. Raises UserError."""
-    source = args.init or args.encoder_weights
+    """The UNet, with the weights of its encoder, and its model_args. Raises UserError."""
+    source = args.encoder_weights
     if source is None and args.method == "ddep":
         if args.data != "shapes" or args.encoder not in (None, "hybrid-small"):
             raise UserError("DDeP needs a trained encoder: pass --encoder-weights PATH or imagenet21k")
@@ -91,14 +88,13 @@ def denoising_network(args, rank):
             common.require_same(source, os.path.exists(source))
     with common.local_first(), common.users_mistakes():
         state, made_with = read_weights(source) if source else ({}, {})
-    if args.encoder_weights:
-        made_with.pop("width", None)  # a decoder in the file is not used
+    made_with.pop("width", None)  # a decoder in the file is not used
     model_args = dict(**common.network_args(args, made_with, source), condition_on_gamma=args.condition)
     torch.manual_seed(args.seed)  # after stage 1, which draws too
     model = build_unet(**model_args)
     if source:
         with common.users_mistakes():
-            load_weights(model, state, source, fresh=() if args.init else ("decoder.",))
+            load_weights(model, state, source, fresh=("decoder.",))
     return model, model_args
 
 
@@ -118,7 +114,7 @@ def main():
     precision = common.choose_precision(args.precision, device)
 
     # Data: images
-    with common.local_first():  # one process per machine indexes .tar files
+    with common.local_first():  # the first process of a machine lists them
         images = pretraining_images(args)
     steps = common.number_of_steps(args, len(images), world)
     checkpoint = common.resume(args, str(images))
@@ -131,14 +127,11 @@ def main():
         model, model_args = denoising_network(args, rank)
     if args.method == "ddep":
         freeze(model.encoder)  # before DDP sees its parameters
-    elif args.encoder_weights is None and args.init is None:  # new BatchNorm has no statistics
+    elif args.encoder_weights is None:  # new BatchNorm has no statistics
         use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
-    model.to(device, memory_format=torch.channels_last).train()
-    if args.compile:
-        model.compile(dynamic=False)  # in place: parameters keep their names
-    network = DistributedDataParallel(model) if world > 1 else model
+    network = common.to_train(model, args, device, world)
 
-    # Adam (5.1). PAPER SILENT on its betas: torch's defaults
+    # PAPER SILENT on the betas of Adam: torch's defaults
     peak_rate = args.lr
     if peak_rate is None:
         peak_rate = 1e-4 if model_args["width"] == 2 else 6e-5
@@ -152,24 +145,18 @@ def main():
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
+    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
+                              pin_memory=device.type == "cuda"))
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 2: {args.method}, {model_args}, {images.note}, {start} of {steps} steps done, "
         f"{world} x {device}, {precision}", rank)
-    # Micro-batches: gradients add up, so only one must fit in memory
-    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
-                              pin_memory=device.type == "cuda"))
     for step in range(start + 1, steps + 1):
-        rate = common.cosine_rate(step - 1, steps, peak_rate, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        for part in range(order.parts):
+        for _ in range(order.parts):  # micro-batches, whose gradients add up: only one must fit in memory
             batch = next(batches)
             x = to_pixels(batch["image"].to(device))  # (B, 3, H, W) in [-1, 1]
             x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])
-            network.require_backward_grad_sync = part == order.parts - 1  # DDP: one exchange per step
             with common.autocast(precision, device):
                 prediction = network(x_noisy, gamma)  # (B, 3, H, W)
             target = eps if args.target == "noise" else x
@@ -177,8 +164,8 @@ def main():
             part_loss = noise.denoising_loss(prediction, target) * len(x) / args.batch_size
             scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
-
-        loss = common.finish_step(step, loss, optimizer, scaler)
+        rate = common.cosine_rate(step - 1, steps, peak_rate, args.warmup)
+        loss = common.finish_step(step, loss, optimizer, scaler, rate)
         log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save_checkpoint(args, step, model, model_args, optimizer, scaler, str(images))
@@ -193,7 +180,8 @@ def main():
 def look_at(args, model, samples, device):
     """Prints how well 16 training images are denoised; returns (metrics, panel.png)."""
     model.eval()
-    batch = next(iter(DataLoader(samples, batch_sampler=Order(len(samples.source), 16, 16, 1, args.seed))))
+    order = Order(len(samples.source), 16, 16, 1, args.seed)
+    batch = next(iter(DataLoader(samples, batch_sampler=order)))
     x = to_pixels(batch["image"].to(device))
     x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])
     target = eps if args.target == "noise" else x
@@ -211,7 +199,7 @@ def look_at(args, model, samples, device):
     # A decoder that does not use a map has not trained the blocks behind it
     rises = {}
     for i, stride in enumerate(model.encoder.strides):
-        changed = list(maps)
+        changed = [*maps]
         changed[i] = maps[i].mean(0, keepdim=True).expand_as(maps[i])
         without = noise.denoising_loss(model.decoder(changed, x.shape[-2:], gamma), target).item()
         rises[stride] = without / loss - 1
@@ -220,14 +208,15 @@ def look_at(args, model, samples, device):
     columns = {"image": x, "noisy image": x_noisy}
     if args.target == "noise":
         columns["predicted noise"] = prediction / 3  # [-1, 1] shows 3 standard deviations
-        if args.sigma is None:
+        if args.sigma is None:  # Eq. 5 cannot be solved at gamma 0
             prediction = noise.remove_noise(x_noisy, prediction, gamma.clamp(min=1e-3))
         else:
             prediction = x_noisy - args.sigma * prediction
     columns["denoised image"] = prediction
-    rows = [[from_pixels(pictures[i]) for pictures in columns.values()] for i in range(4)]
+    pictures = torch.stack([*columns.values()], dim=1)[:4].clamp(-1, 1)  # (4, columns, 3, H, W)
+    pictures = ((pictures + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
     metrics = {"loss": loss, "loss_of_multiple": loss_of_multiple, "rise_of_loss_without_map": rises}
-    return metrics, picture_table(rows, list(columns))
+    return metrics, picture_table(pictures, [*columns])
 
 
 if __name__ == "__main__":

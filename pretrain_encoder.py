@@ -12,7 +12,6 @@ import os
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import common
@@ -53,7 +52,7 @@ def main(argv=None):
     precision = common.choose_precision(args.precision, device)
 
     # Data: images and their classes
-    with common.local_first():  # one process per machine indexes .tar files
+    with common.local_first():  # the first process of a machine lists them
         images, names = classification_images(args)
     steps = common.number_of_steps(args, len(images), world)
     checkpoint = common.resume(args, str(images))
@@ -66,10 +65,7 @@ def main(argv=None):
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
-    model.to(device, memory_format=torch.channels_last).train()
-    if args.compile:
-        model.compile(dynamic=False)  # in place: parameters keep their names
-    network = DistributedDataParallel(model) if world > 1 else model
+    network = common.to_train(model, args, device, world)
 
     # Adam with decoupled weight decay, as is usual for a ViT
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -81,32 +77,26 @@ def main(argv=None):
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
+    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
+                              pin_memory=device.type == "cuda"))
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 1: {args.encoder}, {len(names)} classes ({', '.join(names[:8])} ...), {images.note}, {start} "
         f"of {steps} steps done, {world} x {device}, {precision}", rank)
-    # Micro-batches: gradients add up, so only one must fit in memory
-    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
-                              pin_memory=device.type == "cuda"))
     for step in range(start + 1, steps + 1):
-        rate = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        for part in range(order.parts):
+        for _ in range(order.parts):  # micro-batches, whose gradients add up: only one must fit in memory
             batch = next(batches)
             x = to_pixels(batch["image"].to(device))  # (B, 3, H, W) in [-1, 1]
             label = batch["label"].to(device)         # (B,)
-            network.require_backward_grad_sync = part == order.parts - 1  # DDP: one exchange per step
             with common.autocast(precision, device):
                 logits = network(x)  # (B, classes)
             # Summed over parts and processes: the mean over the global batch
             part_loss = F.cross_entropy(logits.float(), label, reduction="sum") / args.batch_size
             scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
-
-        loss = common.finish_step(step, loss, optimizer, scaler)
+        rate = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
+        loss = common.finish_step(step, loss, optimizer, scaler, rate)
         log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save_checkpoint(args, step, model, model_args, optimizer, scaler, str(images),

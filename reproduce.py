@@ -4,26 +4,25 @@
     python reproduce.py list                              # all tables, and what there is of them
     python reproduce.py table6 --dry-run                  # the commands of it that are missing
     python reproduce.py table6 --root imagenet21k=DIR pascal_context=DIR
-    python reproduce.py table6 --root ... --shard 3/32    # a 32nd of its fine-tunings: for a Slurm array
+    CUDA_VISIBLE_DEVICES=2 python reproduce.py table6 --root ... --shard 3/32   # a 32nd of its fine-tunings
 
 A table is data, below: a row is how a network is initialised, a column how many labels it is fine-tuned on.
-Tables share what they have in common, above all the pretrainings. A run with metrics.json is done: stop at
-any time, the same command goes on.
+Tables share what they have in common, above all the pretrainings. Runs follow one another, each on all GPUs.
+A run with metrics.json is done: stop at any time, the same command goes on.
 
-Rates are chosen as in 5.1: each cell runs a grid of them on a seed of its own, whose score does not enter the
-table, and takes the best.
+Learning rate and weight decay are chosen as in 5.1: each cell tries a grid of them on a seed of its own,
+whose score does not enter the table. The toy data takes those of the scripts.
 PAPER SILENT on the grid and on what a "task" is: here four by four values from 1e-5 to 3e-4 for each cell.
 PAPER SILENT on whether the repeats of a fine-tuning share one pretraining: here they do.
 """
-import argparse
 import json
 import os
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
 import zlib
+from collections import defaultdict
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -37,18 +36,17 @@ from common import UserError, say
 
 
 class Row(NamedTuple):
-    init: str           # none, supervised, or the flags of pretrain_decoder.py
+    init: str           # none, supervised, or the flags of pretrain_decoder.py; "" in other papers
     paper: tuple = ()   # mIoU %, for each column
     network: str = ""   # --width or --encoder, where they are not the paper's x1 and Hybrid-ViT
     data: str = ""      # where it is not the table's
-    rates: dict = {}    # {column: flags of stage 2 and of stage 3}, where they have been chosen already
 
 
 class Table(NamedTuple):
     title: str
     data: str
     columns: tuple
-    rows: dict          # {name: Row, or the numbers of another paper}
+    rows: dict          # {name: Row}
 
 
 DDEP = "--data imagenet21k --gamma 0.95"  # 100 epochs, batch 512, 224 px: the defaults of stage 2
@@ -70,14 +68,10 @@ def three(prefix, none, supervised, ddep, network=""):
 
 TABLES = {
     "shapes": Table("The toy data", "shapes", ("8 labels", "32 labels"), {
-        "No pretraining": Row("none", rates={
-            "8 labels": ("", "--lr 2e-3 --weight-decay 1e-3"), "32 labels": ("", "--lr 4e-3")}),
-        "Supervised": Row("supervised", rates={
-            "8 labels": ("", "--lr 4e-3"), "32 labels": ("", "--lr 4e-3 --weight-decay 1e-3")}),
-        "DeP": Row("--method dep --data shapes --gamma 0.95", rates={
-            "8 labels": ("--lr 3e-3", "--lr 4e-3"), "32 labels": ("--lr 3e-3", "--lr 4e-3")}),
-        "DDeP": Row("--data shapes --gamma 0.95", rates={
-            "8 labels": ("--lr 1e-3", "--lr 2e-3"), "32 labels": ("--lr 3e-3", "--lr 4e-3")})}),
+        "No pretraining": Row("none"),
+        "Supervised": Row("supervised"),
+        "DeP": Row("--method dep --data shapes --gamma 0.95"),
+        "DDeP": Row("--data shapes --gamma 0.95")}),
     "table1": Table("Table 1: predicting the image or the noise; DeP", "cityscapes", CITYSCAPES, {
         "predict x": Row(f"{DEP_SIGMA} --target image", (70.44, 60.87, 55.44, 41.40)),
         "predict e": Row(DEP_SIGMA, (75.01, 67.26, 61.94, 48.36))}),
@@ -111,10 +105,11 @@ TABLES = {
         **three("x2 ", (62.25, 37.72, 33.73, 24.93), (80.50, 75.57, 72.84, 60.36),
                 (80.91, 76.86, 73.81, 64.75), "--width 2")}),
     "table5": Table("Table 5: beside other methods", "cityscapes", CITYSCAPES, {
-        "AdvSemSeg": (None, 62.3, 58.8, None), "s4GAN": (65.8, 61.9, 59.3, None),
-        "DMT": (68.16, None, 63.03, 54.80), "ClassMix": (None, 63.63, 61.35, None),
-        "CutMix": (None, 68.33, 65.82, 55.71), "PseudoSeg": (None, 72.36, 69.81, 60.96),
-        "Sup. baseline of PC2Seg": (74.88, 73.31, 68.72, 56.09), "PC2Seg": (75.99, 75.15, 72.29, 62.89),
+        "AdvSemSeg": Row("", (None, 62.3, 58.8, None)), "s4GAN": Row("", (65.8, 61.9, 59.3, None)),
+        "DMT": Row("", (68.16, None, 63.03, 54.80)), "ClassMix": Row("", (None, 63.63, 61.35, None)),
+        "CutMix": Row("", (None, 68.33, 65.82, 55.71)), "PseudoSeg": Row("", (None, 72.36, 69.81, 60.96)),
+        "Sup. baseline of PC2Seg": Row("", (74.88, 73.31, 68.72, 56.09)),
+        "PC2Seg": Row("", (75.99, 75.15, 72.29, 62.89)),
         "x2 DDeP": Row(DDEP, (80.91, 76.86, 73.81, 64.75), "--width 2")}),
     "table6": Table("Table 6 and Figure 1: Pascal Context", "pascal_context", FIVE, {
         **three("x1 ", (16.78, 7.21, 5.69, 4.53, 2.57), (59.74, 42.15, 36.28, 30.86, 12.45),
@@ -141,19 +136,10 @@ SETS = ("imagenet21k", "voc", "cityscapes", "pascal_context", "ade20k")
 # Repeats (5.1), where they are not ten. PAPER SILENT on Cityscapes at other shares
 REPEATS = {("cityscapes", "1/8"): 6, ("cityscapes", "1/4"): 4, ("pascal_context", "20%"): 5,
            ("ade20k", "20%"): 5, ("shapes", "8 labels"): 3, ("shapes", "32 labels"): 3}
+GRID = [f"--lr {rate} --weight-decay {decay}"
+        for rate, decay in product(("1e-5", "3e-5", "1e-4", "3e-4"), repeat=2)]
 SWEEP_SEED = 100
 HERE = os.path.dirname(os.path.abspath(__file__))
-
-
-def grid(row, data):
-    """[(flags of stage 2, flags of stage 3), ...]: the candidates of the sweep."""
-    if data != "shapes":
-        twos, (rates, decays) = [""], [("1e-5", "3e-5", "1e-4", "3e-4")] * 2
-    elif row.init.startswith("--"):  # six for each row
-        twos, rates, decays = ["--lr 1e-3", "--lr 3e-3"], ("1e-3", "2e-3", "4e-3"), ("0",)
-    else:
-        twos, rates, decays = [""], ("1e-3", "2e-3", "4e-3"), ("0", "1e-3")
-    return [(two, f"--lr {rate} --weight-decay {decay}") for two, rate, decay in product(twos, rates, decays)]
 
 
 # ---- Runs
@@ -170,16 +156,13 @@ class Run(NamedTuple):
         return json.loads(path.read_text()) if path.exists() else None
 
     def can_start(self):
-        """Whether the pretraining of a fine-tuning is finished."""
-        init = Path(self.words[self.words.index("--init") + 1])
-        return init.name != "last.pt" or init.with_name("metrics.json").exists()
-
-    def takes_all_gpus(self):
-        return self.script != "finetune.py" and "shapes" not in self.words
+        """Whether the pretraining that it starts from is finished."""
+        starts = [Path(word) for word in self.words if word.endswith("last.pt")]
+        return all(path.with_name("metrics.json").exists() for path in starts)
 
 
-def runs_of(args, row, data, column, seed, rates):
-    """The runs of one fine-tuning, in order: what it needs, then itself. rates: flags of stages 2 and 3."""
+def runs_of(args, row, data, column, seed, rates=""):
+    """The runs of one fine-tuning, in order: what it needs, then itself. rates: flags of stage 3."""
     def run(script, parts, *words):
         name = "_".join(" ".join(parts).replace("--", "").replace("/", "-").split())
         folder = os.path.join(args.out, name)
@@ -192,20 +175,19 @@ def runs_of(args, row, data, column, seed, rates):
 
     runs, init, network = [], row.init, row.network.split()
     encoder = "imagenet1k" if row.network == RESNET else "imagenet21k"
-    if data == "shapes":  # stage 1
+    if data == "shapes":
         encoder = run("pretrain_encoder.py", ["encoder"], "--data", data)
-    if init.startswith("--"):  # stage 2
-        words = [*init.split(), *network, *rates[0].split()]
+    if init.startswith("--"):
+        words = [*init.split(), *network]
         if "dep" not in words:
             words += ["--encoder-weights", encoder]
         images = root(words[words.index("--data") + 1])
-        init = run("pretrain_decoder.py", ["pretrain", init, row.network, rates[0]], *words, *images)
-        network = []
+        init, network = run("pretrain_decoder.py", ["pretrain", init, row.network], *words, *images), []
     elif init == "supervised":
         init, network = encoder, network if "--width" in network else []
     labels = ["--labels", str(LABELS[data][column])] if column in LABELS[data] else []
-    run("finetune.py", [data, column, row.init, row.network, *rates, f"seed {seed}"], "--data", data,
-        *root(data), "--init", init, *network, *labels, "--seed", str(seed), *rates[1].split())
+    run("finetune.py", [data, column, row.init, row.network, rates, f"seed {seed}"], "--data", data,
+        *root(data), "--init", init, *network, *labels, "--seed", str(seed), *rates.split())
     return runs
 
 
@@ -215,19 +197,19 @@ def cells(args):
     Both are lists of the runs of a fine-tuning; there are no repeats while the sweep is not finished.
     """
     for name in args.tables:
-        table = TABLES[name]
-        rows = [(key, row) for key, row in table.rows.items() if isinstance(row, Row)]
-        for (key, row), column in product(rows, table.columns):
-            data, rates, sweep = row.data or table.data, row.rates.get(column, ("", "")), []
-            if args.sweep or (args.sweep is None and data != "shapes"):
-                candidates = grid(row, data)
-                sweep = [runs_of(args, row, data, column, SWEEP_SEED, rates) for rates in candidates]
-                results = [runs[-1].result() for runs in sweep]
-                best = max(range(len(sweep)), key=lambda i: (results[i] or {}).get("miou", 0))
-                rates = None if None in results else candidates[best]
-            repeats = min(args.repeats, REPEATS.get((data, column), 10)) if rates else 0
-            yield name, key, column, sweep, [runs_of(args, row, data, column, seed, rates)
-                                             for seed in range(repeats)]
+        rows = [(key, row) for key, row in TABLES[name].rows.items() if row.init]
+        for (key, row), column in product(rows, TABLES[name].columns):
+            cell = args, row, row.data or TABLES[name].data, column
+            sweep, best = [], ""
+            if args.sweep and name != "shapes":
+                sweep = [runs_of(*cell, SWEEP_SEED, rates) for rates in GRID]
+                found = {rates: runs[-1].result() for rates, runs in zip(GRID, sweep)}
+                if None in found.values():
+                    best = None
+                else:
+                    best = max(GRID, key=lambda rates: found[rates]["miou"] or 0)
+            repeats = 0 if best is None else min(args.repeats, REPEATS.get(cell[2:], 10))
+            yield name, key, column, sweep, [runs_of(*cell, seed, best) for seed in range(repeats)]
 
 
 def missing_runs(args):
@@ -241,33 +223,63 @@ def missing_runs(args):
     return sorted(missing, key=lambda run: run.script, reverse=True)  # the order of the stages
 
 
-def ambiguous():
-    """[{(table, row, column): the paper's number}, ...]: cells of one run whose numbers differ."""
-    args, groups = parse_arguments(["all", "--no-sweep", "--repeats", "1"]), {}
-    for name, key, column, _, repeats in cells(args):
-        number = TABLES[name].rows[key].paper[TABLES[name].columns.index(column)]
-        groups.setdefault(repeats[0][-1].out, {})[name, key, column] = number
-    return [group for group in groups.values() if len({*group.values()}) > 1]
+def execute(run):
+    """Run it to its end, its output in output.txt. Returns whether it succeeded."""
+    gpus, output = torch.cuda.device_count(), Path(run.out, "output.txt")
+    start = [sys.executable]
+    if gpus > 1 and "shapes" not in run.words:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    os.makedirs(run.out, exist_ok=True)
+    with open(output, "w") as file:
+        command = [*start, os.path.join(HERE, run.script), *run.words]
+        status = subprocess.run(command, stdout=file, stderr=file).returncode
+    diverged = status and common.NOT_FINITE in output.read_text(errors="replace")
+    if diverged and run.out.endswith(f"seed_{SWEEP_SEED}"):
+        common.save(os.path.join(run.out, "metrics.json"), {"miou": 0.0})  # not to be chosen
+    elif status:
+        say(f"failed: {run.script} {shlex.join(run.words)}; see {output}")
+        return False
+    if run.script == "finetune.py" and not run.out.endswith("seed_0"):
+        Path(run.out, "last.pt").unlink(missing_ok=True)  # there are more than a thousand
+    return True
+
+
+# ---- Results
+
+
+def cell_of(row, table, column):
+    return row.init, row.network, row.data or table.data, column
+
+
+def papers_numbers():
+    """{cell_of(...): the paper's numbers}: some cells of its tables are one run of ours."""
+    found = defaultdict(set)
+    for table in TABLES.values():
+        for row in filter(lambda row: row.init, table.rows.values()):
+            for column, number in zip(table.columns, row.paper):
+                found[cell_of(row, table, column)].add(number)
+    return found
 
 
 def show(args):
     """Each table with our mean ± standard deviation (number of runs) beside the paper's number."""
-    measured, groups = {}, ambiguous()
+    measured, numbers = {}, papers_numbers()
     for name, key, column, _, repeats in cells(args):
         done = [100 * runs[-1].result()["miou"] for runs in repeats if runs[-1].result()]
         if done:
             spread = f" ± {statistics.stdev(done):.1f}" if len(done) > 1 else ""
             measured[name, key, column] = f"{statistics.mean(done):.1f}{spread} ({len(done)})"
-    if {name for group in groups for name, *_ in group} & {*args.tables}:
-        say(f"* {len(groups)} runs in all each stand for several, different numbers of the paper, marked *")
+    if args.tables != ["shapes"]:
+        several = sum(len(found) > 1 for found in numbers.values())
+        say(f"* {several} runs in all each stand for several, different numbers of the paper, marked *")
     for name in args.tables:
         table = TABLES[name]
         say(f"\n{name}: {table.title}; mIoU %, ours (runs) / the paper's\n")
         say(f"| | {' | '.join(table.columns)} |\n|---{'|---' * len(table.columns)}|")
         for key, row in table.rows.items():
             texts = []
-            for column, number in zip_longest(table.columns, row.paper if isinstance(row, Row) else row):
-                star = "*" * any((name, key, column) in group for group in groups)
+            for column, number in zip_longest(table.columns, row.paper):
+                star = "*" * (len(numbers[cell_of(row, table, column)]) > 1)
                 paper = f" / {number:.2f}{star}" if number else ""
                 texts.append(measured.get((name, key, column), "-") + paper)
             say(f"| {key} | {' | '.join(texts)} |")
@@ -289,8 +301,7 @@ def parse_arguments(argv=None):
     add("tables", nargs="*", default=["shapes"], metavar="TABLE", help=f"{', '.join(TABLES)}; all; or list")
     add("--root", nargs="+", default=[], metavar="SET=DIR", help="where the data sets lie")
     add("--out", default="results", metavar="DIR", help="where all runs go (%(default)s)")
-    add("--sweep", action=argparse.BooleanOptionalAction,
-        help="choose the rates (the default but for shapes), or take those in this file or of the scripts")
+    add("--no-sweep", dest="sweep", action="store_false", help="take the rates of the scripts")
     add("--repeats", type=common.number(int, 1), default=10, help="at most so many of each fine-tuning")
     add("--shard", type=shard, metavar="I/N", help="part I (from 1) of N of the fine-tunings alone")
     add("--dry-run", action="store_true", help="print the commands that are missing, run nothing")
@@ -306,69 +317,24 @@ def parse_arguments(argv=None):
     return args
 
 
-def run_together(runs, gpus):
-    """Run them at once, their output in DIR/output.txt, the i-th fine-tuning on GPU i; how many failed."""
-    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
-    threads, processes, failed = max(1, os.cpu_count() // max(len(runs), gpus)), [], 0
-    try:
-        for i, run in enumerate(runs):
-            words = [os.path.join(HERE, run.script), *run.words]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            if gpus and run.takes_all_gpus():
-                words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", *words]
-            elif gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = visible[i]
-            os.makedirs(run.out, exist_ok=True)
-            with open(os.path.join(run.out, "output.txt"), "a") as output:
-                processes.append(subprocess.Popen(
-                    [sys.executable, *words], env=environment, stdout=output, stderr=output))
-        for process in processes:
-            process.wait()
-    finally:  # after an interrupt, too
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
-    for run, process in zip(runs, processes):
-        output, sweeps = Path(run.out, "output.txt"), run.out.endswith(f"seed_{SWEEP_SEED}")
-        last = output.read_text(errors="replace").splitlines()[-3:]  # the progress bar may follow the error
-        if sweeps and process.returncode == 2 and common.NOT_FINITE in " ".join(last):
-            common.save(os.path.join(run.out, "metrics.json"), {"miou": 0.0})  # diverged: not to be chosen
-        elif process.returncode:
-            failed += 1
-            say(f"failed: {run.script} {shlex.join(run.words)}; see {output}")
-        if run.result() and run.script == "finetune.py" and not run.out.endswith("seed_0"):
-            Path(run.out, "last.pt").unlink(missing_ok=True)  # there are more than a thousand
-    return failed
-
-
 def main():
-    args = parse_arguments()
+    args, failed = parse_arguments(), set()
     if args.dry_run:
         for run in missing_runs(args):
-            start = "torchrun --nproc_per_node=8" if run.takes_all_gpus() else "python"
+            start = "python" if "shapes" in run.words else "torchrun --nproc_per_node=8"
             say(f"{start} {run.script} {shlex.join(run.words)}")
         return
-    gpus, failed = torch.cuda.device_count(), 0
-    while not (args.list or failed):
-        todo = [run for run in missing_runs(args) if not args.shard or run.can_start()]
-        runs = [run for run in todo if run.script == todo[0].script]  # of one stage
-        if not runs:
+    while not args.list:
+        todo = [run for run in missing_runs(args) if run.can_start() and run.out not in failed]
+        if not todo:
             break
-        alone = gpus and any(run.takes_all_gpus() for run in runs)
-        slots = 1 if alone else min(len(runs), gpus or 2)
-        say(f"{len(todo)} runs are missing; now {len(runs)} of {runs[0].script}, {slots} at a time")
-        batches = [runs[i:i + slots] for i in range(0, len(runs), slots)]
-        failed = sum(run_together(batch, gpus) for batch in common.progress(batches, unit="batch"))
+        say(f"{len(todo)} runs can start; now {todo[0].out}")
+        if not execute(todo[0]):
+            failed.add(todo[0].out)
     show(args)
     if failed:
-        raise UserError(f"{failed} runs failed, see above; correct the cause, then repeat the command")
-
-
-def interrupt(*_):
-    raise UserError("interrupted, and the runs in progress with it; the same command goes on")
+        raise UserError(f"{len(failed)} runs failed, see above; correct the cause, then repeat the command")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
     common.run(main)
