@@ -3,8 +3,7 @@
     python benchmark.py                       # some minutes on two cores
     python benchmark.py --only step --peers   # beside segmentation_models_pytorch's U-Net of the same widths
 
-The cases of a group take turns, so that a machine that is slow for a while is slow for all of them. Compare
-the lines of one run, by their ratios.
+The cases of a group take turns, since machines are slow for a while. Compare the lines of one run.
 """
 import argparse
 import os
@@ -16,27 +15,26 @@ import time
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import common
 import noise
-from data import Order, Samples, pretraining_transform, to_pixels
+from data import Samples, pretraining_transform, to_pixels
 from datasets import pretraining_images
 from evaluate import predict
 from model import build_unet, freeze
 from pretrain_decoder import add_noise
 
 
-def measure(title, cases, images, rounds, device):
+def measure(title, cases, images, rounds):
     """Time each of {name: function} once a round; print how many images a second each takes."""
     speeds = {name: [] for name in cases}
     for _ in range(1 + rounds):
         for name, function in cases.items():
             started = time.perf_counter()
             function()
-            if device.type == "cuda":
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             speeds[name].append(images / (time.perf_counter() - started))
     print(f"\n{title}: images a second, fastest and median of {rounds} rounds")
@@ -46,20 +44,18 @@ def measure(title, cases, images, rounds, device):
         print(f"  {name:16} {best[name]:9.3f} {statistics.median(found[1:]):9.3f}{ratio}", flush=True)
 
 
-def training_step(network, batch, device, args):
+def training_step(network, batch, device, precision):
     """A step of stage 2 on a frozen encoder, always on the same pictures."""
-    level = argparse.Namespace(gamma=[0.95], sigma=None)
     freeze(network.encoder)
     network.to(device, memory_format=torch.channels_last).train()
-    if args.compile:
-        network.compile()
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
     images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8)
+    level = argparse.Namespace(gamma=[0.95], sigma=None)
 
     def step():
         optimizer.zero_grad()
         x_noisy, eps, _ = add_noise(level, to_pixels(images.to(device)), range(batch))
-        with common.autocast(args.precision, device):
+        with common.autocast(precision, device):
             prediction = network(x_noisy)
         noise.denoising_loss(prediction, eps).backward()
         optimizer.step()
@@ -67,7 +63,7 @@ def training_step(network, batch, device, args):
 
 
 def loading(folder, peers):
-    """64 JPEGs of 500x375, cropped and flipped, from a folder, from a .tar and by torchvision."""
+    """Read and crop 64 JPEGs of 500x375 from a folder, from a .tar and by torchvision."""
     random, photos, tars = np.random.default_rng(1), f"{folder}/photos", f"{folder}/tars"
     os.makedirs(f"{photos}/all")
     os.makedirs(tars)
@@ -77,17 +73,18 @@ def loading(folder, peers):
     for name in ("n00000001", "n00000002"):  # there must be two; the first is read
         with tarfile.open(f"{tars}/{name}.tar", "w") as tar:
             tar.add(f"{photos}/all", "")
-    torch.hub.set_dir(f"{folder}/hub")  # where the index of the .tar files goes
+    torch.hub.set_dir(f"{folder}/hub")  # where the lists of pictures go
     cases = {}
     for data, root in (("folder", photos), ("imagenet21k", tars)):
         source = pretraining_images(argparse.Namespace(data=data, root=root, images=None))
-        samples, order = Samples(source, pretraining_transform(224)), Order(64, 16, 16, 4)
-        cases[data] = DataLoader(samples, batch_sampler=order)
+        samples = Samples(source, pretraining_transform(224))
+        cases[data] = lambda samples=samples: [samples[0, i] for i in range(64)]
     if peers:
         usual = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
                                     transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
-        cases["peer"] = DataLoader(ImageFolder(photos, usual), 16, shuffle=True)
-    return {name: lambda loader=loader: list(loader) for name, loader in cases.items()}
+        peer = ImageFolder(photos, usual)
+        cases["peer"] = lambda: [peer[i] for i in range(64)]
+    return cases
 
 
 def main():
@@ -97,29 +94,32 @@ def main():
     parser.add_argument("--peers", action="store_true", help="time other libraries, too")
     common.add_device_flags(parser)
     args = parser.parse_args()
-    device = common.start_processes(args.device)[2]
+    *_, device, precision = common.start_processes(args)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%F')}")
-    for batch in (2, 8, 64) if "step" in args.only else ():
-        if batch < 64 or device.type == "cuda":
-            networks = {"resnet50": build_unet("resnet50"), "hybrid": build_unet("hybrid")}
-            if args.peers:
-                from segmentation_models_pytorch import Unet
-                widths = (1024, 512, 256, 128, 64)
-                networks["peer"] = Unet("resnet50", encoder_weights=None, classes=3, decoder_channels=widths)
-            cases = {name: training_step(network, batch, device, args) for name, network in networks.items()}
-            measure(f"Stage 2, 224 px, x1, batch {batch}", cases, batch, args.rounds, device)
+    for batch in (2, 8, *[64] * (device.type == "cuda")) if "step" in args.only else ():
+        networks = {"resnet50": build_unet("resnet50"), "hybrid": build_unet("hybrid")}
+        if args.peers:
+            from segmentation_models_pytorch import Unet
+            networks["peer"] = Unet("resnet50", encoder_weights=None, classes=3,
+                                    decoder_channels=(1024, 512, 256, 128, 64))
+        cases = {}
+        for name, network in networks.items():
+            if args.compile:
+                network.compile()
+            cases[name] = training_step(network, batch, device, precision)
+        measure(f"Stage 2, 224 px, x1, batch {batch}", cases, batch, args.rounds)
     if "evaluate" in args.only:  # Cityscapes' protocol on one picture
         encoder, width = ("hybrid", 1) if device.type == "cuda" else ("hybrid-small", 1 / 4)
         network = build_unet(encoder, width, 19).to(device, memory_format=torch.channels_last).eval()
         x = torch.rand(1, 3, 1024, 2048, device=device) * 2 - 1
-        with torch.inference_mode(), common.autocast(args.precision, device):
+        with torch.inference_mode(), common.autocast(precision, device):
             cases = {encoder: lambda: predict(network, x, flip=True, window=1024)}
-            measure("Evaluation, 1024 x 2048", cases, 1, args.rounds, device)
+            measure("Evaluation, 1024 x 2048", cases, 1, args.rounds)
     if "data" in args.only:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
-            measure("Loader, one core", loading(folder, args.peers), 64, args.rounds, device)
+            measure("Loader, one core", loading(folder, args.peers), 64, args.rounds)
 
 
 if __name__ == "__main__":

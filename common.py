@@ -76,9 +76,9 @@ class Parser(argparse.ArgumentParser):
         for flag in ("--data", "--steps", "--epochs"):
             first.add_argument(flag)
         given = first.parse_known_args(argv)[0]
-        recipe = recipes.get(given.data or "shapes", recipes["paper"])
+        recipe = {**recipes.get(given.data or "shapes", recipes["paper"])}
         if given.steps or given.epochs:  # the given one replaces both defaults
-            recipe = {name: value for name, value in recipe.items() if name not in ("steps", "epochs")}
+            recipe.update(steps=None, epochs=None)
         self.set_defaults(**recipe)
         return self.parse_args(argv)
 
@@ -144,27 +144,28 @@ def add_device_flags(group):
 def network_args(args, made_with, source):
     """encoder, width and image_size for build_unet: from the flags, or else from made_with, the arguments
     of the network saved in `source`. UserError if they differ."""
-    chosen = {"encoder": "hybrid", "width": 1.0}
+    usual = {"encoder": "hybrid", "width": 1.0}
     if args.data == "shapes":
-        chosen = {"encoder": "hybrid-small", "width": 0.25}
-    for name in chosen:
+        usual = {"encoder": "hybrid-small", "width": 0.25}
+    chosen = {"image_size": made_with.get("image_size")}
+    for name in usual:
         asked, made = getattr(args, name), made_with.get(name)
         if asked and made and asked != made:
             raise UserError(f"--{name} {asked}, but {source} was made with {made}; drop the flag")
-        chosen[name] = asked or made or chosen[name]
-    return {**chosen, "image_size": made_with.get("image_size")}
+        chosen[name] = asked or made or usual[name]
+    return chosen
 
 
 # ---- Processes and the device
 
 
-def start_processes(device="auto"):
-    """Join torchrun's processes, if any. Returns (rank, number of processes, this one's device)."""
+def start_processes(args):
+    """Join torchrun's processes, if any: (rank, number of processes, this one's device, precision)."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UserError("srun started several tasks that would train alone; start one per machine, with "
                         "torchrun in it")
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world, device = int(os.environ.get("WORLD_SIZE", 1)), args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if torch.backends.mps.is_available() and world == 1:  # MPS works in one process only
@@ -177,7 +178,7 @@ def start_processes(device="auto"):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return rank, world, torch.device(device)
+    return rank, world, torch.device(device), choose_precision(args.precision, device)
 
 
 def total(tensor):
@@ -205,6 +206,17 @@ def local_first():
         dist.barrier(waiting)
 
 
+def require_same(path, seen):
+    """UserError, in every process, if they see different things at a path."""
+    if not dist.is_initialized():
+        return
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, seen)
+    if everywhere.count(seen) < len(everywhere):
+        raise UserError(f"{path}: the processes see {', '.join(map(str, everywhere))}, expected the same; "
+                        "put --out on a disk that all machines share")
+
+
 def default_workers():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -214,15 +226,22 @@ def choose_precision(precision, device):
     """Replace "auto". On CPUs it is fp32: bf16 is slower there."""
     if precision != "auto":
         return precision
-    if device.type != "cuda":
+    if not device.startswith("cuda"):
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def autocast(precision, device):
-    precision = choose_precision(precision, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def to_train(model, args, device, world):
+    """Put the model on the device. Returns the network to call: the model, or DDP around it."""
+    model.to(device, memory_format=torch.channels_last).train()
+    if args.compile:
+        model.compile(dynamic=False)  # in place: parameters keep their names
+    return DistributedDataParallel(model) if world > 1 else model
 
 
 def progress(items=None, **options):
@@ -260,7 +279,7 @@ NOT_FINITE = "is not finite"
 
 
 def finish_step(step, loss, optimizer, scaler, rate):
-    """Step the optimiser, at this rate, after backward. Returns the loss, summed over all processes, as a float.
+    """After backward: step the optimiser at this rate. Returns the loss, summed over processes, as a float.
 
     UserError, with the weights unchanged, if the loss or gradient is not finite. But in fp16 such a gradient
     only makes the scaler skip the step and halve its scale, until that is 1.
@@ -306,14 +325,6 @@ def load(path):
                         "start again") from error
 
 
-def to_train(model, args, device, world):
-    """Put the model on the device. Returns the network to call: the model, or DDP around it."""
-    model.to(device, memory_format=torch.channels_last).train()
-    if args.compile:
-        model.compile(dynamic=False)  # in place: parameters keep their names
-    return DistributedDataParallel(model) if world > 1 else model
-
-
 def save_checkpoint(args, step, model, model_args, optimizer, scaler, data, **classes):
     save(os.path.join(args.out, "last.pt"), dict(
         step=step, model=model.state_dict(), model_args=model_args, args=vars(args), data=data,
@@ -324,32 +335,32 @@ FREE = {"out", "root", "workers", "save_every", "device", "compile", "micro_batc
 
 
 def resume(args, data):
-    """The checkpoint in --out, or None. UserError if its flags or its data (a description) were different."""
-    path, checkpoint = os.path.join(args.out, "last.pt"), None
+    """(the checkpoint in --out or None, steps done). data: a description of the data.
+
+    UserError if the flags or the data were different.
+    """
+    path, checkpoint, step = os.path.join(args.out, "last.pt"), None, 0
     if os.path.exists(path):
         checkpoint = load(path)
+        step, free = checkpoint["step"], FREE
         then, now = {**checkpoint["args"], "found": checkpoint["data"]}, {**vars(args), "found": data}
-        free = FREE
-        pretrained = now.get("encoder_weights") or now.get("init", "none") not in (None, "none")
+        pretrained = now.get("encoder_weights") or now.get("init", "none") != "none"
         if checkpoint["model_args"]["encoder"] == "resnet50" and not pretrained:
             free = FREE - {"micro_batch"}  # this network normalises over the micro-batch
         changed = [f"{key.replace('_', '-')} {then.get(key)} then, {now.get(key)} now"
                    for key in {**then, **now} if then.get(key) != now.get(key) and key not in free]
         if changed:
             raise UserError(f"{path} is from another run ({'; '.join(changed)}); pass a new --out")
-    require_same(path, checkpoint and checkpoint["step"])
-    return checkpoint
+    require_same(path, step)
+    return checkpoint, step
 
 
-def require_same(path, seen):
-    """UserError, in every process, if they see different things at a path."""
-    if not dist.is_initialized():
-        return
-    everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, seen)
-    if everywhere.count(seen) < len(everywhere):
-        raise UserError(f"{path}: the processes see {', '.join(map(str, everywhere))}, expected the same; "
-                        "put --out on a disk that all machines share")
+def restore(checkpoint, optimizer, scaler):
+    """Go on with the state of a resumed run, and free the memory of its checkpoint."""
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        checkpoint.clear()
 
 
 class Log:

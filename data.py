@@ -6,8 +6,8 @@
 A source (datasets.py) has len(source), source.name(i) and source.read(i), a dictionary of "image"
 (tv_tensors.Image) and, if there is one, "mask" (tv_tensors.Mask) or "label" (int).
 
-The order, crop, flip and noise of a sample depend on (seed, epoch, index) alone. So they are the same for any
-number of loader workers and processes and after a restart, and no state needs to be saved.
+The order, crop, flip and noise of a sample depend on (seed, epoch, index) alone: they are the same for any
+number of workers and processes and after a restart, and no state needs to be saved.
 
 Images are uint8 (3, H, W) until `to_pixels`. Masks are uint8 (H, W) class indices; 255 is ignored.
 """
@@ -52,9 +52,8 @@ def open_picture(file, name):
     except Exception as error:  # Pillow raises errors of all kinds
         raise UnreadableImage(f"{name}: cannot be read as a picture ({error})") from None
     if deep or pages > 1 or picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        bits = ", 16 bits a channel" if deep else ""
-        raise UserError(f"{name}: {pages} page(s), Pillow's mode {picture.mode}{bits}; expected one page, "
-                        "8 bits a channel: save Image.fromarray(np.uint8(255 * (x - low) / (high - low)))")
+        raise UserError(f"{name}: {pages} page(s), Pillow's mode {picture.mode}{', 16 bits' if deep else ''}; "
+                        "expected one page, 8 bits a channel: np.uint8(255 * (x - low) / (high - low))")
     return picture
 
 
@@ -117,8 +116,8 @@ def pretraining_transform(size, min_area=0.08):
 def segmentation_transform(size, min_area=None):
     """Crop image and mask to size x size and flip them.
 
-    PAPER SILENT on which crop: "random cropping ... to a fixed size" (5.1) or inception-style (§6).
-    min_area None: a random window; smaller pictures are padded, masks with IGNORE. Else: inception-style.
+    PAPER SILENT on which crop. min_area None: a random window ("random cropping ... to a fixed size", 5.1);
+    smaller pictures are padded, masks with IGNORE. Else: inception-style (§6).
     """
     if min_area is not None:
         return pretraining_transform(size, min_area)
@@ -165,9 +164,9 @@ class Samples(Dataset):
 class Order(Sampler):
     """Yield micro-batches, lists of keys (epoch, index), for the steps from `start` to `steps`.
 
-    The samples of a run are one sequence, epoch after epoch, each epoch in its own order. Step s takes
-    batch_size of them from s * batch_size on, across the end of an epoch too. Process `rank` of `world` takes
-    its share of the batch, in `parts` micro-batches of nearly equal size, at most micro_batch.
+    The samples of a run are one sequence, epoch after epoch, each in its own order. Step s takes batch_size
+    of them from s * batch_size on, across the end of an epoch too. Process `rank` of `world` takes its share
+    of the batch, in `parts` micro-batches of nearly equal size, at most micro_batch.
     """
 
     def __init__(self, count, batch_size, micro_batch, steps, seed=0, start=0, rank=0, world=1):

@@ -3,9 +3,8 @@ import dataclasses
 import hashlib
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from colorsys import hsv_to_rgb
-from functools import cache, partial
+from functools import cache
 from glob import escape, glob
 from io import BytesIO
 from pathlib import Path
@@ -24,19 +23,18 @@ from files import find_pairs, form_of, list_pictures, plain, read_lines, select
 
 
 class DataSet(NamedTuple):
-    images: str  # pattern (files.py); {part} is train, val or test
+    images: str  # pattern (files.py); {part} is train or val
     masks: str  # pattern
     values: tuple = ()  # mask values of the classes, in the order of classes/<name>.txt
     ignored: tuple = ()  # other mask values in the official files
     places: tuple = ("",)  # where the set may lie below --root
-    words: tuple = ("train", "val", "test")  # what stands for {part}
+    words: tuple = ("train", "val")  # what stands for {part}
     lists: str = ""  # text files that list the images of a part
     scales: tuple = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # for evaluation (5.1)
 
 
 CONTEXT = DataSet("JPEGImages/*.jpg", "SegmentationClassContext/*.png", tuple(range(1, 60)), (0,),
-                  ("", "VOC2010", "VOCdevkit/VOC2010"),
-                  lists="ImageSets/SegmentationContext/{part}.txt")
+                  ("", "VOC2010", "VOCdevkit/VOC2010"), lists="ImageSets/SegmentationContext/{part}.txt")
 DATA_SETS = {
     "folder": DataSet("images/{part}/*", "masks/{part}/*", scales=(1.0,)),
     "cityscapes": DataSet(
@@ -46,7 +44,7 @@ DATA_SETS = {
     "pascal_context": CONTEXT,  # PAPER SILENT on 59 classes (no background) or 60
     "pascal_context_60": CONTEXT._replace(values=tuple(range(60)), ignored=()),
     "ade20k": DataSet("images/{part}/*.jpg", "annotations/{part}/*.png", tuple(range(1, 151)), (0,),
-                      ("", "ADEChallengeData2016"), ("training", "validation", "test")),
+                      ("", "ADEChallengeData2016"), ("training", "validation")),
     "voc": DataSet("JPEGImages/*.jpg", "SegmentationClass/*.png", tuple(range(21)), (255,),
                    ("", "VOC20??", "VOCdevkit/VOC20??"),
                    lists="ImageSets/Segmentation/{part}.txt"),  # PAPER SILENT on evaluation on VOC
@@ -55,7 +53,7 @@ LABELLED = ("shapes", *DATA_SETS)  # for stage 3 and evaluation
 UNLABELLED = (*LABELLED, "cityscapes_coarse", "imagenet21k")  # for stage 2
 CLASSIFIED = ("shapes", "folder", "imagenet21k")  # for stage 1
 SHAPES_COUNTS = {"encoder_train": 4000, "unlabelled": 4000, "train": 512, "val": 250}
-FILES = ("root", "images", "masks", "train_list", "val_list", "val_fraction")  # flags
+FILES = ("root", "images", "masks", "train_list", "val_list", "val_fraction")  # flags that say what to read
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "unlabelled"}
 
 
@@ -64,9 +62,9 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 
 @dataclasses.dataclass
 class Source:
-    """Pictures by number. A subclass adds name(i) and read(i); see data.py. note: what was found."""
+    """Pictures by number. A subclass adds name(i) and read(i); see data.py."""
     rows: list
-    note: str
+    note: str  # what was found
 
     def __len__(self):
         return len(self.rows)
@@ -88,17 +86,18 @@ class Toy(Source):
         return "{}-{:05d}".format(*self.rows[i])
 
     def read(self, i):
-        image, mask, label = draw(*self.rows[i])
-        sample = {"image": tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))}
-        part = self.rows[i][0]
+        part, index = self.rows[i]
+        image, mask, label = draw(part, index)
+        image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
         if part == "encoder_train":
-            sample["label"] = label
-        elif part != "unlabelled":
-            sample["mask"] = tv_tensors.Mask(torch.from_numpy(mask))
-        return sample
+            return {"image": image, "label": label}
+        if part == "unlabelled":
+            return {"image": image}
+        return {"image": image, "mask": tv_tensors.Mask(torch.from_numpy(mask))}
 
 
-def toy(part):
+def toy(args, part):
+    common.refuse(args, FILES, "on shapes")
     rows = [(part, i) for i in range(SHAPES_COUNTS[part])]
     return Toy(rows, f"{len(rows)} toy pictures")
 
@@ -115,8 +114,8 @@ class Files(Source):
         return Files, (self.npy, self.note, self.root, self.folder)
 
     def name(self, i):
-        path = os.fsdecode(self.rows[i]["path"])
-        return path if self.rows[i]["size"] < 0 else f"{path}, byte {self.rows[i]['offset']}"
+        path, offset, size, _ = self.rows[i].tolist()
+        return os.fsdecode(path) + f", byte {offset}" * (size >= 0)
 
     def read(self, i):
         path, offset, size, label = self.rows[i].tolist()
@@ -156,22 +155,18 @@ def home(args, places, folder):
     """--root, or the one of `places` below it that holds `folder`. Raises UserError."""
     if args.root is None:
         raise UserError(f"--data {args.data} needs a folder; pass --root DIR")
-    found = []
-    for place in places:
-        paths = sorted(glob(os.path.join(escape(args.root), place).rstrip("/")))
-        found += [path for path in paths if os.path.isdir(os.path.join(path, folder))]
-    if not found:
-        raise UserError(f"--root {args.root}: no folder {folder or '.'}; see --root, --images, --masks")
-    if len(found) > 1:
-        raise UserError(f"--root {args.root}: holds {', '.join(found)}; pass one of them")
+    paths = [path for place in places for path in glob(os.path.join(escape(args.root), place).rstrip("/"))]
+    found = [path for path in paths if os.path.isdir(os.path.join(path, folder))]
+    if len(found) != 1:
+        raise UserError(f"--root {args.root}: expected one folder {folder or '.'} in {', '.join(found or paths)}; "
+                        "see --root, --images, --masks")
     return found[0]
 
 
 def pretraining_images(args):
     """The source for stage 2."""
     if args.data == "shapes":
-        common.refuse(args, FILES, "on shapes")
-        return toy("unlabelled")
+        return toy(args, "unlabelled")
     if args.data == "imagenet21k":
         return classification_images(args)[0]
     row = DATA_SETS[args.data.removesuffix("_coarse")]
@@ -188,16 +183,14 @@ def pretraining_images(args):
 def files_of(root, patterns, tars=()):
     npy, note = list_pictures(root, patterns, tars)
     source = Files(npy, note, root, form_of(patterns[0])[0])
-    where = f"{len(tars)} .tar files of {root}" if tars else root
-    source.note = f"{len(source)} pictures in {where}{note}"
+    source.note = f"{len(source)} pictures in {root}{note}"
     return source
 
 
 def classification_images(args):
     """(source, class names) for stage 1: a folder or, in ImageNet-21k, a .tar file per class."""
     if args.data == "shapes":
-        common.refuse(args, FILES, "on shapes")
-        return toy("encoder_train"), list(shapes.CLASSES[1:])
+        return toy(args, "encoder_train"), [*shapes.CLASSES[1:]]
     root = home(args, ("",), "")
     if os.path.isdir(os.path.join(root, "train")):
         root = os.path.join(root, "train")
@@ -205,11 +198,10 @@ def classification_images(args):
     if tars:
         common.refuse(args, ["images"], "on .tar files")
     source = files_of(root, [plain(args.images or "*")], tars)
-    _, firsts = np.unique(source.rows["label"], return_index=True)
-    paths = [os.fsdecode(source.rows[i]["path"]).removeprefix(source.folder) for i in firsts]  # one per class
-    if tars:
-        names = [Path(path).stem for path in paths]
-    else:
+    names = [Path(tar).stem for tar in tars]
+    if not tars:
+        _, firsts = np.unique(source.rows["label"], return_index=True)
+        paths = [os.fsdecode(source.rows[i]["path"]).removeprefix(source.folder) for i in firsts]
         names = [path.split("/")[0] if "/" in path else "." for path in paths]
     splits = [name for name in names if SPLITS & {*re.split("[^a-z]+", name.lower())}]  # "bullet train" too
     if len(names) < 2 or "." in names or len(splits) > 1 or any(name.lower() in SPLITS for name in splits):
@@ -271,21 +263,20 @@ def own_classes(path):
 
 
 def labelled(args, classes, wanted=("train", "val")):
-    """{part: source} for the parts in `wanted` (train, val, test) that have images. Raises UserError.
+    """{part: source} for the parts in `wanted` (train, val) that have images. Raises UserError.
 
-    args: the data flags of finetune.py. A part has the images that its list names, from the folders of all
+    args: the data flags of finetune.py. A part has the images that its list names, from the folders of both
     parts; without a list, those in its own folder. Patterns without {part} mean one folder, for training.
-    From the training images go those in --val-list, if it is the only list, or a --val-fraction.
+    The training images lose those of --val-list, if there is no other list, or a --val-fraction.
     """
     if args.data == "shapes":
-        common.refuse(args, FILES, "on shapes")
-        return {part: toy(part) for part in wanted if part in SHAPES_COUNTS}
+        return {part: toy(args, part) for part in wanted}
     row = DATA_SETS[args.data]
     images, masks = plain(args.images or row.images), plain(args.masks or row.masks)
     root = home(args, row.places, form_of(masks.replace("{part}", "*"))[0])
     own = row.lists and f"{root}/{row.lists}"
-    lists = {"train": args.train_list or own, "val": args.val_list or own, "test": own}
-    if "test" not in wanted and (args.val_list or args.val_fraction is not None):
+    lists = {"train": args.train_list or own, "val": args.val_list or own}
+    if args.val_fraction is not None or args.val_list and "train" in wanted:
         wanted = ("train", "val")
     listed = any(lists[part] for part in wanted)
     found = {}  # {part: ([Pair, ...], other pictures)}, by folders
@@ -297,11 +288,9 @@ def labelled(args, classes, wanted=("train", "val")):
     sources = {}
     for part in wanted:
         pairs, others = found.get(part, ([], []))
-        note = ""
+        note = f"; left out {len(others)} other pictures, such as {others[0]}" if others else ""
         if lists[part]:
-            pairs = select(str(lists[part]).replace("{part}", part), everywhere, pairs)
-        elif others:
-            note = f"; left out {len(others)} other pictures, such as {others[0]}"
+            pairs, note = select(str(lists[part]).replace("{part}", part), everywhere, pairs), ""
         alone = [pair.image or pair.mask for pair in pairs if None in pair]
         if alone:
             raise UserError(f"{os.path.join(root, alone[0])}: {len(alone)} files without a partner; expected "
@@ -314,7 +303,7 @@ def labelled(args, classes, wanted=("train", "val")):
     if train and args.val_list and not args.train_list:
         held_out = {*val.rows}
         sources["train"] = train.subset([i for i, row in enumerate(train.rows) if row not in held_out])
-    elif train and args.val_fraction is not None and "test" not in wanted:
+    elif train and args.val_fraction is not None:
         ranked, count = ranking(train, "validation"), round(args.val_fraction * len(train))
         if val or not 0 < count < len(train):
             problem = "there is a validation set" if val else f"{count} of {len(train)} images"
@@ -358,23 +347,17 @@ def survey(parts, classes):
     make a palette per file), and fewer than two classes.
     """
     shares, seen = {}, {}  # {mask value: (its colour, the file)}
-    in_colours = isinstance(next(iter(classes.values)), tuple)
-
-    def look(source, i):
-        image, path = (os.path.join(source.root, path) for path in source.rows[i])
-        pixels, colours = np.bincount(source.mask(i, image_size(image)).flatten(), minlength=256), {}
-        with Image.open(path) as picture:
-            if picture.mode == "P" and not in_colours:
-                table = picture.getpalette("RGB")
-                colours = {k: tuple(table[3 * k:3 * k + 3]) for _, k in picture.getcolors()}
-        return path, pixels, colours
-
     for part, source in parts.items():
-        pixels, some = np.zeros(256), np.unique(np.linspace(0, len(source) - 1, 500).astype(int))
-        with ThreadPoolExecutor(8) as pool:
-            for path, found, colours in pool.map(partial(look, source), some):
-                pixels += found
-                for value, colour in colours.items():
+        pixels = np.zeros(256)
+        for i in np.unique(np.linspace(0, len(source) - 1, 500).astype(int)):
+            image, path = (os.path.join(source.root, path) for path in source.rows[i])
+            pixels += np.bincount(source.mask(i, image_size(image)).flatten(), minlength=256)
+            with Image.open(path) as picture:
+                if picture.mode != "P" or isinstance(next(iter(classes.values)), tuple):
+                    continue
+                colours = picture.getpalette("RGB")
+                for _, value in picture.getcolors():
+                    colour = colours[3 * value:3 * value + 3]
                     first, where = seen.setdefault(value, (colour, path))
                     if colour != first:
                         raise UserError(f"{path}: value {value} is {colour} in its palette, but {first} in "
@@ -384,9 +367,8 @@ def survey(parts, classes):
         raise UserError(f"{parts['train'].root}: the training masks hold fewer than two of "
                         f"{', '.join(classes.names[:8])}; in a classes.txt of names alone line n is value n, "
                         "and 255 is ignored")
-    names = [*classes.names, "ignored"]
-    width = max(map(len, ["of the pixels", *names]))
-    lines = [f"{'of the pixels':{width}}" + "".join(f"{part:>9}" for part in shares)]
-    lines += [f"{name:{width}}" + "".join(f"{share[k]:9.2%}" for share in shares.values())
-              for k, name in enumerate(names)]
+    width = max(map(len, ["of the pixels", *classes.names]))
+    lines = ["".join([f"{'of the pixels':{width}}", *[f"{part:>9}" for part in shares]])]
+    for k, name in enumerate([*classes.names, "ignored"]):
+        lines.append("".join([f"{name:{width}}", *[f"{share[k]:9.2%}" for share in shares.values()]]))
     return "\n".join(lines)

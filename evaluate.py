@@ -219,7 +219,6 @@ def parse_arguments(argv=None):
     add = group.add_argument
     add("--masks", metavar="PATTERN", help='where the masks are, such as "labels/*_mask.png"')
     add("--val-list", metavar="FILE", help="text file with an image per line")
-    add("--split", choices=("train", "val", "test"), help="(val)")
     add = parser.add_argument_group("method (default: the protocol of the data set, §5.1)").add_argument
     add("--scales", type=common.number(float, 0.01), nargs="+", help="to average over")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
@@ -227,7 +226,7 @@ def parse_arguments(argv=None):
     add("--stride", type=common.number(int, 1), help="step between windows (their side)")
     group = parser.add_argument_group("machine")
     add = group.add_argument
-    add("--out", metavar="DIR", help="(evaluate_SPLIT beside the checkpoint)")
+    add("--out", metavar="DIR", help="(evaluate_val beside the checkpoint)")
     add("--save-predictions", metavar="DIR", help="works without masks too")
     common.add_device_flags(group)
     return parser.parse({"paper": {"workers": common.default_workers()}}, argv)
@@ -242,7 +241,7 @@ def choose_source(args, trained, classes):
     flags.update({name: value for name, value in vars(args).items() if value is not None})
     flags = argparse.Namespace(**flags)
     if args.data == "folder" and not args.masks and not os.path.isdir(os.path.join(args.root or "", "masks")):
-        common.refuse(args, ("split", "val_list", "out"), "on pictures without masks")
+        common.refuse(args, ("val_list", "out"), "on pictures without masks")
         return datasets.pretraining_images(args)
     if args.data and (args.data != "folder" or os.path.exists(os.path.join(args.root or "", "classes.txt"))):
         own = datasets.classes_of(flags)  # mask values may differ from the training
@@ -250,23 +249,20 @@ def choose_source(args, trained, classes):
             raise UserError(f"--data {args.data}: classes {', '.join(own.names[:4])} ..., expected "
                             f"{', '.join(classes.names[:4])} ...")
         classes = own
-    part = args.split or "val"
+    part = "val"
     if args.val_list:
         flags.val_fraction = None
-        if part != "val":
-            common.refuse(args, ["split"], "beside --val-list")
     elif args.data == "folder" and args.images and "{part}" not in args.images:  # no parts: take all
         part = "train"
-        common.refuse(args, ["split"], "if --images has no {part}")
     source = datasets.labelled(flags, classes, [part]).get(part)
     if source is None:
-        raise UserError(f"{flags.root}: no images of --split {part}; pass another --split or --data")
+        raise UserError(f"{flags.root}: no validation images; pass --images and --masks, or --val-list")
     return source
 
 
 def main():
     args = parse_arguments()
-    rank, world, device = common.start_processes(args.device)
+    rank, world, device, precision = common.start_processes(args)
     checkpoint = common.load(args.checkpoint)
     try:
         trained, names = checkpoint["args"], checkpoint["class_names"]
@@ -293,10 +289,10 @@ def main():
         common.refuse(args, ["stride"], "without windows")
     say(f"{args.checkpoint} on {len(source)} images of {data}, {how}", rank)
     write = writer(args.save_predictions, source, classes) if args.save_predictions else None
-    metrics = evaluate(model, source, names, device, rank, world, args.precision, args.workers, write, **how)
+    metrics = evaluate(model, source, names, device, rank, world, precision, args.workers, write, **how)
     if has_masks and rank == 0:
         say(as_text(metrics))
-        out = args.out or os.path.join(os.path.dirname(args.checkpoint), f"evaluate_{args.split or 'val'}")
+        out = args.out or os.path.join(os.path.dirname(args.checkpoint), "evaluate_val")
         os.makedirs(out, exist_ok=True)
         common.save(os.path.join(out, "metrics.json"), metrics)
 

@@ -63,9 +63,10 @@ def parse_arguments(argv=None):
     return args
 
 
+@common.users_mistakes()
 def segmentation_network(args, classes):
     """The UNet, with the weights of --init, and its model_args. Raises UserError."""
-    with common.local_first(), common.users_mistakes():
+    with common.local_first():
         state, made_with = read_weights(args.init) if args.init != "none" else ({}, {})
     model_args = dict(**common.network_args(args, made_with, args.init), out_channels=len(classes.names),
                       condition_on_gamma=made_with.get("condition_on_gamma", False))
@@ -75,23 +76,20 @@ def segmentation_network(args, classes):
         fresh = ("decoder.",)  # weights that stay random
         if any(name.startswith("decoder.") for name in state):
             fresh = () if made_with["class_names"] == classes.names else ("decoder.head.",)
-        with common.users_mistakes():
-            load_weights(model, state, args.init, fresh)
+        load_weights(model, state, args.init, fresh)
     return model, model_args
 
 
 def main():
     args = parse_arguments()
-    rank, world, device = common.start_processes(args.device)
-    precision = common.choose_precision(args.precision, device)
+    rank, world, device, precision = common.start_processes(args)
 
     # Data: images and masks
     classes = classes_of(args)
     train, val = training_and_validation(args, classes)
     steps = common.number_of_steps(args, len(train), world)
     data = f"{train}; classes {', '.join(classes.names)}"
-    checkpoint = common.resume(args, data)
-    start = checkpoint["step"] if checkpoint else 0
+    checkpoint, start = common.resume(args, data)
     with common.local_first():  # a survey may take long: all wait
         if args.data != "shapes" and start == 0 and rank == 0:
             say(survey({"train": train, "val": val} if val else {"train": train}, classes))
@@ -108,10 +106,7 @@ def main():
     # Adam (5.1). PAPER SILENT on betas (torch's) and on coupled or decoupled weight decay (coupled)
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        checkpoint = None  # frees its memory
+    common.restore(checkpoint, optimizer, scaler)
 
     samples = Samples(train, segmentation_transform(args.crop_size, args.min_area), args.seed)
     order = Order(len(train), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
@@ -151,21 +146,21 @@ def main():
         metrics |= evaluate(model, val, classes.names, device, rank, world, precision, args.workers, **how)
         say(f"{as_text(metrics)}\n{len(val)} validation images, {how}", rank)
         if rank == 0:
-            page = draw_predictions(model, val, classes, device, args)
+            page = draw_predictions(model, val, classes, device, precision, args.crop_size)
             common.save(os.path.join(args.out, "predictions.png"), page)
     if rank == 0:
         common.save(os.path.join(args.out, "metrics.json"), metrics)
 
 
 @torch.inference_mode()
-def draw_predictions(model, source, classes, device, args):
+def draw_predictions(model, source, classes, device, precision, window):
     """predictions.png: image, truth and prediction of six images."""
     rows = min(6, len(source))
     page = []
     for row in range(rows):
         sample = source.read(row * len(source) // rows)
-        with common.autocast(args.precision, device):
-            logits = predict(model, to_pixels(sample["image"][None].to(device)), window=args.crop_size)
+        with common.autocast(precision, device):
+            logits = predict(model, to_pixels(sample["image"][None].to(device)), window=window)
         page.append([sample["image"].permute(1, 2, 0).numpy(),
                      colour_mask(sample["mask"], classes.colours),
                      colour_mask(logits[0].argmax(0).cpu(), classes.colours)])

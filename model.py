@@ -5,17 +5,11 @@
     eps_hat = unet(x)                                     # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H, W
     unet.decoder.replace_head(19)                         # segmentation: (B, 19, H, W) logits
 
-YOUR OWN ENCODER works in UNet(encoder). It has two tuples, `channels` and `strides` (powers of two up to 32),
-finest first. It takes (B, 3, H, W) in [-1, 1], where strides[-1] divides H and W, and returns one map
+UNet(encoder) takes any encoder that has two tuples, `channels` and `strides` (powers of two up to 32), finest
+first. It takes (B, 3, H, W) in [-1, 1], where strides[-1] divides H and W, and returns one map
 (B, channels[i], H / strides[i], W / strides[i]) per stride.
 
-It needs torch; ResNet50 needs torchvision, and files of weights numpy (.npz) or safetensors.
-
-SIZES: parameters, and the multiply-adds that torch counts for a 224x224 image and 3 output channels.
-
-              encoder             decoder x1          decoder x2           decoder x3
-    hybrid    97,890,112  21.5 G  28,947,907  21.2 G  95,570,819   72.6 G  199,868,739  154.2 G
-    resnet50  23,508,032   4.1 G  50,181,571  22.6 G  138,038,147  75.4 G  263,569,731  158.4 G
+This file needs torch; ResNet50 needs torchvision, and files of weights numpy (.npz) or safetensors.
 """
 import argparse
 import math
@@ -31,7 +25,7 @@ ENCODERS = ("hybrid", "hybrid-small", "resnet50")
 
 
 def build_encoder(name, image_size=None):
-    """A new encoder, one of ENCODERS. image_size: see HybridViT; None means 224, or 64 for hybrid-small."""
+    """A new encoder, one of ENCODERS. image_size: see HybridViT."""
     if name == "hybrid":  # PAPER SILENT on the size of its Hybrid-ViT: here R50+ViT-B/16
         return HybridViT(image_size=image_size or 224)
     if name == "hybrid-small":  # for the toy data on a CPU
@@ -43,7 +37,7 @@ def build_encoder(name, image_size=None):
 
 
 def build_unet(encoder="hybrid", width=1, out_channels=3, condition_on_gamma=False, image_size=None):
-    """A new UNet. Checkpoints of stages 2 and 3 store these arguments as "model_args"."""
+    """A new UNet. Checkpoints store these arguments as "model_args"."""
     return UNet(build_encoder(encoder, image_size), width, out_channels, condition_on_gamma)
 
 
@@ -58,10 +52,7 @@ def unet_of(checkpoint):
 
 
 def same_padding(x, kernel, stride, value=0.0):
-    """Pad x as JAX's SAME does: ceil(size / stride) outputs, an odd row below, an odd column to the right.
-
-    Symmetric padding would shift the features of an even size by one pixel of x.
-    """
+    """Pad x as JAX's SAME does: ceil(size / stride) outputs, an odd row below, an odd column to the right."""
     rows, columns = (max(kernel - (size % stride or stride), 0) for size in x.shape[-2:])
     if not rows and not columns:
         return x
@@ -117,9 +108,8 @@ class TransformerBlock(nn.Module):
     def __init__(self, dim, heads, mlp_dim):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.fc1, self.fc2 = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
         for weight in (self.proj.weight, self.fc1.weight, self.fc2.weight, *self.qkv.weight.chunk(3)):
             nn.init.xavier_uniform_(weight)  # query, key, value: each has its own fan
@@ -138,8 +128,7 @@ class TransformerBlock(nn.Module):
 class HybridViT(nn.Module):
     """A ResNet down to stride 16, then a ViT on its positions. The defaults are R50+ViT-B/16, as in JAX.
 
-    stem: channels of the 7x7 root convolution. widths, units: bottleneck width and number of units of the
-    blocks at strides 4, 8 and 16. dim, depth, heads, mlp_dim: the transformer's.
+    stem: channels of the root convolution. widths, units: of the residual blocks at strides 4, 8 and 16.
     image_size: sets the position grid (224: 14x14), which is interpolated for images of other sizes.
 
     forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (before the max-pool), 4, 8 and 16 (after the last
@@ -158,7 +147,7 @@ class HybridViT(nn.Module):
         self.grid = image_size // 16
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embedding = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid ** 2, dim))  # class token first
-        self.transformer = nn.Sequential(*(TransformerBlock(dim, heads, mlp_dim) for _ in range(depth)))
+        self.transformer = nn.Sequential(*[TransformerBlock(dim, heads, mlp_dim) for _ in range(depth)])
         self.encoder_norm = nn.LayerNorm(dim, eps=1e-6)
 
     @staticmethod
@@ -196,12 +185,12 @@ class HybridViT(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """torchvision's ResNet-50 (v1.5) without its classifier. It keeps the names, so that weights load.
+    """torchvision's ResNet-50 (v1.5) without its classifier, under the same names.
 
     forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16 and 32.
 
     batch_statistics: PAPER SILENT on what BatchNorm uses in training mode. False: the stored statistics,
-    which never change. True: those of the batch. Fresh weights need these, since nothing useful is stored.
+    which never change. True: those of the batch, which fresh weights need.
     """
 
     def __init__(self, batch_statistics=False):
@@ -244,8 +233,8 @@ class UpsampledConv2d(nn.Conv2d):
         x = torch.cat([F.interpolate(x, scale_factor=2), skip], dim=1)
         return F.conv2d(x, self.weight, padding=1)
 
-    They take 36 multiply-adds per position of x and pair of channels. upsample_conv, one of the functions
-    below, takes 9 or 16, which makes stage 2 1.3 to 1.4 times as fast.
+    They take 36 multiply-adds per position of x and pair of channels; upsample_conv, one of the two functions
+    below, takes 9 or 16. Stage 2 is 1.3 to 1.4 times as fast.
     """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample_conv):
@@ -267,7 +256,10 @@ def upsample_conv_coarse(x, weight):
 
 
 def sum_taps(taps, dim):
-    """The products of n positions with taps -1, 0 and 1 -> 2n sums along `dim`; 2i and 2i + 1 copy i."""
+    """A 3-tap convolution along `dim` of a signal that is upsampled by 2: positions 2i and 2i + 1 copy i.
+
+    taps: the products of the n positions with the taps before, at and after the centre. Returns 2n sums.
+    """
     before, here, after = taps
     n, zero = here.shape[dim], torch.zeros_like(here.narrow(dim, 0, 1))
     even = torch.cat([zero, before], dim).narrow(dim, 0, n) + here + after  # 2i sees i - 1, i, i
@@ -278,7 +270,7 @@ def sum_taps(taps, dim):
 def upsample_conv_fine(x, weight):
     """16 multiply-adds: one 4x4 transposed convolution, whose kernel sums four shifted 3x3 kernels.
 
-    It is faster than upsample_conv_coarse where channels are few and positions many.
+    Faster than upsample_conv_coarse where channels are few and positions many.
     """
     kernel = weight.flip(2, 3).transpose(0, 1)  # (I, O, 3, 3)
     kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # (I, O, 4, 3)
@@ -287,16 +279,15 @@ def upsample_conv_fine(x, weight):
 
 
 class DecoderNorm(nn.Module):
-    """GroupNorm. Conditioning (4.4) adds a scale and shift per channel, linear in the embedded gamma.
+    """GroupNorm, which suits small batches. Conditioning (4.4) adds a scale and shift per channel.
 
-    PAPER SILENT on the norm and on how gamma enters. GroupNorm suits small batches: it sees one image.
+    PAPER SILENT on the norm and on how gamma enters: here linear in its embedding.
     """
 
     def __init__(self, channels, gamma_dim=None):
         super().__init__()
-        self.norm = group_norm(channels)
-        self.gamma = None
-        if gamma_dim is not None:
+        self.norm, self.gamma = group_norm(channels), None
+        if gamma_dim:
             self.gamma = nn.Linear(gamma_dim, 2 * channels)
             nn.init.zeros_(self.gamma.weight)  # starts without effect
             nn.init.zeros_(self.gamma.bias)
@@ -313,8 +304,7 @@ class DecoderBlock(nn.Module):
     """Upsample by 2, concatenate the skip, then twice 3x3 convolution, norm and ReLU (Figure 2).
 
     PAPER SILENT on the decoder block, but it names TransUNet (Chen et al., 2021). This is TransUNet's block
-    with GroupNorm for BatchNorm and nearest for bilinear upsampling.
-    upsample_conv: see UpsampledConv2d. None: no upsampling and no skip.
+    with GroupNorm for BatchNorm and nearest for bilinear upsampling. upsample_conv None: no upsampling.
     """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample_conv=None, gamma_dim=None):
@@ -339,7 +329,7 @@ class UNetDecoder(nn.Module):
     """Blocks of [1024, 512, 256, 128, 64] * width channels from the coarsest map to full size, a 3x3 head.
 
     channels, strides: the encoder's. width: 1, 2 or 3 in the paper.
-    PAPER SILENT on five blocks at the hybrid's stride 16: here the last log2(16) = 4 upsample.
+    PAPER SILENT on five blocks at the hybrid's stride 16: here the last four upsample.
     PAPER SILENT on the skips: here every map but the coarsest is one.
 
     forward: maps, finest first, and size (H, W) -> (B, out_channels, H, W). gamma: see UNet.
@@ -347,15 +337,14 @@ class UNetDecoder(nn.Module):
 
     def __init__(self, channels, strides, width=1, out_channels=3, condition_on_gamma=False):
         super().__init__()
-        assert strides[-1] in (1, 2, 4, 8, 16, 32), f"coarsest stride: {strides[-1]}"
-        widths = [max(1, round(width * c)) for c in (1024, 512, 256, 128, 64)]
+        assert {*strides} <= {1, 2, 4, 8, 16, 32}, strides
         gamma_dim = 256 if condition_on_gamma else None
         self.gamma_mlp = nn.Sequential(nn.Linear(64, 256), nn.SiLU()) if condition_on_gamma else None
         self.strides, self.block_strides, self.blocks = strides, [], nn.ModuleList()
         skip_channels = dict(zip(strides[:-1], channels))
         stride, in_channels = strides[-1], channels[-1]
-        for i, out in enumerate(widths):
-            upsample_conv = None
+        for i, out in enumerate((1024, 512, 256, 128, 64)):
+            out, upsample_conv = max(1, round(width * out)), None
             if stride == 2 ** (5 - i):
                 upsample_conv = upsample_conv_coarse if i < 2 else upsample_conv_fine  # the faster one
                 stride //= 2
@@ -379,7 +368,7 @@ class UNetDecoder(nn.Module):
         return self.head(y)[..., :size[0], :size[1]]  # cuts off the padding of UNet.encode
 
     def embed_gamma(self, gamma, like):
-        """gamma in [0, 1], a float or (B,); None means 1 -> (B, 256)."""
+        """gamma in [0, 1], a float or (B,); None means 1 -> (B, 256). PAPER SILENT: sines, then a layer."""
         gamma = torch.as_tensor(1.0 if gamma is None else gamma, device=like.device, dtype=torch.float32)
         frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, device=like.device))
         phase = gamma.expand(like.shape[0])[:, None] * frequencies  # (B, 32)
@@ -397,7 +386,7 @@ class UNet(nn.Module):
         self.encoder = encoder
         self.decoder = UNetDecoder(encoder.channels, encoder.strides, width, out_channels, condition_on_gamma)
 
-    def train(self, mode=True):
+    def train(self, mode=True):  # keeps a frozen encoder in eval mode
         super().train(mode)
         if getattr(self.encoder, "frozen", False):
             self.encoder.eval()
@@ -416,7 +405,7 @@ class UNet(nn.Module):
 class Classifier(nn.Module):
     """Stage 1: a linear layer on the mean of the coarsest map: (B, 3, H, W) -> (B, num_classes) logits.
 
-    PAPER SILENT on the classifier. The mean suits any encoder; Dosovitskiy et al. use the class token.
+    PAPER SILENT on the classifier. The mean suits any encoder.
     """
 
     def __init__(self, encoder, num_classes):
@@ -428,9 +417,9 @@ class Classifier(nn.Module):
 
 
 def use_batch_statistics(model, sync):
-    """Make a ResNet-50 normalise with the batch's statistics. Other encoders stay as they are.
+    """Make a ResNet-50 normalise with the batch's statistics; other encoders stay as they are.
 
-    PAPER SILENT on sync: whether these are the statistics of all processes (on CUDA).
+    sync: with those of all processes (on CUDA). PAPER SILENT.
     """
     if isinstance(model.encoder, ResNet50):
         model.encoder.batch_statistics = True
@@ -439,22 +428,21 @@ def use_batch_statistics(model, sync):
 
 
 def freeze(encoder):
-    """Freeze the encoder of a UNet for good, and return it: no gradients, and eval mode, which UNet.train
-    keeps, since BatchNorm's statistics would change without it."""
+    """Freeze the encoder of a UNet: no gradients, and eval mode, so that BatchNorm's statistics stay, too."""
     encoder.frozen = True
     return encoder.requires_grad_(False).eval()
 
 
 # ---- Weights
 
-PUBLISHED = {  # name: (address, first digits of its SHA-256 or None)
+PUBLISHED = {  # name: (address, first digits of its SHA-256)
     "imagenet21k": ("https://storage.googleapis.com/vit_models/imagenet21k/R50+ViT-B_16.npz", None),
     "imagenet1k": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),  # V1
 }
 
 
 def load_encoder_weights(encoder, source):
-    """Set every tensor of `encoder` from `source`, which read_weights reads. Raises ValueError."""
+    """Set every tensor of `encoder` from a source of read_weights. Raises ValueError."""
     state, _ = read_weights(source)
     state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     load_weights(encoder, state, source)
@@ -462,10 +450,11 @@ def load_encoder_weights(encoder, source):
 
 def load_weights(model, state, source, fresh=()):
     """Set every tensor of `model`, except names that begin with one of `fresh`. Raises ValueError."""
-    ours = {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(fresh))}
-    theirs = {k: v for k, v in state.items() if not k.startswith(tuple(fresh))}
-    counters = {k: v for k, v in ours.items() if k.endswith("num_batches_tracked")}
-    theirs = {**counters, **theirs}  # older files lack these unused counters
+    ours, theirs = ({k: v for k, v in tensors.items() if not k.startswith(tuple(fresh))}
+                    for tensors in (model.state_dict(), state))
+    for name in ours:  # older files lack these unused counters
+        if name.endswith("num_batches_tracked"):
+            theirs.setdefault(name, ours[name])
     shared = ours.keys() & theirs.keys()
     faults = {"missing": ours.keys() - theirs.keys(), "unexpected": theirs.keys() - ours.keys(),
               "of another shape": {k for k in shared if ours[k].shape != theirs[k].shape},
@@ -480,26 +469,26 @@ def read_weights(source):
     """Read one of PUBLISHED or a file of any known kind: (state, made_with). Raises ValueError.
 
     state: tensors under our names, "encoder.*" and, from stages 2 and 3, "decoder.*".
-    made_with: the arguments of build_unet that the file fixes, and the class names of stage 3.
+    made_with: the arguments of build_unet that the file fixes, and stage 3's class names.
     """
-    file = read_file(download(source) if source in PUBLISHED else source)
-    state = file
+    state = file = read_file(download(source) if source in PUBLISHED else source)
     for wrapper in ("model", "state_dict"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     state = {str(k).removeprefix("module."): v for k, v in state.items()}  # DDP's prefix
     state = {k: v for k, v in state.items() if not re.match("(head|fc|fc_norm|pre_logits)[./]", k)}
     if "model_args" in file:  # a checkpoint of ours
         made_with = {**file["model_args"], "class_names": file.get("class_names")}
-    elif "conv_root/kernel" in state:
-        made_with, state = {"encoder": "hybrid"}, from_google(state)
-    elif "patch_embed.backbone.stem.conv.weight" in state:
-        made_with, state = {"encoder": "hybrid"}, from_timm(state)
-    elif "layer4.2.conv3.weight" in state:
-        made_with = {"encoder": "resnet50"}
     else:
-        raise ValueError(f"{source}: unknown weights (first keys: {list(state)[:3]}); expected ours, "
-                         "Google's R50+ViT-B_16.npz, timm's vit_base_r50_s16 or torchvision's ResNet-50")
-    if "model_args" not in file:
+        made_with = {"encoder": "hybrid"}
+        if "conv_root/kernel" in state:
+            state = from_google(state)
+        elif "patch_embed.backbone.stem.conv.weight" in state:
+            state = from_timm(state)
+        elif "layer4.2.conv3.weight" in state:
+            made_with = {"encoder": "resnet50"}
+        else:
+            raise ValueError(f"{source}: unknown weights (first keys: {list(state)[:3]}); expected ours, "
+                             "Google's R50+ViT-B_16.npz, timm's vit_base_r50_s16 or torchvision's ResNet-50")
         state = {f"encoder.{k}": v for k, v in state.items()}
     if "encoder.pos_embedding" in state:  # 224 pixels have a grid of 14x14, 384 of 24x24
         made_with["image_size"] = 16 * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
@@ -539,7 +528,7 @@ def download(name):
 
 
 def from_google(arrays):
-    """The state dict of HybridViT from the arrays of R50+ViT-B_16.npz.
+    """HybridViT's state dict from the arrays of R50+ViT-B_16.npz.
 
     Its kernels: (h, w, in, out), (in, out), query, key and value (in, heads, 64), out (heads, 64, dim).
     """
@@ -559,13 +548,13 @@ def from_google(arrays):
         "Dense_0": "fc1", "Dense_1": "fc2", "kernel|scale": "weight", "/": "."})
     for query in [name for name in state if ".query." in name]:
         parts = [query.replace("query", part) for part in ("query", "key", "value")]
-        if all(part in state for part in parts):
+        if {*parts} <= state.keys():
             state[query.replace("query", "qkv")] = torch.cat([state.pop(part) for part in parts])
     return state
 
 
 def from_timm(tensors):
-    """The state dict of HybridViT from timm's: only the names differ."""
+    """HybridViT's state dict from timm's: only the names differ."""
     return rename(tensors, {
         r"(backbone\..*)norm": r"\1gn", r"^patch_embed\.backbone\.": "", r"^stem\.(conv|gn)": r"\1_root",
         r"downsample\.(conv|gn)": r"\1_proj",

@@ -9,8 +9,8 @@ with a value per image.
 
 PAPER SILENT on the pixel range, without which gamma and sigma mean nothing (Figure 4 is drawn in [0, 1]).
 Here pixels x lie in [-1, 1], as the published encoder expects: x = (value - 127.5) / 127.5 for 8-bit values.
-Then sigma = 0.23 is 29 grey levels of 255. Noisy images are never clipped (Figure 4). Eq. 5 keeps the
-variance of x~ at 1 only if the variance of x is 1. Photographs in [-1, 1] have about 0.25.
+Noisy images are never clipped. Eq. 5 keeps the variance of x~ at 1 only if the variance of x is 1;
+photographs in [-1, 1] have about 0.25.
 
 Eqs. 1 and 5 differ by a factor: sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma e) / sqrt(1 + sigma^2), with
 
@@ -19,8 +19,8 @@ Eqs. 1 and 5 differ by a factor: sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma 
     0.90    0.3333                     0.3162           lower end of U(0.9, 0.95) in Table 4
     0.6098  0.8000                     0.6247           DeP in Table 2: sigma = 0.8
 
-We read the paper's "optimal noise magnitude" (4.1) of 0.22 as sqrt(1 - gamma) at gamma = 0.95. (The caption
-of Table 4 says sigma, but its values are gamma.)
+PAPER SILENT on the unit of its "optimal noise magnitude", 0.22 (4.1): here sqrt(1 - gamma) at gamma = 0.95.
+(The caption of Table 4 says sigma, but its values are gamma.)
 """
 import torch
 import torch.nn.functional as F
@@ -45,9 +45,8 @@ def scaled_additive_noise(x, eps, gamma):
 def denoising_loss(prediction, target):
     """Eq. 2 (target = x: predict the image) and Eqs. 3, 4, 6 (target = e: predict the noise).
 
-    prediction, target: (B, C, H, W). Returns a float32 scalar: the MEAN over all elements. The paper writes
-    the squared norm, a sum over C H W elements. The mean is that sum divided by a constant, which changes
-    nothing for Adam without weight decay. A model that always predicts 0 has loss 1 on unit noise.
+    prediction, target: (B, C, H, W). Returns a float32 scalar: the MEAN over all elements, so that predicting
+    0 has loss 1 on unit noise. The paper's squared norm is a sum; for Adam the constant changes nothing.
     """
     return F.mse_loss(prediction.float(), target.float())
 
@@ -61,8 +60,7 @@ def remove_noise(x_noisy, eps, gamma):
 def sample_noise(shape, seeds, device="cpu"):
     """e ~ N(0, I) of shape (B, C, H, W), float32. Image b has its own generator, seeded with seeds[b].
 
-    So an image's noise does not depend on its batch, its process, or earlier draws. It does depend on the
-    kind of device: CPU and GPU generators differ.
+    So an image's noise does not depend on its batch or process. CPU and GPU generators differ.
     """
     generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
     return torch.stack([torch.randn(shape[1:], generator=g, device=device) for g in generators])
@@ -71,7 +69,7 @@ def sample_noise(shape, seeds, device="cpu"):
 def sample_gamma(low, high, seeds):
     """gamma ~ U(low, high), one per image (4.4, Table 4): (B,) float32 on the CPU.
 
-    Image b's gamma has the seed seeds[b] + 1, since with seeds[b] it would depend on the image's noise.
+    The seed is seeds[b] + 1: with seeds[b], gamma would depend on the image's noise.
     """
     generators = [torch.Generator().manual_seed(int(seed) + 1) for seed in seeds]
     return low + (high - low) * torch.stack([torch.rand((), generator=g) for g in generators])

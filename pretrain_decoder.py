@@ -73,28 +73,30 @@ def parse_arguments(argv=None):
     return args
 
 
-def denoising_network(args, rank):
-    """The UNet, with the weights of its encoder, and its model_args. Raises UserError."""
-    source = args.encoder_weights
-    if source is None and args.method == "ddep":
-        if args.data != "shapes" or args.encoder not in (None, "hybrid-small"):
-            raise UserError("DDeP needs a trained encoder: pass --encoder-weights PATH or imagenet21k")
-        source = os.path.join(TOY_ENCODER, "last.pt")
-        finished = os.path.join(TOY_ENCODER, "metrics.json")
-        common.require_same(finished, os.path.exists(finished))
-        if not os.path.exists(finished):
-            say(f"stage 1 trains an encoder first, in {TOY_ENCODER}", rank)
-            pretrain_encoder.main(["--out", TOY_ENCODER, "--device", args.device])
-            common.require_same(source, os.path.exists(source))
-    with common.local_first(), common.users_mistakes():
+def toy_encoder(args, rank):
+    """The path of the toy encoder, which stage 1 trains first if it is missing. Raises UserError."""
+    if args.data != "shapes" or args.encoder not in (None, "hybrid-small"):
+        raise UserError("DDeP needs a trained encoder: pass --encoder-weights PATH or imagenet21k")
+    path, finished = (os.path.join(TOY_ENCODER, name) for name in ("last.pt", "metrics.json"))
+    common.require_same(finished, os.path.exists(finished))
+    if not os.path.exists(finished):
+        say(f"stage 1 trains an encoder first, in {TOY_ENCODER}", rank)
+        pretrain_encoder.main(["--out", TOY_ENCODER, "--device", args.device])
+        common.require_same(path, os.path.exists(path))
+    return path
+
+
+@common.users_mistakes()
+def denoising_network(args, source):
+    """The UNet, its encoder with the weights in `source`, if any, and its model_args. Raises UserError."""
+    with common.local_first():
         state, made_with = read_weights(source) if source else ({}, {})
     made_with.pop("width", None)  # a decoder in the file is not used
     model_args = dict(**common.network_args(args, made_with, source), condition_on_gamma=args.condition)
     torch.manual_seed(args.seed)  # after stage 1, which draws too
     model = build_unet(**model_args)
     if source:
-        with common.users_mistakes():
-            load_weights(model, state, source, fresh=("decoder.",))
+        load_weights(model, state, source, fresh=("decoder.",))
     return model, model_args
 
 
@@ -110,21 +112,22 @@ def add_noise(args, x, seeds):
 
 def main():
     args = parse_arguments()
-    rank, world, device = common.start_processes(args.device)
-    precision = common.choose_precision(args.precision, device)
+    rank, world, device, precision = common.start_processes(args)
 
     # Data: images
     with common.local_first():  # the first process of a machine lists them
         images = pretraining_images(args)
     steps = common.number_of_steps(args, len(images), world)
-    checkpoint = common.resume(args, str(images))
-    start = checkpoint["step"] if checkpoint else 0
+    checkpoint, start = common.resume(args, str(images))
 
     # Model: DDeP freezes the encoder
     if checkpoint:
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:
-        model, model_args = denoising_network(args, rank)
+        source = args.encoder_weights
+        if source is None and args.method == "ddep":
+            source = toy_encoder(args, rank)
+        model, model_args = denoising_network(args, source)
     if args.method == "ddep":
         freeze(model.encoder)  # before DDP sees its parameters
     elif args.encoder_weights is None:  # new BatchNorm has no statistics
@@ -138,10 +141,7 @@ def main():
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        checkpoint = None  # frees its memory
+    common.restore(checkpoint, optimizer, scaler)
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)

@@ -48,15 +48,13 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    rank, world, device = common.start_processes(args.device)
-    precision = common.choose_precision(args.precision, device)
+    rank, world, device, precision = common.start_processes(args)
 
     # Data: images and their classes
     with common.local_first():  # the first process of a machine lists them
         images, names = classification_images(args)
     steps = common.number_of_steps(args, len(images), world)
-    checkpoint = common.resume(args, str(images))
-    start = checkpoint["step"] if checkpoint else 0
+    checkpoint, start = common.resume(args, str(images))
 
     # Model: all weights are trained
     torch.manual_seed(args.seed)
@@ -70,10 +68,7 @@ def main(argv=None):
     # Adam with decoupled weight decay, as is usual for a ViT
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        checkpoint = None  # frees its memory
+    common.restore(checkpoint, optimizer, scaler)
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)

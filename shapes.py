@@ -1,13 +1,11 @@
 """The embedded data set: pictures of textured shapes, drawn by code.
 
-A scene shows two to four objects of six classes. Each class has its own texture (stripes, checks, dots ...),
-outline (disc, square, cross ...) and hue (0.17 of the circle apart, with noise of standard deviation 0.06).
-These cues are faint: 70 % of an object's colour is the background's, and the sensor is noisy. The background
-holds distractors: shapes without texture, of the same outlines and all hues.
+A scene shows two to four objects of six classes. Each class has its own texture, outline and hue. These cues
+are faint: 70 % of an object's colour is the background's, and the sensor is noisy. The background holds
+distractors: shapes without texture, of the same outlines and all hues.
 
-Picture i of a part depends on (part, i) alone and is the same on every machine. Draws are uniform ones of
-NumPy's RandomState, which is frozen. All arithmetic is + - * / on float64, which IEEE 754 fixes to the bit
-(no sine, no matrix product). No two parts share a picture.
+Picture i of a part depends on (part, i) alone and is the same on every machine: NumPy's RandomState is
+frozen, and the arithmetic is + - * / on float64, which IEEE 754 fixes to the bit.
 """
 import numpy as np
 
@@ -21,7 +19,7 @@ def draw(part, index):
     """Picture `index` >= 0 of a part: (image (64, 64, 3) uint8, mask (64, 64) uint8, label).
 
     The mask holds indices into CLASSES. Pictures of encoder_train show one large object, and the label is its
-    class minus one, 0 to 5. The other parts show scenes, and the label is -1.
+    class minus one. The other parts show scenes, and the label is -1.
     """
     rng = np.random.RandomState([2022, PARTS[part], index])
     image = _background(rng)
