@@ -8,7 +8,6 @@ The cases of a group take turns, since machines are slow for a while. Compare th
 import argparse
 import os
 import statistics
-import tarfile
 import tempfile
 import time
 
@@ -62,28 +61,22 @@ def training_step(network, batch, device, precision):
     return step
 
 
-def loading(folder, peers):
-    """Read and crop 64 JPEGs of 500x375 from a folder, from a .tar and by torchvision."""
-    random, photos, tars = np.random.default_rng(1), f"{folder}/photos", f"{folder}/tars"
-    os.makedirs(f"{photos}/all")
-    os.makedirs(tars)
+def loading(root, peers):
+    """Read and crop 64 JPEGs of 500x375, as stage 2 does and as torchvision's users do."""
+    os.makedirs(f"{root}/photos")
+    random = np.random.default_rng(1)
     for i in range(64):  # blocks of 4 pixels, made smooth, take as many bytes as a photograph
         blocks = random.integers(0, 255, (90, 120, 3), dtype=np.uint8)
-        Image.fromarray(blocks).resize((500, 375)).save(f"{photos}/all/{i}.jpg", quality=90)
-    for name in ("n00000001", "n00000002"):  # there must be two; the first is read
-        with tarfile.open(f"{tars}/{name}.tar", "w") as tar:
-            tar.add(f"{photos}/all", "")
-    torch.hub.set_dir(f"{folder}/hub")  # where the lists of pictures go
-    cases = {}
-    for data, root in (("folder", photos), ("imagenet21k", tars)):
-        source = pretraining_images(argparse.Namespace(data=data, root=root, images=None))
-        samples = Samples(source, pretraining_transform(224))
-        cases[data] = lambda samples=samples: [samples[0, i] for i in range(64)]
+        Image.fromarray(blocks).resize((500, 375)).save(f"{root}/photos/{i}.jpg", quality=90)
+    torch.hub.set_dir(f"{root}/hub")  # where the list of pictures goes
+    source = pretraining_images(argparse.Namespace(data="folder", root=root, images="photos/*"))
+    samples = Samples(source, pretraining_transform(224))
+    cases = {"stage 2": lambda: [samples[0, i] for i in range(64)]}
     if peers:
         usual = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
                                     transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
-        peer = ImageFolder(photos, usual)
-        cases["peer"] = lambda: [peer[i] for i in range(64)]
+        folder = ImageFolder(root, usual, allow_empty=True)
+        cases["peer"] = lambda: [folder[i] for i in range(64)]
     return cases
 
 
@@ -103,11 +96,9 @@ def main():
             from segmentation_models_pytorch import Unet
             networks["peer"] = Unet("resnet50", encoder_weights=None, classes=3,
                                     decoder_channels=(1024, 512, 256, 128, 64))
-        cases = {}
-        for name, network in networks.items():
-            if args.compile:
-                network.compile()
-            cases[name] = training_step(network, batch, device, precision)
+        for network in networks.values() if args.compile else ():
+            network.compile()
+        cases = {name: training_step(network, batch, device, precision) for name, network in networks.items()}
         measure(f"Stage 2, 224 px, x1, batch {batch}", cases, batch, args.rounds)
     if "evaluate" in args.only:  # Cityscapes' protocol on one picture
         encoder, width = ("hybrid", 1) if device.type == "cuda" else ("hybrid-small", 1 / 4)
@@ -118,8 +109,8 @@ def main():
             measure("Evaluation, 1024 x 2048", cases, 1, args.rounds)
     if "data" in args.only:
         torch.set_num_threads(1)
-        with tempfile.TemporaryDirectory() as folder:
-            measure("Loader, one core", loading(folder, args.peers), 64, args.rounds)
+        with tempfile.TemporaryDirectory() as root:
+            measure("Reading, one core", loading(root, args.peers), 64, args.rounds)
 
 
 if __name__ == "__main__":

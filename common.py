@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A user's mistake in one line: the file or flag, its value, what was expected, what to do."""
+    """A user's mistake in one line: the file or flag, its value, what was expected, what to do. Everything
+    but model.py and noise.py may raise it."""
 
 
 @contextmanager
@@ -102,17 +103,16 @@ def number(kind, least, most=2 ** 63 - 1):
     return convert
 
 
-def add_data_flags(group, data_sets, default="shapes"):
-    add = group.add_argument
+def add_data_flags(parser, data_sets, default="shapes"):
+    add = parser.add_argument
     add("--data", choices=data_sets, default=default, help="it sets the other defaults (%(default)s)")
     add("--root", metavar="DIR", help="folder of the data (not for shapes)")
     add("--images", metavar="PATTERN", help='pictures below --root, such as "imgs/*.jpg" (see README)')
     add("--workers", type=number(int, 0), help="loader processes per process (%(default)s)")
 
 
-def add_optimisation_flags(parser):
-    group = parser.add_argument_group("optimisation")
-    add, length = group.add_argument, group.add_mutually_exclusive_group()
+def add_training_flags(parser):
+    add, length = parser.add_argument, parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1), help="optimiser steps (%(default)s)")
     length.add_argument("--epochs", type=number(float, 0), help="passes over the images (%(default)s)")
     add("--batch-size", type=number(int, 1), help="images per step, over all processes (%(default)s)")
@@ -121,20 +121,15 @@ def add_optimisation_flags(parser):
         help="share of the steps in which the rate first rises; PAPER SILENT (%(default)s)")
     add("--weight-decay", type=number(float, 0), help="(%(default)s; §5.1 sweeps it in stage 3)")
     add("--seed", type=number(int, 0), default=0, help="for weights, order, crops, noise and labels (0)")
-
-
-def add_machine_flags(parser):
-    group = parser.add_argument_group("machine")
-    add = group.add_argument
     add("--out", metavar="DIR", help="folder of the run; the same command continues it (runs/DATA/STAGE)")
     add("--micro-batch", type=number(int, 1), help="images at once in a process; fewer need less memory; a "
-        "ResNet-50 that trains from nothing normalises over them (%(default)s)")
+        "ResNet-50 without weights normalises over them (%(default)s)")
     add("--save-every", type=number(int, 1), help="steps between checkpoints (%(default)s)")
-    add_device_flags(group)
+    add_device_flags(parser)
 
 
-def add_device_flags(group):
-    add = group.add_argument
+def add_device_flags(parser):
+    add = parser.add_argument
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU, if any")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
         help="auto: bf16 on GPUs that have it, fp16 on older ones, else fp32")
@@ -142,17 +137,14 @@ def add_device_flags(group):
 
 
 def network_args(args, made_with, source):
-    """encoder, width and image_size for build_unet: from the flags, or else from made_with, the arguments
-    of the network saved in `source`. UserError if they differ."""
-    usual = {"encoder": "hybrid", "width": 1.0}
-    if args.data == "shapes":
-        usual = {"encoder": "hybrid-small", "width": 0.25}
+    """encoder, width and image_size for build_unet: from the flags, or else from `made_with` of the weights
+    in `source`. UserError if they differ."""
     chosen = {"image_size": made_with.get("image_size")}
-    for name in usual:
+    for name, paper, toy in (("encoder", "hybrid", "hybrid-small"), ("width", 1.0, 0.25)):
         asked, made = getattr(args, name), made_with.get(name)
         if asked and made and asked != made:
             raise UserError(f"--{name} {asked}, but {source} was made with {made}; drop the flag")
-        chosen[name] = asked or made or usual[name]
+        chosen[name] = asked or made or (toy if args.data == "shapes" else paper)
     return chosen
 
 
@@ -162,8 +154,7 @@ def network_args(args, made_with, source):
 def start_processes(args):
     """Join torchrun's processes, if any: (rank, number of processes, this one's device, precision)."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise UserError("srun started several tasks that would train alone; start one per machine, with "
-                        "torchrun in it")
+        raise UserError("srun started tasks that would train alone; start one a machine, with torchrun in it")
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world, device = int(os.environ.get("WORLD_SIZE", 1)), args.device
     if device == "auto":
@@ -213,8 +204,8 @@ def require_same(path, seen):
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, seen)
     if everywhere.count(seen) < len(everywhere):
-        raise UserError(f"{path}: the processes see {', '.join(map(str, everywhere))}, expected the same; "
-                        "put --out on a disk that all machines share")
+        raise UserError(f"{path}: the processes see {everywhere}, expected the same; put --out on a disk "
+                        "that all machines share")
 
 
 def default_workers():
@@ -256,14 +247,19 @@ def say(text, rank=0):
         sys.stdout.flush()
 
 
+def table(rows):
+    """Rows of texts with aligned columns."""
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    return "\n".join("".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 # ---- A run: its length, rate, checkpoints and log
 
 
 def number_of_steps(args, images, world):
     """--steps, or enough for --epochs times `images` images, rounded up."""
     if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size} cannot be split over {world} processes; pass a "
-                        "multiple")
+        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {world}, the processes")
     return args.steps or max(1, math.ceil(args.epochs * images / args.batch_size))
 
 
@@ -321,12 +317,11 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise errors of all kinds
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); restore a copy, or delete it to "
-                        "start again") from error
+        raise UserError(f"{path}: no readable checkpoint ({reason}); restore or delete it") from error
 
 
 def save_checkpoint(args, step, model, model_args, optimizer, scaler, data, **classes):
-    save(os.path.join(args.out, "last.pt"), dict(
+    save(f"{args.out}/last.pt", dict(
         step=step, model=model.state_dict(), model_args=model_args, args=vars(args), data=data,
         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **classes))
 
@@ -339,7 +334,7 @@ def resume(args, data):
 
     UserError if the flags or the data were different.
     """
-    path, checkpoint, step = os.path.join(args.out, "last.pt"), None, 0
+    path, checkpoint, step = f"{args.out}/last.pt", None, 0
     if os.path.exists(path):
         checkpoint = load(path)
         step, free = checkpoint["step"], FREE
@@ -375,7 +370,7 @@ class Log:
         if rank > 0:
             return
         os.makedirs(out, exist_ok=True)
-        self.file = open(os.path.join(out, "log.jsonl"), "a+", buffering=1)
+        self.file = open(f"{out}/log.jsonl", "a+", buffering=1)
         self.file.seek(0)
         for _ in range(start):  # one line per step
             self.file.readline()
@@ -387,7 +382,7 @@ class Log:
             pass
 
     def write(self, step, **values):
-        self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+        self.bar.set_postfix(values, refresh=False)
         self.bar.update()
         if self.file:
             try:

@@ -40,8 +40,7 @@ class UnreadableImage(UserError):
 
 
 def open_picture(file, name):
-    """The decoded PIL image of a path or open file. Raises UnreadableImage, or UserError for several pages or
-    more than 8 bits per channel."""
+    """The decoded PIL image of a path or file. Several pages and more than 8 bits a channel are refused."""
     try:
         picture = Image.open(file)
         # Pillow silently turns 16 bits per channel into 8; its tiles and a TIFF's tag 258 tell
@@ -52,13 +51,13 @@ def open_picture(file, name):
     except Exception as error:  # Pillow raises errors of all kinds
         raise UnreadableImage(f"{name}: cannot be read as a picture ({error})") from None
     if deep or pages > 1 or picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise UserError(f"{name}: {pages} page(s), Pillow's mode {picture.mode}{', 16 bits' if deep else ''}; "
+        raise UserError(f"{name}: {pages} page(s) of mode {picture.mode}{' (16 bits)' if deep else ''}, "
                         "expected one page, 8 bits a channel: np.uint8(255 * (x - low) / (high - low))")
     return picture
 
 
 def read_image(file, name=None):
-    """RGB uint8 (3, H, W), upright by its EXIF tag, without alpha. Raises as open_picture does."""
+    """RGB uint8 (3, H, W), upright by its EXIF tag, without alpha."""
     picture = open_picture(file, name or file)
     try:
         ImageOps.exif_transpose(picture, in_place=True)
@@ -78,7 +77,7 @@ def image_size(path):
 
 
 def read_mask(path, values):
-    """A mask as class indices, uint8 (H, W). Raises UserError for a value that is not in `values`.
+    """A mask as class indices, uint8 (H, W). Other values than those in `values` are refused.
 
     values: {value: class index or IGNORE}. Its keys are all colours (R, G, B) or all 0 to 255.
     """

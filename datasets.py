@@ -119,7 +119,7 @@ class Files(Source):
 
     def read(self, i):
         path, offset, size, label = self.rows[i].tolist()
-        file = path = os.path.join(self.root, os.fsdecode(path))
+        file = path = f"{self.root}/{os.fsdecode(path)}"
         if size >= 0:
             with open(path, "rb") as tar:
                 tar.seek(offset)
@@ -137,11 +137,11 @@ class Pairs(Source):
         return self.rows[i][0]
 
     def read(self, i):
-        image = read_image(os.path.join(self.root, self.rows[i][0]))
+        image = read_image(f"{self.root}/{self.rows[i][0]}")
         return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(self.mask(i, image.shape[1:]))}
 
     def mask(self, i, size):
-        path = os.path.join(self.root, self.rows[i][1])
+        path = f"{self.root}/{self.rows[i][1]}"
         mask = read_mask(path, self.values)
         if tuple(mask.shape) != tuple(size):
             raise UserError(f"{path}: {tuple(mask.shape)} (H, W), expected its image's {tuple(size)}")
@@ -152,14 +152,14 @@ class Pairs(Source):
 
 
 def home(args, places, folder):
-    """--root, or the one of `places` below it that holds `folder`. Raises UserError."""
+    """--root, or the one of `places` below it that holds `folder`."""
     if args.root is None:
         raise UserError(f"--data {args.data} needs a folder; pass --root DIR")
-    paths = [path for place in places for path in glob(os.path.join(escape(args.root), place).rstrip("/"))]
-    found = [path for path in paths if os.path.isdir(os.path.join(path, folder))]
+    paths = [path for place in places for path in glob(f"{escape(args.root)}/{place}".rstrip("/"))]
+    found = [path for path in paths if os.path.isdir(f"{path}/{folder}")]
     if len(found) != 1:
-        raise UserError(f"--root {args.root}: expected one folder {folder or '.'} in {', '.join(found or paths)}; "
-                        "see --root, --images, --masks")
+        raise UserError(f"--root {args.root}: expected one folder {folder or '.'} in "
+                        f"{', '.join(found or paths)}; see --root, --images, --masks")
     return found[0]
 
 
@@ -172,7 +172,7 @@ def pretraining_images(args):
     row = DATA_SETS[args.data.removesuffix("_coarse")]
     pattern = plain(args.images or row.images)
     if args.data == "folder" and args.images is None:
-        pattern = "images/*" if os.path.isdir(os.path.join(args.root or "", "images")) else "*"
+        pattern = "images/*" if os.path.isdir(f"{args.root}/images") else "*"
     words = row.words[:1]
     if args.data == "cityscapes_coarse":
         words += ("train_extra",)  # both, as in Table 3: "fine & coarse"
@@ -192,8 +192,8 @@ def classification_images(args):
     if args.data == "shapes":
         return toy(args, "encoder_train"), [*shapes.CLASSES[1:]]
     root = home(args, ("",), "")
-    if os.path.isdir(os.path.join(root, "train")):
-        root = os.path.join(root, "train")
+    if os.path.isdir(f"{root}/train"):
+        root += "/train"
     tars = sorted(glob("*.tar", root_dir=root)) if args.data == "imagenet21k" else []
     if tars:
         common.refuse(args, ["images"], "on .tar files")
@@ -231,7 +231,7 @@ def classes_of(args):
         names = [*shapes.CLASSES]
         return Classes(names, palette(len(names)), {i: i for i in range(len(names))})
     if args.data == "folder":
-        return own_classes(os.path.join(home(args, ("",), ""), "classes.txt"))
+        return own_classes(home(args, ("",), "") + "/classes.txt")
     values, ignored = DATA_SETS[args.data].values, DATA_SETS[args.data].ignored
     if args.data == "cityscapes" and re.search("train_?id", args.masks or "", re.IGNORECASE):
         values, ignored = range(len(values)), (IGNORE,)
@@ -242,7 +242,7 @@ def classes_of(args):
 
 
 def own_classes(path):
-    """The Classes in a text file (README.md describes it). Raises UserError."""
+    """The Classes in a text file (README.md describes it)."""
     lines = [line.split() for line in (read_lines(path) if os.path.exists(path) else [])]
     count = next(n for n in (3, 1, 0)  # of numbers before the name
                  if all(len(words) > n and all(map(str.isdecimal, words[:n])) for words in lines))
@@ -254,8 +254,8 @@ def own_classes(path):
              or not count and re.search(r"[\s,;:=]\d+$", name)]
     if wrong or len(set(keys)) < len(keys) or not 2 <= len(names) <= 255 or max(map(max, keys)) > 255:
         raise UserError(f"{path}: {wrong[0] if wrong else f'{len(names)} classes'}; expected 2 to 255 "
-                        "classes, a line each: all `name` (line n is value n, from 0), all `value name` or "
-                        "all `R G B name`; each value once, from 0 to 255; `ignore` is no class")
+                        "classes, all lines `name` (line n is value n, from 0), `value name` or "
+                        "`R G B name`; each value once, from 0 to 255; `ignore` is no class")
     colours = [keys[named.index(name)] for name in names] if count == 3 else palette(len(names))
     classes = [IGNORE if name == "ignore" else names.index(name) for name in named]
     values = dict(zip(keys if count == 3 else (key[0] for key in keys), classes))
@@ -263,11 +263,11 @@ def own_classes(path):
 
 
 def labelled(args, classes, wanted=("train", "val")):
-    """{part: source} for the parts in `wanted` (train, val) that have images. Raises UserError.
+    """{part: source} for the parts in `wanted` (train, val) that have images. args: flags of finetune.py.
 
-    args: the data flags of finetune.py. A part has the images that its list names, from the folders of both
-    parts; without a list, those in its own folder. Patterns without {part} mean one folder, for training.
-    The training images lose those of --val-list, if there is no other list, or a --val-fraction.
+    A part has the images that its list names, from the folders of both parts; without a list, those in its
+    own folder. Patterns without {part} mean one folder, for training. The training images lose those of
+    --val-list, if that is the only list, or a --val-fraction.
     """
     if args.data == "shapes":
         return {part: toy(args, part) for part in wanted}
@@ -281,9 +281,8 @@ def labelled(args, classes, wanted=("train", "val")):
     listed = any(lists[part] for part in wanted)
     found = {}  # {part: ([Pair, ...], other pictures)}, by folders
     for part, word in zip(lists, row.words if "{part}" in images else [""]):
-        pattern = images.replace("{part}", word)
-        if (listed or part in wanted) and os.path.isdir(os.path.join(root, form_of(pattern)[0])):
-            found[part] = find_pairs(root, pattern, masks.replace("{part}", word))
+        if listed or part in wanted:
+            found[part] = find_pairs(root, images.replace("{part}", word), masks.replace("{part}", word))
     everywhere = [pair for pairs, _ in found.values() for pair in pairs if pair.image]
     sources = {}
     for part in wanted:
@@ -293,9 +292,8 @@ def labelled(args, classes, wanted=("train", "val")):
             pairs, note = select(str(lists[part]).replace("{part}", part), everywhere, pairs), ""
         alone = [pair.image or pair.mask for pair in pairs if None in pair]
         if alone:
-            raise UserError(f"{os.path.join(root, alone[0])}: {len(alone)} files without a partner; expected "
-                            f"{images} and {masks} with equal text for *; add what is missing, pass --images "
-                            "and --masks, or list images in --train-list and --val-list")
+            raise UserError(f"{root}/{alone[0]}: {len(alone)} files without a partner; expected {images} and "
+                            f"{masks} with equal text for *; add it, or pass other patterns or lists")
         if pairs:
             rows = [(pair.image, pair.mask) for pair in pairs]
             sources[part] = Pairs(rows, f"{len(rows)} pairs{note}", root, classes.values)
@@ -306,23 +304,22 @@ def labelled(args, classes, wanted=("train", "val")):
     elif train and args.val_fraction is not None:
         ranked, count = ranking(train, "validation"), round(args.val_fraction * len(train))
         if val or not 0 < count < len(train):
-            problem = "there is a validation set" if val else f"{count} of {len(train)} images"
-            raise UserError(f"--val-fraction {args.val_fraction}: {problem}; drop it, or pass another share")
+            problem = "there are validation images; drop it" if val else f"{count} of {len(train)} images"
+            raise UserError(f"--val-fraction {args.val_fraction}: {problem}")
         sources["train"] = train.subset(sorted(ranked[count:]))
         sources["val"] = train.subset(sorted(ranked[:count]))
     return sources
 
 
 def training_and_validation(args, classes):
-    """(train, val or None), with --labels of the training images. Raises UserError."""
+    """(train, val or None), with --labels of the training images."""
     sources = labelled(args, classes)
     train, val = sources.get("train"), sources.get("val")
     if not train:
-        raise UserError(f"{args.root}: no training images; expected images/train and masks/train, or "
-                        "patterns in --images and --masks")
+        raise UserError(f"{args.root}: no training images; pass another --root, or --images and --masks")
     both = {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val or []))}
     if both:
-        raise UserError(f"{min(both)}: both a training and a validation image; put it in one list only")
+        raise UserError(f"{min(both)}: both a training and a validation image; put it in one list")
     if args.labels is not None:
         if args.labels > len(train):
             raise UserError(f"--labels {args.labels}: there are {len(train)} labelled images")
@@ -331,7 +328,7 @@ def training_and_validation(args, classes):
 
 
 def ranking(source, seed):
-    """Indices of a source, sorted by a hash of seed and name: so smaller subsets lie in larger ones.
+    """Indices of a source, sorted by a hash of seed and name, so that smaller subsets lie in larger ones.
 
     PAPER SILENT on how subsets of the labels are drawn.
     """
@@ -341,7 +338,7 @@ def ranking(source, seed):
 
 
 def survey(parts, classes):
-    """Look at up to 500 masks of each part in {part: Pairs}. Returns a table of the share of each class.
+    """A table of the share of each class in up to 500 masks of each part in {part: Pairs}.
 
     UserError for an unknown value, a size other than the image's, a value that has two colours (some programs
     make a palette per file), and fewer than two classes.
@@ -350,7 +347,7 @@ def survey(parts, classes):
     for part, source in parts.items():
         pixels = np.zeros(256)
         for i in np.unique(np.linspace(0, len(source) - 1, 500).astype(int)):
-            image, path = (os.path.join(source.root, path) for path in source.rows[i])
+            image, path = (f"{source.root}/{path}" for path in source.rows[i])
             pixels += np.bincount(source.mask(i, image_size(image)).flatten(), minlength=256)
             with Image.open(path) as picture:
                 if picture.mode != "P" or isinstance(next(iter(classes.values)), tuple):
@@ -367,8 +364,6 @@ def survey(parts, classes):
         raise UserError(f"{parts['train'].root}: the training masks hold fewer than two of "
                         f"{', '.join(classes.names[:8])}; in a classes.txt of names alone line n is value n, "
                         "and 255 is ignored")
-    width = max(map(len, ["of the pixels", *classes.names]))
-    lines = ["".join([f"{'of the pixels':{width}}", *[f"{part:>9}" for part in shares]])]
-    for k, name in enumerate([*classes.names, "ignored"]):
-        lines.append("".join([f"{name:{width}}", *[f"{share[k]:9.2%}" for share in shares.values()]]))
-    return "\n".join(lines)
+    rows = [(name, *[f"{share[k]:.2%}" for share in shares.values()])
+            for k, name in enumerate([*classes.names, "ignored"])]
+    return common.table([("of the pixels", *shares), *rows])

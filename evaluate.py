@@ -6,6 +6,7 @@
 
 Input: last.pt of finetune.py. Output: metrics.json in --out, scores from 0 to 1. --save-predictions
 gets index/, PNGs with the values of the training masks, and overlay/, class colours over the images.
+By default the images are those of the training's validation, the method is the protocol of the data set.
 
 ONE confusion matrix counts the pixels of all images; ignored pixels (255) do not count. The IoU of a class is
 TP / (TP + FP + FN). mIoU is the mean over the classes that occur in the truth or in a prediction.
@@ -60,13 +61,11 @@ def scores(confusion, names):
 
 def as_text(metrics):
     """The scores as a table, in percent."""
-    rows = [(name, *(metrics[score][name] for score in ("iou", "accuracy", "dice")))
-            for name in metrics["iou"]]
-    rows.append(("mean (mIoU)", metrics["miou"], metrics["mean_accuracy"], metrics["mean_dice"]))
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{name:{width}}" + "".join(f"{'-' if v is None else f'{100 * v:.2f}':>10}" for v in values)
-             for name, *values in rows]
-    return "\n".join([f"{'class':{width}}     IoU %  accuracy      Dice", *lines])
+    kinds = {"iou": "miou", "accuracy": "mean_accuracy", "dice": "mean_dice"}
+    rows = [(name, *[metrics[kind][name] for kind in kinds]) for name in metrics["iou"]]
+    rows.append(("mean (mIoU)", *[metrics[mean] for mean in kinds.values()]))
+    texts = [(name, *["-" if v is None else f"{100 * v:.2f}" for v in values]) for name, *values in rows]
+    return common.table([("class", "IoU %", "accuracy", "Dice"), *texts])
 
 
 # ---- Predictions
@@ -90,8 +89,8 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
 
 
 def in_windows(model, x, window, stride):
-    """Logits of square windows, one every `stride` pixels (default: `window`) and one at the edge, with their
-    mean where they overlap. 0: the whole image. 1024: the two patches of Cityscapes (5.1)."""
+    """Logits of square windows, one every `stride` pixels (default: `window`) and one at the edge, their mean
+    where they overlap. 0: the whole image. 1024: the two patches of Cityscapes (5.1)."""
     height, width = x.shape[-2:]
     stride = min(stride or window, window)
     if not window or window >= max(height, width):
@@ -115,7 +114,6 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
     """The scores of `model` on `source`; every image counts once, on any number of processes.
 
     write: called with (index, image (3, H, W) uint8, prediction (H, W) uint8). how: arguments of predict.
-    Raises UserError if logits are not finite.
     """
     model.eval()
     confusion = torch.zeros(len(names), len(names), dtype=torch.int64, device=device)
@@ -201,8 +199,7 @@ def writer(folder, source, classes):
         mask.putpalette(palette.tobytes())
         overlay = image.permute(1, 2, 0).numpy() // 2 + colour_mask(prediction, classes.colours) // 2
         for kind, picture in (("index", mask), ("overlay", Image.fromarray(overlay))):
-            below = os.path.relpath(os.path.join("/", names[index]), "/")  # drops a leading ../
-            path = os.path.join(folder, kind, f"{below}.png")
+            path = f"{folder}/{kind}/{os.path.normpath('/' + names[index])}.png"  # without a leading ../
             os.makedirs(os.path.dirname(path), exist_ok=True)
             picture.save(path)
     return write
@@ -213,37 +210,33 @@ def writer(folder, source, classes):
 
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
-    parser.add_argument("--checkpoint", metavar="PATH", required=True, help="last.pt of finetune.py")
-    group = parser.add_argument_group("data (default: the validation images of the training)")
-    common.add_data_flags(group, datasets.LABELLED, default=None)
-    add = group.add_argument
+    add = parser.add_argument
+    add("--checkpoint", metavar="PATH", required=True, help="last.pt of finetune.py")
+    common.add_data_flags(parser, datasets.LABELLED, default=None)
     add("--masks", metavar="PATTERN", help='where the masks are, such as "labels/*_mask.png"')
     add("--val-list", metavar="FILE", help="text file with an image per line")
-    add = parser.add_argument_group("method (default: the protocol of the data set, §5.1)").add_argument
     add("--scales", type=common.number(float, 0.01), nargs="+", help="to average over")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
     add("--window", type=common.number(int, 0), help="side of the windows; 0: the whole image")
     add("--stride", type=common.number(int, 1), help="step between windows (their side)")
-    group = parser.add_argument_group("machine")
-    add = group.add_argument
     add("--out", metavar="DIR", help="(evaluate_val beside the checkpoint)")
     add("--save-predictions", metavar="DIR", help="works without masks too")
-    common.add_device_flags(group)
+    common.add_device_flags(parser)
     return parser.parse({"paper": {"workers": common.default_workers()}}, argv)
 
 
 def choose_source(args, trained, classes):
-    """The images to score (Pairs), or those of a --data folder without masks (Files). Raises UserError.
+    """The images to score (Pairs), or those of a --data folder without masks (Files).
 
     Without --data, flags that are not given are those of the training, `trained`.
     """
     flags = dict.fromkeys(datasets.FILES) if args.data else dict(trained)
     flags.update({name: value for name, value in vars(args).items() if value is not None})
     flags = argparse.Namespace(**flags)
-    if args.data == "folder" and not args.masks and not os.path.isdir(os.path.join(args.root or "", "masks")):
+    if args.data == "folder" and not args.masks and not os.path.isdir(f"{args.root}/masks"):
         common.refuse(args, ("val_list", "out"), "on pictures without masks")
         return datasets.pretraining_images(args)
-    if args.data and (args.data != "folder" or os.path.exists(os.path.join(args.root or "", "classes.txt"))):
+    if args.data and (args.data != "folder" or os.path.exists(f"{args.root}/classes.txt")):
         own = datasets.classes_of(flags)  # mask values may differ from the training
         if own.names != classes.names:
             raise UserError(f"--data {args.data}: classes {', '.join(own.names[:4])} ..., expected "
@@ -280,8 +273,7 @@ def main():
         if not args.save_predictions:
             raise UserError(f"{args.root}: no masks to compare with; pass --masks or --save-predictions DIR")
         if Path(args.save_predictions).resolve().is_relative_to(Path(source.root, source.folder).resolve()):
-            raise UserError(f"--save-predictions {args.save_predictions}: lies among the pictures; pass "
-                            "another folder")
+            raise UserError(f"--save-predictions {args.save_predictions}: lies among the pictures")
     data = args.data or trained["data"]
     how = protocol(data, checkpoint["model_args"]["encoder"], trained["crop_size"])
     how.update({key: getattr(args, key) for key in how if getattr(args, key) is not None}, stride=args.stride)
@@ -292,9 +284,9 @@ def main():
     metrics = evaluate(model, source, names, device, rank, world, precision, args.workers, write, **how)
     if has_masks and rank == 0:
         say(as_text(metrics))
-        out = args.out or os.path.join(os.path.dirname(args.checkpoint), "evaluate_val")
+        out = args.out or f"{os.path.dirname(args.checkpoint) or '.'}/evaluate_val"
         os.makedirs(out, exist_ok=True)
-        common.save(os.path.join(out, "metrics.json"), metrics)
+        common.save(f"{out}/metrics.json", metrics)
 
 
 if __name__ == "__main__":

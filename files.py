@@ -26,11 +26,9 @@ HIDDEN = ("__MACOSX", "lost+found")  # and all names that begin with "." or "@"
 
 
 def files_below(root, folder):
-    """Yield (folder, its file names) for root/folder and all folders in it, sorted, without hidden ones.
-
-    folder: "" or ending with "/". Links are followed; UserError if one is broken.
-    """
-    with os.scandir(os.path.join(root, folder)) as entries:
+    """Yield (folder, its file names) for root/folder ("" or ending with "/") and all folders in it, sorted,
+    without hidden ones. Links are followed."""
+    with os.scandir(f"{root}/{folder}") as entries:
         entries = [entry for entry in entries if entry.name[0] not in ".@" and entry.name not in HIDDEN]
     entries.sort(key=lambda entry: entry.name)
     for entry in entries:
@@ -86,7 +84,7 @@ def matches(root, pattern, without=()):
     """({text for the `*`: path}, other pictures in the folder), both empty if there is no folder."""
     start, form = form_of(pattern)
     found, others = {}, []
-    if not os.path.isdir(os.path.join(root, start)):
+    if not os.path.isdir(f"{root}/{start}"):
         return found, others
     for folder, names in files_below(root, start):
         for path in (folder + name for name in names if folder + name not in without):
@@ -102,7 +100,7 @@ def matches(root, pattern, without=()):
 
 
 def select(list_file, pairs, own):
-    """The pairs that a text file lists, in its order. Raises UserError.
+    """The pairs that a text file lists, in its order.
 
     A line names one image: by its path (after any other folders), by the text for `*`, or by a unique end of
     either. Its mask may follow after a tab or space. Of several images with one text for `*`, the one in
@@ -120,8 +118,8 @@ def select(list_file, pairs, own):
         pair = next(filter(None, found), None)
         if pair is None or pair in chosen:
             problem = "again" if pair else "is not one image"
-            raise UserError(f"{list_file}, line {number}: {line!r} {problem}; expected each image once: its "
-                            "path below --root, or its text for * in --images")
+            raise UserError(f"{list_file}, line {number}: {line!r} {problem}; expected each image once, by "
+                            "its path below --root or its text for *")
         chosen[pair] = None  # in a dict, which is searched fast
     if not chosen:
         raise UserError(f"{list_file}: empty; expected one image per line")
@@ -141,13 +139,13 @@ def list_pictures(root, patterns, tars=()):
     """List all pictures that match, or those in .tar files: (path of a .npy file of records, a note).
 
     A record is (path below root as bytes, offset, size, label); size -1: the whole file. Labels number the
-    .tar files or the folders right below the pattern's. The list lies in torch.hub's cache. The first process
-    of a machine makes it (common.local_first); the others find it and get an empty note.
+    .tar files or the folders right below the pattern's. The first process of a machine makes the file, in
+    torch.hub's cache; the others find it and get an empty note.
     """
     sizes = [(tar, os.path.getsize(f"{root}/{tar}")) for tar in tars]
     known = repr((patterns, sizes or os.path.abspath(root))).encode("utf-8", "surrogateescape")
     cache, note = torch.hub.get_dir(), ""
-    path = os.path.join(cache, f"pictures_{hashlib.sha256(known).hexdigest()[:16]}.npy")
+    path = f"{cache}/pictures_{hashlib.sha256(known).hexdigest()[:16]}.npy"
     # Folders are listed in each run, since files in them may be new
     if not os.path.exists(path) or (not tars and common.is_local_first()):
         os.makedirs(cache, exist_ok=True)
@@ -191,7 +189,7 @@ def list_tars(root, tars):
 
 
 def tar_members(path):
-    """An array (N, 2): offset and size in bytes of each picture in a .tar file. Raises UserError.
+    """An array (N, 2): offset and size in bytes of each picture in a .tar file.
 
     Plain headers are read here, ten times as fast as by tarfile, which reads the file if it has others.
     """

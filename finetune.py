@@ -14,8 +14,6 @@ last.pt of this stage keeps its head too if the classes are the same.
 Input: pairs of image and mask. Output in --out: last.pt, for evaluate.py; log.jsonl; metrics.json;
 predictions.png.
 """
-import os
-
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -40,15 +38,13 @@ RECIPES = {
 
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
-    add = parser.add_argument_group("method").add_argument
+    add = parser.add_argument
     add("--init", default="none", metavar="PATH", help="or imagenet21k, imagenet1k, none (%(default)s)")
     add("--encoder", choices=ENCODERS, help="(as in --init, else hybrid; shapes: hybrid-small)")
     add("--width", type=common.number(float, 1 / 64),
         help="decoder of [1024, 512, 256, 128, 64] * W (as in --init, else 1; shapes: 1/4; §4.3)")
     add("--labels", type=common.number(int, 1), help="number of labelled images, drawn by --seed (all)")
-    group = parser.add_argument_group("data")
-    common.add_data_flags(group, LABELLED)
-    add = group.add_argument
+    common.add_data_flags(parser, LABELLED)
     add("--masks", metavar="PATTERN", help='where the masks are, such as "labels/*_mask.png"')
     add("--train-list", metavar="FILE", help="text file with a training image per line")
     add("--val-list", metavar="FILE", help="the same for validation")
@@ -56,16 +52,15 @@ def parse_arguments(argv=None):
     add("--crop-size", type=common.number(int, 32), help="side of the crops (%(default)s; §5.1)")
     add("--min-area", type=common.number(float, 0, 1),
         help="take inception-style crops (§6) of at least this share, not windows (§5.1)")
-    common.add_optimisation_flags(parser)
-    common.add_machine_flags(parser)
+    common.add_training_flags(parser)
     args = parser.parse(RECIPES, argv)
-    args.out = args.out or os.path.join("runs", args.data, "finetune")
+    args.out = args.out or f"runs/{args.data}/finetune"
     return args
 
 
 @common.users_mistakes()
 def segmentation_network(args, classes):
-    """The UNet, with the weights of --init, and its model_args. Raises UserError."""
+    """The UNet, with the weights of --init, and its model_args."""
     with common.local_first():
         state, made_with = read_weights(args.init) if args.init != "none" else ({}, {})
     model_args = dict(**common.network_args(args, made_with, args.init), out_channels=len(classes.names),
@@ -147,9 +142,9 @@ def main():
         say(f"{as_text(metrics)}\n{len(val)} validation images, {how}", rank)
         if rank == 0:
             page = draw_predictions(model, val, classes, device, precision, args.crop_size)
-            common.save(os.path.join(args.out, "predictions.png"), page)
+            common.save(f"{args.out}/predictions.png", page)
     if rank == 0:
-        common.save(os.path.join(args.out, "metrics.json"), metrics)
+        common.save(f"{args.out}/metrics.json", metrics)
 
 
 @torch.inference_mode()

@@ -517,7 +517,7 @@ def read_file(path):
 def download(name):
     """The path of one of PUBLISHED, fetched once into torch.hub's cache. Raises ValueError."""
     address, sha256 = PUBLISHED[name]
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
+    path = f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(address)}"
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:

@@ -37,15 +37,13 @@ RECIPES = {
     "paper": dict(epochs=100, batch_size=512, micro_batch=64, warmup=0.0, weight_decay=0.0, image_size=224,
                   min_area=0.08, workers=common.default_workers(), save_every=10_000),
 }
-TOY_ENCODER = os.path.join("runs", "shapes", "pretrain_encoder")
+TOY_ENCODER = "runs/shapes/pretrain_encoder"
 
 
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
-    group = parser.add_argument_group("method")
-    add = group.add_argument
+    add, level = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--method", choices=("ddep", "dep"), default="ddep", help="dep trains the encoder too (ddep)")
-    level = group.add_mutually_exclusive_group()
     level.add_argument("--gamma", type=common.number(float, 0, 1), nargs="+", metavar="G",
                        help="of Eq. 5 (0.95), or two: drawn between them for each image (§4.4)")
     level.add_argument("--sigma", type=common.number(float, 0), help="use the noise of Eq. 1 instead")
@@ -56,28 +54,25 @@ def parse_arguments(argv=None):
         "imagenet1k (resnet50; PAPER SILENT on which weights)")
     add("--width", type=common.number(float, 1 / 64),
         help="decoder of [1024, 512, 256, 128, 64] * W (1; shapes: 1/4; §4.3)")
-    group = parser.add_argument_group("data")
-    common.add_data_flags(group, UNLABELLED)
-    add = group.add_argument
+    common.add_data_flags(parser, UNLABELLED)
     add("--image-size", type=common.number(int, 32), help="side of the crops (%(default)s; §5.1)")
     add("--min-area", type=common.number(float, 0, 1),
         help="smallest share of the image in a crop; PAPER SILENT (%(default)s)")
-    common.add_optimisation_flags(parser)
-    common.add_machine_flags(parser)
+    common.add_training_flags(parser)
     args = parser.parse(RECIPES, argv)
     if args.gamma is None and args.sigma is None:
         args.gamma = [0.95]
     if args.gamma and (len(args.gamma) > 2 or args.gamma != sorted(args.gamma)):
         parser.error(f"--gamma {args.gamma}: expected one value, or LOW HIGH")
-    args.out = args.out or os.path.join("runs", args.data, f"pretrain_decoder_{args.method}")
+    args.out = args.out or f"runs/{args.data}/pretrain_decoder_{args.method}"
     return args
 
 
 def toy_encoder(args, rank):
-    """The path of the toy encoder, which stage 1 trains first if it is missing. Raises UserError."""
+    """The path of the toy encoder, which stage 1 trains first if it is missing."""
     if args.data != "shapes" or args.encoder not in (None, "hybrid-small"):
         raise UserError("DDeP needs a trained encoder: pass --encoder-weights PATH or imagenet21k")
-    path, finished = (os.path.join(TOY_ENCODER, name) for name in ("last.pt", "metrics.json"))
+    path, finished = f"{TOY_ENCODER}/last.pt", f"{TOY_ENCODER}/metrics.json"
     common.require_same(finished, os.path.exists(finished))
     if not os.path.exists(finished):
         say(f"stage 1 trains an encoder first, in {TOY_ENCODER}", rank)
@@ -88,7 +83,7 @@ def toy_encoder(args, rank):
 
 @common.users_mistakes()
 def denoising_network(args, source):
-    """The UNet, its encoder with the weights in `source`, if any, and its model_args. Raises UserError."""
+    """The UNet, its encoder with the weights in `source`, if any, and its model_args."""
     with common.local_first():
         state, made_with = read_weights(source) if source else ({}, {})
     made_with.pop("width", None)  # a decoder in the file is not used
@@ -172,8 +167,8 @@ def main():
     log.close()
     if rank == 0:
         metrics, panel = look_at(args, model, samples, device)
-        common.save(os.path.join(args.out, "panel.png"), panel)
-        common.save(os.path.join(args.out, "metrics.json"), {"step": steps, **metrics})
+        common.save(f"{args.out}/panel.png", panel)
+        common.save(f"{args.out}/metrics.json", {"step": steps, **metrics})
 
 
 @torch.no_grad()

@@ -5,11 +5,8 @@
     torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k  # eight
 
 Input: a folder (root/train/<class>/ or root/<class>/) or .tar file per class. Output in --out: last.pt, for
---encoder-weights of stage 2; log.jsonl; metrics.json at the end. A published encoder replaces this stage
-(--encoder-weights imagenet21k).
+--encoder-weights of stage 2; log.jsonl; metrics.json. A published encoder replaces this stage.
 """
-import os
-
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -31,18 +28,15 @@ RECIPES = {  # PAPER SILENT on all settings of stage 1: "paper" has those usual 
 
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
-    add = parser.add_argument_group("method").add_argument
+    add = parser.add_argument
     add("--encoder", choices=ENCODERS, help="the network (%(default)s)")
-    group = parser.add_argument_group("data")
-    common.add_data_flags(group, CLASSIFIED)
-    add = group.add_argument
+    common.add_data_flags(parser, CLASSIFIED)
     add("--image-size", type=common.number(int, 32), help="side of the crops (%(default)s)")
     add("--min-area", type=common.number(float, 0, 1),
         help="smallest share of the image in a crop (%(default)s)")
-    common.add_optimisation_flags(parser)
-    common.add_machine_flags(parser)
+    common.add_training_flags(parser)
     args = parser.parse(RECIPES, argv)
-    args.out = args.out or os.path.join("runs", args.data, "pretrain_encoder")
+    args.out = args.out or f"runs/{args.data}/pretrain_encoder"
     return args
 
 
@@ -98,7 +92,7 @@ def main(argv=None):
                                    class_names=names)
     log.close()
     if rank == 0:
-        common.save(os.path.join(args.out, "metrics.json"), {"step": steps})
+        common.save(f"{args.out}/metrics.json", {"step": steps})
 
 
 if __name__ == "__main__":

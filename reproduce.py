@@ -165,9 +165,9 @@ def runs_of(args, row, data, column, seed, rates=""):
     """The runs of one fine-tuning, in order: what it needs, then itself. rates: flags of stage 3."""
     def run(script, parts, *words):
         name = "_".join(" ".join(parts).replace("--", "").replace("/", "-").split())
-        folder = os.path.join(args.out, name)
+        folder = f"{args.out}/{name}"
         runs.append(Run(script, folder, ["--out", folder, *words]))
-        return os.path.join(folder, "last.pt")
+        return f"{folder}/last.pt"
 
     def root(data):
         name = data.removesuffix("_coarse")
@@ -231,11 +231,11 @@ def execute(run):
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     os.makedirs(run.out, exist_ok=True)
     with open(output, "w") as file:
-        command = [*start, os.path.join(HERE, run.script), *run.words]
+        command = [*start, f"{HERE}/{run.script}", *run.words]
         status = subprocess.run(command, stdout=file, stderr=file).returncode
     diverged = status and common.NOT_FINITE in output.read_text(errors="replace")
     if diverged and run.out.endswith(f"seed_{SWEEP_SEED}"):
-        common.save(os.path.join(run.out, "metrics.json"), {"miou": 0.0})  # not to be chosen
+        common.save(f"{run.out}/metrics.json", {"miou": 0.0})  # not to be chosen
     elif status:
         say(f"failed: {run.script} {shlex.join(run.words)}; see {output}")
         return False
