@@ -119,7 +119,7 @@ class Files(Source):
 
     def read(self, i):
         path, offset, size, label = self.rows[i].tolist()
-        file = path = f"{self.root}/{os.fsdecode(path)}"
+        file = path = Path(self.root, os.fsdecode(path))
         if size >= 0:
             with open(path, "rb") as tar:
                 tar.seek(offset)
@@ -137,11 +137,11 @@ class Pairs(Source):
         return self.rows[i][0]
 
     def read(self, i):
-        image = read_image(f"{self.root}/{self.rows[i][0]}")
+        image = read_image(Path(self.root, self.rows[i][0]))
         return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(self.mask(i, image.shape[1:]))}
 
     def mask(self, i, size):
-        path = f"{self.root}/{self.rows[i][1]}"
+        path = Path(self.root, self.rows[i][1])
         mask = read_mask(path, self.values)
         if tuple(mask.shape) != tuple(size):
             raise UserError(f"{path}: {tuple(mask.shape)} (H, W), expected its image's {tuple(size)}")
@@ -156,7 +156,7 @@ def home(args, places, folder):
     if args.root is None:
         raise UserError(f"--data {args.data} needs a folder; pass --root DIR")
     paths = [path for place in places for path in glob(f"{escape(args.root)}/{place}".rstrip("/"))]
-    found = [path for path in paths if os.path.isdir(f"{path}/{folder}")]
+    found = [path for path in paths if Path(path, folder).is_dir()]
     if len(found) != 1:
         raise UserError(f"--root {args.root}: expected one folder {folder or '.'} in "
                         f"{', '.join(found or paths)}; see --root, --images, --masks")
@@ -292,7 +292,7 @@ def labelled(args, classes, wanted=("train", "val")):
             pairs, note = select(str(lists[part]).replace("{part}", part), everywhere, pairs), ""
         alone = [pair.image or pair.mask for pair in pairs if None in pair]
         if alone:
-            raise UserError(f"{root}/{alone[0]}: {len(alone)} files without a partner; expected {images} and "
+            raise UserError(f"{Path(root, alone[0])}: {len(alone)} files without a partner; expected {images} and "
                             f"{masks} with equal text for *; add it, or pass other patterns or lists")
         if pairs:
             rows = [(pair.image, pair.mask) for pair in pairs]
@@ -347,7 +347,7 @@ def survey(parts, classes):
     for part, source in parts.items():
         pixels = np.zeros(256)
         for i in np.unique(np.linspace(0, len(source) - 1, 500).astype(int)):
-            image, path = (f"{source.root}/{path}" for path in source.rows[i])
+            image, path = (Path(source.root, path) for path in source.rows[i])
             pixels += np.bincount(source.mask(i, image_size(image)).flatten(), minlength=256)
             with Image.open(path) as picture:
                 if picture.mode != "P" or isinstance(next(iter(classes.values)), tuple):

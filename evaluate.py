@@ -177,7 +177,8 @@ def picture_table(rows, titles, names=(), colours=(), width=160):
             y += height + 6
     for i, (k, name) in enumerate(entries):
         x, y = 6 + (width + 6) * (i % len(titles)), legend + 20 * (i // len(titles))
-        page.paste(Image.fromarray(colour_mask(np.full((14, 14), k), colours)), (x, y + 1))
+        draw.rectangle([x, y + 1, x + 13, y + 14], outline="black")
+        page.paste(Image.fromarray(colour_mask(np.full((12, 12), k), colours)), (x + 1, y + 2))
         draw.text((x + 19, y), name, "black", font)
     return page
 

@@ -28,7 +28,7 @@ HIDDEN = ("__MACOSX", "lost+found")  # and all names that begin with "." or "@"
 def files_below(root, folder):
     """Yield (folder, its file names) for root/folder ("" or ending with "/") and all folders in it, sorted,
     without hidden ones. Links are followed."""
-    with os.scandir(f"{root}/{folder}") as entries:
+    with os.scandir(Path(root, folder)) as entries:
         entries = [entry for entry in entries if entry.name[0] not in ".@" and entry.name not in HIDDEN]
     entries.sort(key=lambda entry: entry.name)
     for entry in entries:
@@ -84,7 +84,7 @@ def matches(root, pattern, without=()):
     """({text for the `*`: path}, other pictures in the folder), both empty if there is no folder."""
     start, form = form_of(pattern)
     found, others = {}, []
-    if not os.path.isdir(f"{root}/{start}"):
+    if not Path(root, start).is_dir():
         return found, others
     for folder, names in files_below(root, start):
         for path in (folder + name for name in names if folder + name not in without):

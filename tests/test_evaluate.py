@@ -38,7 +38,7 @@ def test_logits_that_are_not_finite_are_an_error_with_the_image(few, monkeypatch
     factors = iter([1, float("nan"), 1])
     monkeypatch.setattr(evaluate, "predict", lambda model, x: x * next(factors))
     with pytest.raises(UserError, match="val-00001"):
-        evaluate.evaluate(Mixed(), datasets.toy("val"), list("abcdefg"), torch.device("cpu"))
+        evaluate.evaluate(Mixed(), datasets.Toy([("val", i) for i in range(3)], ""), list("abcdefg"), torch.device("cpu"))
 
 
 def starts(side, window, stride):
@@ -113,17 +113,17 @@ def again(script, tuned, tmp_path):
     return call
 
 
-def test_other_images_and_parts_are_scored(again, tuned, folder, tmp_path):
-    wanted = scores_in(tuned)["iou"]
-    assert again("--split", "train")["images"] == 4 and one_line(again("--split", "test"), "test")
+def test_other_images_are_scored(again, tuned, folder, tmp_path):
+    wanted, flat = scores_in(tuned)["iou"], ["--images", "images/test/*", "--masks", "masks/test/*"]
     for kind in ("images", "masks"):
         (folder / kind / "val").rename(folder / kind / "test")
-    assert again("--split", "test")["iou"] == wanted
-    assert again("--split", "test", "--scales", 0.5, "--no-flip", "--window", 16)["iou"] != wanted
-    folder.rename(tmp_path / "elsewhere")
-    flat = ["--data", "folder", "--images", "images/test/*", "--masks", "masks/test/*"]
-    for more in (["--split", "test"], flat):
-        assert again("--root", tmp_path / "elsewhere", *more)["iou"] == wanted
+    assert one_line(again(), str(folder))
+    folder = folder.rename(tmp_path / "elsewhere")
+    assert again("--root", folder, "--images", "images/train/*", "--masks", "masks/train/*",
+                 "--data", "folder")["images"] == 4
+    other = ["--data", "folder", "--root", folder, *flat]
+    assert again(*other)["iou"] == wanted
+    assert again(*other, "--scales", 0.5, "--no-flip", "--window", 16)["iou"] != wanted
 
 
 def test_other_classes_are_refused_and_the_same_may_have_other_values(again, tuned, folder, monkeypatch):
@@ -193,7 +193,6 @@ def test_flags_without_an_effect_are_refused(again, script, few, tmp_path):
     assert one_line(again("--stride", 4, "--window", 0), "--stride")
     (tmp_path / "list.txt").write_text("f\n")
     assert again("--val-list", tmp_path / "list.txt")["images"] == 1
-    assert one_line(again("--val-list", tmp_path / "list.txt", "--split", "train"), "--split")
     for flags in (["--root", "x"], ["--images", "*.png"], ["--masks", "*.png"], ["--val-fraction", 0.5]):
         status, _, err = script("finetune", *flags, "--out", tmp_path / "shapes")
         assert one_line((status, err), flags[0])
@@ -217,8 +216,8 @@ def test_predictions_have_the_values_of_the_training_masks_and_can_serve_as_mask
     monkeypatch.setattr(evaluate, "predict", bright)
     flags = [*tiny("finetune", *OWN), "--root", root, "--labels", 2, "--steps", 1]
     done("finetune", *flags, "--out", out)
-    done("evaluate", "--checkpoint", out / "last.pt", "--split", "train", "--workers", 0,
-         "--save-predictions", tmp_path / "p")
+    done("evaluate", "--checkpoint", out / "last.pt", "--data", "folder", "--root", root, "--workers", 0,
+         "--images", "images/train/*", "--masks", "masks/train/*", "--save-predictions", tmp_path / "p")
     masks = f"{tmp_path}/p/index/images/{{part}}/*.png"
     source = pairs("folder", root, masks=masks)
     for i in range(2):
@@ -227,3 +226,55 @@ def test_predictions_have_the_values_of_the_training_masks_and_can_serve_as_mask
         assert (said == np.array(values)[wanted.astype(int)]).mean() > 0.99
         assert (source.read(i)["mask"].numpy() == wanted).mean() > 0.99  # but for rounding
     done("finetune", *flags, "--masks", masks, "--out", tmp_path / "again")
+
+
+COLOURS = np.array([[200, 0, 0], [0, 0, 200]], np.uint8)
+
+
+def test_a_mask_has_its_colours_and_ignored_pixels_are_hatched():
+    mask = np.full((16, 24), 255, np.uint8)
+    mask[2, 3], mask[2, 4], mask[15, 23] = 0, 1, 1
+    page = evaluate.colour_mask(mask, COLOURS)
+    assert page.shape == (16, 24, 3) and page.dtype == np.uint8
+    assert page[[2, 2, 15], [3, 4, 23]].tolist() == [[200, 0, 0], [0, 0, 200], [0, 0, 200]]
+    ignored = page[mask == 255]
+    light, dark = ((ignored == grey).all(-1) for grey in (255, 150))
+    assert (light | dark).all() and 0.2 < dark.mean() < 0.3
+
+
+def test_a_table_shows_every_picture_whole_and_equally_wide_below_its_title():
+    rng = np.random.RandomState(0)
+    heights = (20, 10, 40)  # square, wide and tall
+    rows = [[rng.randint(0, 256, (height, 20, 3), dtype=np.uint8) for _ in range(2)] for height in heights]
+    page = np.asarray(evaluate.picture_table(rows, ["a", "b"], width=20))
+    assert page.shape == (24 + sum(heights) + 3 * 6, 6 + 2 * 26, 3)
+    for row, top, height in zip(rows, (24, 50, 66), heights):
+        assert np.array_equal(page[top:top + height, 6:26], row[0])
+        assert np.array_equal(page[top:top + height, 32:52], row[1])
+    assert (page[5:20, 6:26] < 128).any() and (page[5:20, 32:52] < 128).any()  # the titles
+    enlarged = np.asarray(evaluate.picture_table([[rows[0][0]]], [""], width=40))
+    assert np.array_equal(enlarged[24:64, 6:46], rows[0][0].repeat(2, 0).repeat(2, 1))
+
+
+def test_a_legend_shows_every_class_in_its_colour_and_what_is_ignored():
+    cell = np.zeros((20, 150, 3), np.uint8)
+    plain = evaluate.picture_table([[cell]], ["a"], width=150)
+    colours = np.array([[20 * k, 255 - 20 * k, 7] for k in range(9)], np.uint8)
+    for names, table in ((["one", "two"], COLOURS), ([f"class {k}" for k in range(9)], colours)):
+        page = np.asarray(evaluate.picture_table([[cell]], ["a"], names, table, 150))
+        assert page.shape[1] == plain.width and np.array_equal(page[:plain.height], np.asarray(plain))
+        legend = page[plain.height:]
+        assert all((legend == colour).all(-1).sum() == 12 * 12 for colour in table)  # whole, in its frame
+        assert (legend == 150).all(-1).sum() > 10  # hatched
+
+
+def test_long_texts_are_drawn_whole():
+    names, colours = [f"{'a long name ' * 4}{k}" for k in range(19)], datasets.palette(19)
+    for titles in (["image"], ["image", "truth", "a title " * 9]):
+        row = [np.zeros((20, 40, 3), np.uint8)] * len(titles)
+        page = np.asarray(evaluate.picture_table([row], titles, names, colours, 40))
+        assert (page[:, -6:] == 255).all()  # nothing reaches the page's edge
+        column = (page.shape[1] - 6) // len(titles)
+        legend = page[-20 * -(-20 // len(titles)):]
+        for right in range(column, page.shape[1], column):  # nor the next column
+            assert (legend[:, right:right + 6] == 255).all()

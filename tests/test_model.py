@@ -104,26 +104,15 @@ def test_resnet50_normalises_by_what_is_stored_unless_told_to_use_the_batch(of_t
 @pytest.mark.parametrize("name, encoder_count, channels, skips", [
     ("hybrid", sum(map(math.prod, jax_reference.key_shapes().values())), 768, (0, 512, 256, 64, 0)),
     ("resnet50", 25_557_032 - 2048 * 1000 - 1000, 2048, (1024, 512, 256, 64, 0))])  # torchvision's but fc
-def test_the_sizes_at_the_head_of_model_py_are_true(name, encoder_count, channels, skips):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    line = next(line for line in model.__doc__.splitlines() if line.split()[:1] == [name])
-    said = [(int(n.replace(",", "")), float(g)) for n, g in re.findall(r"([\d,]+) +([\d.]+) G", line)]
-    counts = [encoder_count]
-    for width in (1, 2, 3):
-        outs = [c * width for c in (1024, 512, 256, 128, 64)]
-        blocks = zip([channels, *outs], skips, outs)  # of two bias-free convolutions and two norms
-        counts.append(sum(9 * (i + s) * o + 9 * o * o + 4 * o for i, s, o in blocks) + 3 * outs[-1] * 9 + 3)
-    assert [n for n, _ in said] == counts
-    with torch.device("meta"), torch.no_grad():
-        encoder, x = build_encoder(name), torch.zeros(1, 3, 224, 224)
-        maps = encoder(x)
-        calls = [(encoder, (x,)), *((UNet(encoder, w).decoder, (maps, x.shape[2:])) for w in (1, 2, 3))]
-        for (module, inputs), (parameters, multiply_adds) in zip(calls, said, strict=True):
-            with FlopCounterMode(display=False) as counter:
-                module(*inputs)
-            assert sum(p.numel() for p in module.parameters()) == parameters
-            assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, abs=0.051)
+def test_the_networks_have_the_sizes_of_the_paper(name, encoder_count, channels, skips):
+    with torch.device("meta"):
+        encoder = build_encoder(name)
+        assert sum(p.numel() for p in encoder.parameters()) == encoder_count
+        for width in (1, 2, 3):
+            outs = [c * width for c in (1024, 512, 256, 128, 64)]
+            blocks = zip([channels, *outs], skips, outs)  # of two bias-free convolutions and two norms
+            count = sum(9 * (i + s) * o + 9 * o * o + 4 * o for i, s, o in blocks) + 3 * outs[-1] * 9 + 3
+            assert sum(p.numel() for p in UNet(encoder, width).decoder.parameters()) == count
 
 
 @on_devices

@@ -1,4 +1,5 @@
 """What all three stages promise (a run that is killed, several processes, flags), then stage 2 itself."""
+import copy
 import json
 import os
 import random
@@ -281,16 +282,15 @@ def by_hand(variant, x, eps, seeds):
 @pytest.mark.parametrize("variant, more", [
     ("plain", []), ("range", ["--gamma", 0.3, 0.9]), ("simple", ["--sigma", 0.8]),
     ("image", ["--target", "image"]), ("condition", ["--gamma", 0.3, 0.9, "--condition"])])
-def test_the_loss_is_that_of_the_equations(variant, more, device, script, few, encoder, tmp_path):
+def test_the_loss_is_that_of_the_equations(variant, more, device, script, few, encoder, tmp_path, monkeypatch):
     torch.manual_seed(3)
     network = model.build_unet("hybrid-small", 0.03125, 3, variant == "condition", 64)
     network.load_state_dict(torch.load(encoder)["model"], strict=False)
-    if variant == "condition":  # fresh ones do not look at gamma
+    if variant == "condition":  # fresh weights do not look at gamma
         for name, weights in network.named_parameters():
             weights.data += 0.1 * torch.randn_like(weights) * ("gamma" in name)
-        made_with = {"encoder": "hybrid-small", "width": 0.03125, "image_size": 64}
-        torch.save({"model": network.state_dict(), "model_args": made_with}, tmp_path / "init.pt")
-    weights = ["--init", tmp_path / "init.pt"] if variant == "condition" else ["--encoder-weights", encoder]
+        monkeypatch.setattr(pretrain_decoder, "build_unet", lambda **_: copy.deepcopy(network))
+    weights = ["--encoder-weights", encoder]
     status, _, err = script("pretrain_decoder", *TINY["pretrain_decoder"], *weights, *more, "--seed", 3,
                             "--device", device, "--precision", "fp32", "--out", tmp_path)
     assert status == 0, err
@@ -310,6 +310,11 @@ def test_the_loss_is_that_of_the_equations(variant, more, device, script, few, e
         ((target.square().sum() - explained) / target.numel()).item(), rel=1e-4)
     network.load_state_dict(load(tmp_path)["model"])
     assert metrics["loss"] == pytest.approx(mse(x_noisy, target, gamma), **close)
+    page = np.asarray(Image.open(tmp_path / "panel.png"))[26:24 + 4 * 166:5, 8:, :]  # five pixels for one
+    x, shown = batch_of(4)[0], [(x_noisy[0].cpu(), 166)]
+    for image, left in [(x[0], 0), *shown]:
+        assert np.abs(page[:32, left:left + 160:5] / 127.5 - 1 - image.clamp(-1, 1).permute(1, 2, 0).numpy()
+                      ).max() < 0.005
     rises = metrics["rise_of_loss_without_map"]
     mean = mse(x_noisy, target, gamma, lambda maps: [maps[0].mean(0, True).expand_as(maps[0]), *maps[1:]])
     assert list(rises) == ["2", "4", "8", "16"]
