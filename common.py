@@ -169,7 +169,8 @@ def start_processes(args):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return rank, world, torch.device(device), choose_precision(args.precision, device)
+    device = torch.device(device)
+    return rank, world, device, choose_precision(args.precision, device)
 
 
 def total(tensor):
@@ -217,12 +218,13 @@ def choose_precision(precision, device):
     """Replace "auto". On CPUs it is fp32: bf16 is slower there."""
     if precision != "auto":
         return precision
-    if not device.startswith("cuda"):
+    if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def autocast(precision, device):
+    precision = choose_precision(precision, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 

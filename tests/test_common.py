@@ -215,7 +215,7 @@ def test_tasks_of_srun_without_torchrun_are_refused(monkeypatch):
 def test_auto_is_bf16_without_emulation_then_fp16_and_elsewhere_fp32(asked, device, bf16, wanted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: including_emulation or bf16)
-    assert common.choose_precision(asked, device) == wanted
+    assert common.choose_precision(asked, torch.device(device)) == wanted
 
 
 @pytest.mark.parametrize("error", [ImportError, TypeError])
