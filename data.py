@@ -173,9 +173,6 @@ class Order(Sampler):
         self.rank, self.share = rank, batch_size // world
         self.parts = -(-self.share // micro_batch)
 
-    def __len__(self):
-        return (self.steps - self.start) * self.parts
-
     def __iter__(self):
         order_epoch, order = -1, None
         for step in range(self.start, self.steps):

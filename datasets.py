@@ -25,28 +25,23 @@ from files import find_pairs, form_of, list_pictures, plain, read_lines, select
 class DataSet(NamedTuple):
     images: str  # pattern (files.py); {part} is train or val
     masks: str  # pattern
-    values: tuple = ()  # mask values of the classes, in the order of classes/<name>.txt
-    ignored: tuple = ()  # other mask values in the official files
     places: tuple = ("",)  # where the set may lie below --root
     words: tuple = ("train", "val")  # what stands for {part}
     lists: str = ""  # text files that list the images of a part
     scales: tuple = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # for evaluation (5.1)
 
 
-CONTEXT = DataSet("JPEGImages/*.jpg", "SegmentationClassContext/*.png", tuple(range(1, 60)), (0,),
-                  ("", "VOC2010", "VOCdevkit/VOC2010"), lists="ImageSets/SegmentationContext/{part}.txt")
-DATA_SETS = {
+CONTEXT = DataSet("JPEGImages/*.jpg", "SegmentationClassContext/*.png", ("", "VOC2010", "VOCdevkit/VOC2010"),
+                  lists="ImageSets/SegmentationContext/{part}.txt")
+DATA_SETS = {  # the classes and mask values of a named set are in classes/
     "folder": DataSet("images/{part}/*", "masks/{part}/*", scales=(1.0,)),
-    "cityscapes": DataSet(
-        "leftImg8bit/{part}/*_leftImg8bit.png", "gtFine/{part}/*_gtFine_labelIds.png",
-        (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), tuple(range(34)),
-        scales=(1.0,)),
+    "cityscapes": DataSet("leftImg8bit/{part}/*_leftImg8bit.png", "gtFine/{part}/*_gtFine_labelIds.png",
+                          scales=(1.0,)),
     "pascal_context": CONTEXT,  # PAPER SILENT on 59 classes (no background) or 60
-    "pascal_context_60": CONTEXT._replace(values=tuple(range(60)), ignored=()),
-    "ade20k": DataSet("images/{part}/*.jpg", "annotations/{part}/*.png", tuple(range(1, 151)), (0,),
-                      ("", "ADEChallengeData2016"), ("training", "validation")),
-    "voc": DataSet("JPEGImages/*.jpg", "SegmentationClass/*.png", tuple(range(21)), (255,),
-                   ("", "VOC20??", "VOCdevkit/VOC20??"),
+    "pascal_context_60": CONTEXT,
+    "ade20k": DataSet("images/{part}/*.jpg", "annotations/{part}/*.png", ("", "ADEChallengeData2016"),
+                      ("training", "validation")),
+    "voc": DataSet("JPEGImages/*.jpg", "SegmentationClass/*.png", ("", "VOC20??", "VOCdevkit/VOC20??"),
                    lists="ImageSets/Segmentation/{part}.txt"),  # PAPER SILENT on evaluation on VOC
 }
 LABELLED = ("shapes", *DATA_SETS)  # for stage 3 and evaluation
@@ -151,7 +146,7 @@ class Pairs(Source):
 # ---- Stages 1 and 2: pictures with a class or no label
 
 
-def home(args, places, folder):
+def home(args, places=("",), folder=""):
     """--root, or the one of `places` below it that holds `folder`."""
     if args.root is None:
         raise UserError(f"--data {args.data} needs a folder; pass --root DIR")
@@ -191,7 +186,7 @@ def classification_images(args):
     """(source, class names) for stage 1: a folder or, in ImageNet-21k, a .tar file per class."""
     if args.data == "shapes":
         return toy(args, "encoder_train"), [*shapes.CLASSES[1:]]
-    root = home(args, ("",), "")
+    root = home(args)
     if os.path.isdir(f"{root}/train"):
         root += "/train"
     tars = sorted(glob("*.tar", root_dir=root)) if args.data == "imagenet21k" else []
@@ -226,39 +221,32 @@ def palette(count):
 
 
 def classes_of(args):
-    """The Classes of --data; those of a folder are in its classes.txt."""
+    """The Classes of --data, from a text file that README.md describes."""
     if args.data == "shapes":
         names = [*shapes.CLASSES]
         return Classes(names, palette(len(names)), {i: i for i in range(len(names))})
-    if args.data == "folder":
-        return own_classes(home(args, ("",), "") + "/classes.txt")
-    values, ignored = DATA_SETS[args.data].values, DATA_SETS[args.data].ignored
-    if args.data == "cityscapes" and re.search("train_?id", args.masks or "", re.IGNORECASE):
-        values, ignored = range(len(values)), (IGNORE,)
-    lines = read_lines(Path(__file__).parent / "classes" / f"{args.data.removesuffix('_60')}.txt")
-    lines = [line.split(maxsplit=3) for line in lines[-len(values):]]  # the 59 classes are the last of 60
-    return Classes([line[3] for line in lines], [tuple(map(int, line[:3])) for line in lines],
-                   {**dict.fromkeys(ignored, IGNORE), **{value: k for k, value in enumerate(values)}})
-
-
-def own_classes(path):
-    """The Classes in a text file (README.md describes it)."""
-    lines = [line.split() for line in (read_lines(path) if os.path.exists(path) else [])]
-    count = next(n for n in (3, 1, 0)  # of numbers before the name
+    name, path = args.data, Path(__file__).parent / "classes"
+    if name == "folder":
+        name, path = "classes", home(args)
+    elif name == "cityscapes" and re.search("train_?id", args.masks or "", re.IGNORECASE):
+        name = "cityscapes_train_ids"
+    path = Path(path, f"{name}.txt")
+    lines = [line.split() for line in (read_lines(path) if path.exists() else [])]
+    count = next(n for n in (4, 3, 1, 0)  # of numbers before the name
                  if all(len(words) > n and all(map(str.isdecimal, words[:n])) for words in lines))
-    keys = [tuple(map(int, words[:count])) if count else (i,) for i, words in enumerate(lines)]
+    numbers = [tuple(map(int, words[:count])) or (i,) for i, words in enumerate(lines)]
+    keys = numbers if count == 3 else [number[0] for number in numbers]
     named = [" ".join(words[count:]) for words in lines]
     names = [name for name in dict.fromkeys(named) if name != "ignore"]
     # Such as `1: sky`, mixed forms, `__ignore__`; without numbers before the names also `sky 1` and `sky,1`
     wrong = [name for name in named if name[0] in "#-+.0123456789" or "ignore" in name.lower() != "ignore"
              or not count and re.search(r"[\s,;:=]\d+$", name)]
-    if wrong or len(set(keys)) < len(keys) or not 2 <= len(names) <= 255 or max(map(max, keys)) > 255:
-        raise UserError(f"{path}: {wrong[0] if wrong else f'{len(names)} classes'}; expected 2 to 255 "
-                        "classes, all lines `name` (line n is value n, from 0), `value name` or "
-                        "`R G B name`; each value once, from 0 to 255; `ignore` is no class")
-    colours = [keys[named.index(name)] for name in names] if count == 3 else palette(len(names))
-    classes = [IGNORE if name == "ignore" else names.index(name) for name in named]
-    values = dict(zip(keys if count == 3 else (key[0] for key in keys), classes))
+    if wrong or len({*keys}) < len(keys) or not 2 <= len(names) <= 255 or max(map(max, numbers)) > 255:
+        raise UserError(f"{path}: {wrong[0] if wrong else f'{len(names)} classes'}; expected 2 to 255 classes: "
+                        "all lines `name` (line n is value n, from 0), `value name`, `R G B name` or "
+                        "`value R G B name`; each value once, from 0 to 255; `ignore` is no class")
+    colours = [numbers[named.index(name)][-3:] for name in names] if count > 2 else palette(len(names))
+    values = {key: IGNORE if name == "ignore" else names.index(name) for key, name in zip(keys, named)}
     return Classes(names, colours, values if count else {IGNORE: IGNORE, **values})
 
 
@@ -287,14 +275,14 @@ def labelled(args, classes, wanted=("train", "val")):
     sources = {}
     for part in wanted:
         pairs, others = found.get(part, ([], []))
-        note = f"; left out {len(others)} other pictures, such as {others[0]}" if others else ""
         if lists[part]:
-            pairs, note = select(str(lists[part]).replace("{part}", part), everywhere, pairs), ""
+            pairs, others = select(str(lists[part]).replace("{part}", part), everywhere, pairs), []
         alone = [pair.image or pair.mask for pair in pairs if None in pair]
         if alone:
-            raise UserError(f"{Path(root, alone[0])}: {len(alone)} files without a partner; expected {images} and "
-                            f"{masks} with equal text for *; add it, or pass other patterns or lists")
+            raise UserError(f"{Path(root, alone[0])}: {len(alone)} files without a partner; expected {images} "
+                            f"and {masks} with equal text for *; add it, or pass other patterns or lists")
         if pairs:
+            note = f"; left out {len(others)} other pictures, such as {others[0]}" if others else ""
             rows = [(pair.image, pair.mask) for pair in pairs]
             sources[part] = Pairs(rows, f"{len(rows)} pairs{note}", root, classes.values)
     train, val = sources.get("train"), sources.get("val")
