@@ -242,7 +242,7 @@ def classes_of(args):
     wrong = [name for name in named if name[0] in "#-+.0123456789" or "ignore" in name.lower() != "ignore"
              or not count and re.search(r"[\s,;:=]\d+$", name)]
     if wrong or len({*keys}) < len(keys) or not 2 <= len(names) <= 255 or max(map(max, numbers)) > 255:
-        raise UserError(f"{path}: {wrong[0] if wrong else f'{len(names)} classes'}; expected 2 to 255 classes: "
+        raise UserError(f"{path}: {wrong[0] if wrong else f'{len(names)} classes'}; expected 2 to 255, "
                         "all lines `name` (line n is value n, from 0), `value name`, `R G B name` or "
                         "`value R G B name`; each value once, from 0 to 255; `ignore` is no class")
     colours = [numbers[named.index(name)][-3:] for name in names] if count > 2 else palette(len(names))
@@ -279,7 +279,7 @@ def labelled(args, classes, wanted=("train", "val")):
             pairs, others = select(str(lists[part]).replace("{part}", part), everywhere, pairs), []
         alone = [pair.image or pair.mask for pair in pairs if None in pair]
         if alone:
-            raise UserError(f"{Path(root, alone[0])}: {len(alone)} files without a partner; expected {images} "
+            raise UserError(f"{Path(root, alone[0])}: {len(alone)} files have no partner; expected {images} "
                             f"and {masks} with equal text for *; add it, or pass other patterns or lists")
         if pairs:
             note = f"; left out {len(others)} other pictures, such as {others[0]}" if others else ""

@@ -188,9 +188,8 @@ class ResNet50(nn.Module):
     """torchvision's ResNet-50 (v1.5) without its classifier, under the same names.
 
     forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16 and 32.
-
-    batch_statistics: PAPER SILENT on what BatchNorm uses in training mode. False: the stored statistics,
-    which never change. True: those of the batch, which fresh weights need.
+    batch_statistics: PAPER SILENT on BatchNorm in training mode. False: the stored statistics, which never
+    change. True: those of the batch, which fresh weights need.
     """
 
     def __init__(self, batch_statistics=False):
@@ -268,10 +267,8 @@ def sum_taps(taps, dim):
 
 
 def upsample_conv_fine(x, weight):
-    """16 multiply-adds: one 4x4 transposed convolution, whose kernel sums four shifted 3x3 kernels.
-
-    Faster than upsample_conv_coarse where channels are few and positions many.
-    """
+    """16 multiply-adds: a 4x4 transposed convolution, whose kernel is four shifted 3x3 kernels. Faster than
+    upsample_conv_coarse where channels are few and positions many."""
     kernel = weight.flip(2, 3).transpose(0, 1)  # (I, O, 3, 3)
     kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # (I, O, 4, 3)
     kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # (I, O, 4, 4)
@@ -378,7 +375,7 @@ class UNetDecoder(nn.Module):
 class UNet(nn.Module):
     """Encoder and decoder: (B, 3, H, W) in [-1, 1] -> (B, out_channels, H, W), any H and W.
 
-    gamma: with condition_on_gamma (4.4) the noise level, a float or (B,); None means a clean image.
+    gamma: with condition_on_gamma (4.4) the noise level, a float or (B,); None means 1, a clean image.
     """
 
     def __init__(self, encoder, width=1, out_channels=3, condition_on_gamma=False):
@@ -403,10 +400,7 @@ class UNet(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Stage 1: a linear layer on the mean of the coarsest map: (B, 3, H, W) -> (B, num_classes) logits.
-
-    PAPER SILENT on the classifier. The mean suits any encoder.
-    """
+    """Stage 1: (B, 3, H, W) -> (B, num_classes) logits, linear in the mean of the coarsest map (PAPER SILENT)."""
 
     def __init__(self, encoder, num_classes):
         super().__init__()
@@ -417,10 +411,8 @@ class Classifier(nn.Module):
 
 
 def use_batch_statistics(model, sync):
-    """Make a ResNet-50 normalise with the batch's statistics; other encoders stay as they are.
-
-    sync: with those of all processes (on CUDA). PAPER SILENT.
-    """
+    """Make a ResNet-50 normalise with the batch's statistics; other encoders stay as they are. sync: with
+    those of all processes, on CUDA (PAPER SILENT)."""
     if isinstance(model.encoder, ResNet50):
         model.encoder.batch_statistics = True
         if sync:

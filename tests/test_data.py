@@ -195,7 +195,7 @@ def test_processes_share_one_batch_in_few_equal_parts_and_a_restart_continues_it
     for rank in range(world):
         batches = order(batch_size=24, micro_batch=most, rank=rank, world=world, start=start)
         sizes = [len(batch) for batch in batches]
-        assert len(data.Order(37, 24, most, 9, 0, start, rank, world)) == len(batches) == (9 - start) * parts
+        assert len(batches) == (9 - start) * parts
         assert max(sizes, default=0) <= most and max(sizes, default=0) - min(sizes, default=0) <= 1
         shares.append([sum(batches[i:i + parts], []) for i in range(0, len(batches), parts)])
     assert [sum(share, []) for share in zip(*shares)] == order(batch_size=24)[start:]
