@@ -400,7 +400,7 @@ class UNet(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Stage 1: (B, 3, H, W) -> (B, num_classes) logits, linear in the mean of the coarsest map (PAPER SILENT)."""
+    """Stage 1: (B, 3, H, W) -> (B, num_classes) logits. PAPER SILENT: linear in the coarsest map's mean."""
 
     def __init__(self, encoder, num_classes):
         super().__init__()

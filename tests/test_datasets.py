@@ -313,6 +313,7 @@ def test_stage_2_takes_images_where_there_is_such_a_folder_and_else_everything(f
     ("sky\nsea\nsky\n", ["sky", "sea"], {0: 0, 1: 1, 2: 0, 255: 255}),
     ("0 background\n255 cell", ["background", "cell"], {0: 0, 255: 1}),
     ("\n7 wall\n2 open window\n 11  ignore\n9 wall\n", ["wall", "open window"], {7: 0, 2: 1, 11: 255, 9: 0}),
+    ("7 0 0 0 road\n9 255 0 10 red car\n0 0 0 0 ignore", ["road", "red car"], {7: 0, 9: 1, 0: 255}),
     ("0 0 0 road\n255 0 10 red car\n1 2 3 ignore\n4 5 6 road", ["road", "red car"],
      {(0, 0, 0): 0, (255, 0, 10): 1, (1, 2, 3): 255, (4, 5, 6): 0})])
 def test_classes_txt_says_which_values_or_colours_the_masks_use(text, classes, values, tmp_path):
@@ -320,7 +321,7 @@ def test_classes_txt_says_which_values_or_colours_the_masks_use(text, classes, v
     found = datasets.classes_of(flags("folder", tmp_path))
     assert (found.names, found.values) == (classes, values)
     assert len(set(map(tuple, found.colours))) == len(classes)
-    assert (0, 0, 0) not in values or list(map(tuple, found.colours)) == [(0, 0, 0), (255, 0, 10)]
+    assert "0 0 0 road" not in text or list(map(tuple, found.colours)) == [(0, 0, 0), (255, 0, 10)]
 
 
 @pytest.mark.parametrize("text", [
