@@ -280,7 +280,7 @@ def finish_step(step, loss, optimizer, scaler, rate):
     """After backward: step the optimiser at this rate. Returns the loss, summed over processes, as a float.
 
     UserError, with the weights unchanged, if the loss or gradient is not finite. But in fp16 such a gradient
-    only makes the scaler skip the step and halve its scale, until that is 1.
+    makes the scaler skip the step and halve its scale, until that is 1.
     """
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -297,14 +297,11 @@ def finish_step(step, loss, optimizer, scaler, rate):
 
 
 def save(path, content):
-    """Write a checkpoint or, by the path's ending, JSON or a PNG. The old file stays until the new one is
-    complete on disk. UserError if it cannot be written."""
+    """Write a checkpoint or, by the path's ending, JSON. The old file stays until the new one is on disk."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             if str(path).endswith(".json"):
                 file.write(json.dumps(content, indent=2).encode())
-            elif str(path).endswith(".png"):
-                content.save(file, "PNG")
             else:
                 torch.save(content, file)
             file.flush()

@@ -142,7 +142,7 @@ def main():
         say(f"{as_text(metrics)}\n{len(val)} validation images, {how}", rank)
         if rank == 0:
             page = draw_predictions(model, val, classes, device, precision, args.crop_size)
-            common.save(f"{args.out}/predictions.png", page)
+            page.save(f"{args.out}/predictions.png")
     if rank == 0:
         common.save(f"{args.out}/metrics.json", metrics)
 

@@ -167,7 +167,7 @@ def main():
     log.close()
     if rank == 0:
         metrics, panel = look_at(args, model, samples, device)
-        common.save(f"{args.out}/panel.png", panel)
+        panel.save(f"{args.out}/panel.png")
         common.save(f"{args.out}/metrics.json", {"step": steps, **metrics})
 
 
