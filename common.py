@@ -229,8 +229,9 @@ def autocast(precision, device):
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
-def to_train(model, args, device, world):
-    """Put the model on the device. Returns the network to call: the model, or DDP around it."""
+def prepare_for_training(model, args, device, world):
+    """Put the model on the device. Returns the network to call: the model or, with several processes, DDP
+    around it, which averages the gradients over them after each micro-batch."""
     model.to(device, memory_format=torch.channels_last).train()
     if args.compile:
         model.compile(dynamic=False)  # in place: parameters keep their names
@@ -276,7 +277,7 @@ def cosine_rate(step, steps, peak, warmup):
 NOT_FINITE = "is not finite"
 
 
-def finish_step(step, loss, optimizer, scaler, rate):
+def optimizer_step(step, loss, optimizer, scaler, rate):
     """After backward: step the optimiser at this rate. Returns the loss, summed over processes, as a float.
 
     UserError, with the weights unchanged, if the loss or gradient is not finite. But in fp16 such a gradient
@@ -350,7 +351,7 @@ def resume(args, data):
 
 
 def restore(checkpoint, optimizer, scaler):
-    """Go on with the state of a resumed run, and free the memory of its checkpoint."""
+    """The optimiser's and the scaler's state of a resumed run. Frees the memory of the checkpoint."""
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])

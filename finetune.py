@@ -41,7 +41,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--init", default="none", metavar="PATH", help="or imagenet21k, imagenet1k, none (%(default)s)")
     add("--encoder", choices=ENCODERS, help="(as in --init, else hybrid; shapes: hybrid-small)")
-    add("--width", type=common.number(float, 1 / 64),
+    add("--width", type=common.number(float, 1 / 64), metavar="W",
         help="decoder of [1024, 512, 256, 128, 64] * W (as in --init, else 1; shapes: 1/4; §4.3)")
     add("--labels", type=common.number(int, 1), help="number of labelled images, drawn by --seed (all)")
     common.add_data_flags(parser, LABELLED)
@@ -60,7 +60,7 @@ def parse_arguments(argv=None):
 
 @common.users_mistakes()
 def segmentation_network(args, classes):
-    """The UNet, with the weights of --init, and its model_args."""
+    """(UNet with the weights of --init, its model_args)."""
     with common.local_first():
         state, made_with = read_weights(args.init) if args.init != "none" else ({}, {})
     model_args = dict(**common.network_args(args, made_with, args.init), out_channels=len(classes.names),
@@ -94,9 +94,9 @@ def main():
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:
         model, model_args = segmentation_network(args, classes)
-    if args.init == "none":  # new BatchNorm has no statistics
+    if args.init == "none":  # a new ResNet-50 has no BatchNorm statistics
         use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
-    network = common.to_train(model, args, device, world)
+    network = common.prepare_for_training(model, args, device, world)
 
     # Adam (5.1). PAPER SILENT on betas (torch's) and on coupled or decoupled weight decay (coupled)
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -126,7 +126,7 @@ def main():
             scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
         rate = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
-        loss = common.finish_step(step, loss, optimizer, scaler, rate)
+        loss = common.optimizer_step(step, loss, optimizer, scaler, rate)
         log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save_checkpoint(

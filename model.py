@@ -5,8 +5,8 @@
     eps_hat = unet(x)                                     # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H, W
     unet.decoder.replace_head(19)                         # segmentation: (B, 19, H, W) logits
 
-UNet(encoder) takes any encoder that has two tuples, `channels` and `strides` (powers of two up to 32), finest
-first. It takes (B, 3, H, W) in [-1, 1], where strides[-1] divides H and W, and returns one map
+UNet(encoder) takes any encoder that has two tuples, `channels` and `strides` (powers of two up to 32), from
+finest to coarsest. It takes (B, 3, H, W) in [-1, 1], where strides[-1] divides H and W, and returns one map
 (B, channels[i], H / strides[i], W / strides[i]) per stride.
 
 This file needs torch; ResNet50 needs torchvision, and files of weights numpy (.npz) or safetensors.
@@ -68,12 +68,12 @@ class StdConv2d(nn.Conv2d):
 
     def forward(self, x):
         std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        weight = (self.weight - mean) / (std + 1e-5)  # in JAX, too, epsilon is outside the root
+        weight = (self.weight - mean) / (std + 1e-5)  # in Google's code, too, epsilon is outside the root
         return F.conv2d(same_padding(x, self.kernel_size[0], self.stride[0]), weight, stride=self.stride)
 
 
 def group_norm(channels):
-    """GroupNorm with the published 32 groups. Narrow layers have fewer, with at least two channels each."""
+    """GroupNorm with gcd(32, channels) groups, 32 as published, but at least two channels each."""
     groups = math.gcd(32, channels)
     if groups == channels > 1:
         groups //= 2
@@ -103,7 +103,7 @@ class ResidualUnit(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Transformer block on tokens (B, N, dim), with LayerNorm before each part."""
+    """Transformer block on tokens (B, N, dim), with LayerNorm before the attention and before the MLP."""
 
     def __init__(self, dim, heads, mlp_dim):
         super().__init__()
@@ -122,13 +122,14 @@ class TransformerBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, heads, N, dim / heads)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim)
         x = x + self.proj(y)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))  # as JAX approximates it
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))  # as Google's
 
 
 class HybridViT(nn.Module):
-    """A ResNet down to stride 16, then a ViT on its positions. The defaults are R50+ViT-B/16, as in JAX.
+    """A ResNet down to stride 16, then a ViT on its positions. The defaults are Google's R50+ViT-B/16.
 
-    stem: channels of the root convolution. widths, units: of the residual blocks at strides 4, 8 and 16.
+    stem: channels of the root convolution. widths, units: bottleneck width and number of units of the blocks
+    at strides 4, 8 and 16.
     image_size: sets the position grid (224: 14x14), which is interpolated for images of other sizes.
 
     forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (before the max-pool), 4, 8 and 16 (after the last
@@ -154,7 +155,7 @@ class HybridViT(nn.Module):
     def _block(in_channels, width, units, stride):
         block = nn.Sequential()
         for i in range(units):
-            block.add_module(f"unit{i + 1}", ResidualUnit(in_channels, width, stride))  # the published names
+            block.add_module(f"unit{i + 1}", ResidualUnit(in_channels, width, stride))  # Google's names
             in_channels, stride = 4 * width, 1
         return block
 
@@ -172,7 +173,7 @@ class HybridViT(nn.Module):
         return stride2, stride4, stride8, stride16
 
     def position(self, height, width):
-        """(1, 1 + height * width, dim), bilinear with aligned corners, like JAX's ndimage.zoom."""
+        """(1, 1 + height * width, dim), bilinear with aligned corners, like scipy.ndimage.zoom."""
         if (height, width) == (self.grid, self.grid):
             return self.pos_embedding
         cls, grid = self.pos_embedding[:, :1], self.pos_embedding[:, 1:]
@@ -233,7 +234,7 @@ class UpsampledConv2d(nn.Conv2d):
         return F.conv2d(x, self.weight, padding=1)
 
     They take 36 multiply-adds per position of x and pair of channels; upsample_conv, one of the two functions
-    below, takes 9 or 16. Stage 2 is 1.3 to 1.4 times as fast.
+    below, takes 9 or 16. Stage 2 is 1.3 to 1.4 times as fast with it (ResNet-50, one CPU core).
     """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample_conv):
@@ -254,12 +255,12 @@ def upsample_conv_coarse(x, weight):
     return sum_taps(rows.unbind(3), dim=2).permute(0, 3, 1, 2)  # (B, O, 2H, 2W)
 
 
-def sum_taps(taps, dim):
-    """A 3-tap convolution along `dim` of a signal that is upsampled by 2: positions 2i and 2i + 1 copy i.
+def sum_taps(products, dim):
+    """A 3-tap convolution along `dim` of a signal upsampled by 2, where 2i and 2i + 1 are copies of input i.
 
-    taps: the products of the n positions with the taps before, at and after the centre. Returns 2n sums.
+    products: of the n inputs with the taps before, at and after the centre. Returns 2n sums.
     """
-    before, here, after = taps
+    before, here, after = products
     n, zero = here.shape[dim], torch.zeros_like(here.narrow(dim, 0, 1))
     even = torch.cat([zero, before], dim).narrow(dim, 0, n) + here + after  # 2i sees i - 1, i, i
     odd = before + here + torch.cat([after, zero], dim).narrow(dim, 1, n)  # 2i + 1 sees i, i, i + 1
@@ -267,8 +268,8 @@ def sum_taps(taps, dim):
 
 
 def upsample_conv_fine(x, weight):
-    """16 multiply-adds: a 4x4 transposed convolution, whose kernel is four shifted 3x3 kernels. Faster than
-    upsample_conv_coarse where channels are few and positions many."""
+    """16 multiply-adds: a 4x4 transposed convolution, whose kernel is the sum of four shifted copies of the
+    3x3 kernel. Faster than upsample_conv_coarse where channels are few and positions many."""
     kernel = weight.flip(2, 3).transpose(0, 1)  # (I, O, 3, 3)
     kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # (I, O, 4, 3)
     kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # (I, O, 4, 4)
@@ -278,7 +279,8 @@ def upsample_conv_fine(x, weight):
 class DecoderNorm(nn.Module):
     """GroupNorm, which suits small batches. Conditioning (4.4) adds a scale and shift per channel.
 
-    PAPER SILENT on the norm and on how gamma enters: here linear in its embedding.
+    PAPER SILENT on the norm and on the form of conditioning "normalization layers": here linear in gamma's
+    embedding.
     """
 
     def __init__(self, channels, gamma_dim=None):
@@ -298,10 +300,10 @@ class DecoderNorm(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Upsample by 2, concatenate the skip, then twice 3x3 convolution, norm and ReLU (Figure 2).
+    """Upsample by 2, concatenate the skip, then 3x3 convolution, norm and ReLU, twice (Figure 2).
 
     PAPER SILENT on the decoder block, but it names TransUNet (Chen et al., 2021). This is TransUNet's block
-    with GroupNorm for BatchNorm and nearest for bilinear upsampling. upsample_conv None: no upsampling.
+    with GroupNorm instead of BatchNorm and nearest instead of bilinear upsampling.
     """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample_conv=None, gamma_dim=None):
@@ -342,8 +344,8 @@ class UNetDecoder(nn.Module):
         stride, in_channels = strides[-1], channels[-1]
         for i, out in enumerate((1024, 512, 256, 128, 64)):
             out, upsample_conv = max(1, round(width * out)), None
-            if stride == 2 ** (5 - i):
-                upsample_conv = upsample_conv_coarse if i < 2 else upsample_conv_fine  # the faster one
+            if stride == 2 ** (5 - i):  # so that the last block ends at stride 1
+                upsample_conv = upsample_conv_coarse if i < 2 else upsample_conv_fine  # faster on CPUs
                 stride //= 2
             skip = skip_channels.get(stride, 0)
             self.blocks.append(DecoderBlock(in_channels, skip, out, upsample_conv, gamma_dim))
@@ -352,7 +354,7 @@ class UNetDecoder(nn.Module):
         self.replace_head(out_channels)
 
     def replace_head(self, out_channels):
-        """Put in a new head: 3 channels for denoising, one per class for segmentation."""
+        """Replace the last convolution: 3 channels for denoising, one per class for segmentation."""
         last = self.blocks[-1].conv2
         self.head = nn.Conv2d(last.out_channels, out_channels, 3, padding=1).to(last.weight)
 
@@ -365,7 +367,7 @@ class UNetDecoder(nn.Module):
         return self.head(y)[..., :size[0], :size[1]]  # cuts off the padding of UNet.encode
 
     def embed_gamma(self, gamma, like):
-        """gamma in [0, 1], a float or (B,); None means 1 -> (B, 256). PAPER SILENT: sines, then a layer."""
+        """The embedding (B, 256) of gamma, a float or (B,) in [0, 1]; None means 1. PAPER SILENT on it."""
         gamma = torch.as_tensor(1.0 if gamma is None else gamma, device=like.device, dtype=torch.float32)
         frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, device=like.device))
         phase = gamma.expand(like.shape[0])[:, None] * frequencies  # (B, 32)
@@ -411,8 +413,8 @@ class Classifier(nn.Module):
 
 
 def use_batch_statistics(model, sync):
-    """Make a ResNet-50 normalise with the batch's statistics; other encoders stay as they are. sync: with
-    those of all processes, on CUDA (PAPER SILENT)."""
+    """Make a ResNet-50 normalise with the batch's statistics; other encoders stay as they are. sync: compute
+    them over all processes, on CUDA only (PAPER SILENT)."""
     if isinstance(model.encoder, ResNet50):
         model.encoder.batch_statistics = True
         if sync:

@@ -4,8 +4,8 @@
     x_noisy = scaled_additive_noise(x, eps, gamma=0.95)    # Eq. 5
     loss = denoising_loss(model(x_noisy), eps)             # Eq. 6
 
-x and e are (B, C, H, W); results have x's dtype. gamma in [0, 1] and sigma >= 0 are floats, or tensors (B,)
-with a value per image.
+x and e (`eps`) are (B, C, H, W); results have x's dtype. gamma in [0, 1] and sigma >= 0 are floats, or
+tensors (B,) with a value per image.
 
 PAPER SILENT on the pixel range, without which gamma and sigma mean nothing (Figure 4 is drawn in [0, 1]).
 Here pixels x lie in [-1, 1], as the published encoder expects: x = (value - 127.5) / 127.5 for 8-bit values.
@@ -15,7 +15,7 @@ photographs in [-1, 1] have about 0.25.
 Eqs. 1 and 5 differ by a factor: sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma e) / sqrt(1 + sigma^2), with
 
     gamma   sigma = sqrt(1/gamma - 1)  sqrt(1 - gamma)  where the paper uses it
-    0.95    0.2294                     0.2236           main setting (Table 4)
+    0.95    0.2294                     0.2236           main setting (see below; Table 4)
     0.90    0.3333                     0.3162           lower end of U(0.9, 0.95) in Table 4
     0.6098  0.8000                     0.6247           DeP in Table 2: sigma = 0.8
 
@@ -46,7 +46,7 @@ def denoising_loss(prediction, target):
     """Eq. 2 (target = x: predict the image) and Eqs. 3, 4, 6 (target = e: predict the noise).
 
     prediction, target: (B, C, H, W). Returns a float32 scalar: the MEAN over all elements, so that predicting
-    0 has loss 1 on unit noise. The paper's squared norm is a sum; for Adam the constant changes nothing.
+    0 has loss 1 on unit noise. The paper's squared norm is a sum; a factor changes little for Adam.
     """
     return F.mse_loss(prediction.float(), target.float())
 

@@ -2,17 +2,17 @@
 
     python pretrain_decoder.py --gamma 0.95                # toy data, on a CPU; runs stage 1 if needed
     python pretrain_decoder.py --data folder --root photos --encoder-weights imagenet21k   # one GPU
-    torchrun --nproc_per_node=8 pretrain_decoder.py --data imagenet21k --root imagenet21k \\
-        --encoder-weights imagenet21k --gamma 0.95                                         # eight
+    torchrun --nproc_per_node=8 pretrain_decoder.py --data imagenet21k --root /data/imagenet21k \\
+        --encoder-weights imagenet21k                                                      # eight GPUs
 
 Input: images without labels and, for DDeP, a trained encoder. Output in --out: last.pt, for --init of
 finetune.py; log.jsonl; panel.png; metrics.json.
 
-DDeP (Eq. 6) trains the decoder g_phi; the encoder f_theta is frozen:
+DDeP (Eq. 6) trains the decoder g_phi; the encoder f_theta is frozen. e, `eps` below, is unit Gaussian noise:
 
     O4(phi | theta, gamma) = E_x E_e || g_phi(f_theta(sqrt(gamma) x + sqrt(1 - gamma) e)) - e ||^2
 
-DeP (section 3) trains both; its encoder starts from random weights by default.
+DeP (section 2) trains both, from random weights by default.
 """
 import os
 
@@ -28,9 +28,9 @@ from datasets import UNLABELLED, pretraining_images
 from evaluate import picture_table
 from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet_of, use_batch_statistics
 
-# "paper": section 5.1. PAPER SILENT on batch size, learning rate and crop size of DeP: those of DDeP
-# PAPER SILENT on weight decay and warm-up in pretraining (none on real data) and on the optimiser and its
-# schedule: Adam and a cosine, which 5.1 names for fine-tuning
+# "paper": section 5.1. PAPER SILENT on DeP but for Table 2 (6000 epochs, sigma 0.8): as DDeP
+# PAPER SILENT on weight decay and warm-up in pretraining: none on real data
+# PAPER SILENT on where Adam and a cosine are used (5.1 does not say): here in all stages
 RECIPES = {
     "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=3e-3, warmup=0.02, weight_decay=0.0,
                    image_size=64, min_area=0.5, workers=0, save_every=400),
@@ -52,7 +52,7 @@ def parse_arguments(argv=None):
     add("--encoder", choices=ENCODERS, help="(as in the weights, else hybrid; shapes: hybrid-small)")
     add("--encoder-weights", metavar="PATH", help="last.pt of stage 1, or a download: imagenet21k (hybrid), "
         "imagenet1k (resnet50; PAPER SILENT on which weights)")
-    add("--width", type=common.number(float, 1 / 64),
+    add("--width", type=common.number(float, 1 / 64), metavar="W",
         help="decoder of [1024, 512, 256, 128, 64] * W (1; shapes: 1/4; §4.3)")
     common.add_data_flags(parser, UNLABELLED)
     add("--image-size", type=common.number(int, 32), help="side of the crops (%(default)s; §5.1)")
@@ -73,7 +73,7 @@ def toy_encoder(args, rank):
     if args.data != "shapes" or args.encoder not in (None, "hybrid-small"):
         raise UserError("DDeP needs a trained encoder: pass --encoder-weights PATH or imagenet21k")
     path, finished = f"{TOY_ENCODER}/last.pt", f"{TOY_ENCODER}/metrics.json"
-    common.require_same(finished, os.path.exists(finished))
+    common.require_same(finished, os.path.exists(finished))  # else some would train it, and others not
     if not os.path.exists(finished):
         say(f"stage 1 trains an encoder first, in {TOY_ENCODER}", rank)
         pretrain_encoder.main(["--out", TOY_ENCODER, "--device", args.device])
@@ -83,7 +83,7 @@ def toy_encoder(args, rank):
 
 @common.users_mistakes()
 def denoising_network(args, source):
-    """The UNet, its encoder with the weights in `source`, if any, and its model_args."""
+    """(UNet, its model_args). Its encoder gets the weights in `source`, if given."""
     with common.local_first():
         state, made_with = read_weights(source) if source else ({}, {})
     made_with.pop("width", None)  # a decoder in the file is not used
@@ -110,10 +110,10 @@ def main():
     rank, world, device, precision = common.start_processes(args)
 
     # Data: images
-    with common.local_first():  # the first process of a machine lists them
+    with common.local_first():  # one process a machine makes the list, then the others read it
         images = pretraining_images(args)
     steps = common.number_of_steps(args, len(images), world)
-    checkpoint, start = common.resume(args, str(images))
+    checkpoint, start = common.resume(args, str(images))  # refuses other flags and other images
 
     # Model: DDeP freezes the encoder
     if checkpoint:
@@ -125,13 +125,13 @@ def main():
         model, model_args = denoising_network(args, source)
     if args.method == "ddep":
         freeze(model.encoder)  # before DDP sees its parameters
-    elif args.encoder_weights is None:  # new BatchNorm has no statistics
+    elif args.encoder_weights is None:  # a new ResNet-50 has no BatchNorm statistics
         use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
-    network = common.to_train(model, args, device, world)
+    network = common.prepare_for_training(model, args, device, world)
 
-    # PAPER SILENT on the betas of Adam: torch's defaults
+    # PAPER SILENT on the betas of Adam: torch's defaults. Each step sets the rate
     peak_rate = args.lr
-    if peak_rate is None:
+    if peak_rate is None:  # 5.1
         peak_rate = 1e-4 if model_args["width"] == 2 else 6e-5
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, weight_decay=args.weight_decay, fused=True)
@@ -160,7 +160,7 @@ def main():
             scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
         rate = common.cosine_rate(step - 1, steps, peak_rate, args.warmup)
-        loss = common.finish_step(step, loss, optimizer, scaler, rate)
+        loss = common.optimizer_step(step, loss, optimizer, scaler, rate)
         log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save_checkpoint(args, step, model, model_args, optimizer, scaler, str(images))
@@ -184,21 +184,21 @@ def look_at(args, model, samples, device):
     prediction = model.decoder(maps, x.shape[-2:], gamma)
     loss = noise.denoising_loss(prediction, target).item()
 
-    # A guess without a network: a multiple of the noisy image
+    # A baseline without a network: the best multiple of the noisy image (least squares)
     factor = (target * x_noisy).sum() / x_noisy.square().sum()
     loss_of_multiple = noise.denoising_loss(factor * x_noisy, target).item()
     say(f"denoising loss {loss:.4f}; {factor:.3f} times the noisy image has {loss_of_multiple:.4f}")
     if loss >= loss_of_multiple:
         say("WARNING: the network is no better; raise --steps or change --lr")
 
-    # A decoder that does not use a map has not trained the blocks behind it
+    # If the loss does not rise, the decoder ignores this map, and the blocks that see only it learn little
     rises = {}
     for i, stride in enumerate(model.encoder.strides):
-        changed = [*maps]
+        changed = list(maps)
         changed[i] = maps[i].mean(0, keepdim=True).expand_as(maps[i])
         without = noise.denoising_loss(model.decoder(changed, x.shape[-2:], gamma), target).item()
         rises[stride] = without / loss - 1
-        say(f"the loss rises by {rises[stride]:.1%} if the map of stride {stride} is replaced by its mean")
+        say(f"the loss rises by {rises[stride]:.1%} without the map of stride {stride} (its mean instead)")
 
     columns = {"image": x, "noisy image": x_noisy}
     if args.target == "noise":
@@ -211,7 +211,7 @@ def look_at(args, model, samples, device):
     pictures = torch.stack([*columns.values()], dim=1)[:4].clamp(-1, 1)  # (4, columns, 3, H, W)
     pictures = ((pictures + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
     metrics = {"loss": loss, "loss_of_multiple": loss_of_multiple, "rise_of_loss_without_map": rises}
-    return metrics, picture_table(pictures, [*columns])
+    return metrics, picture_table(pictures, list(columns))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main(argv=None):
     rank, world, device, precision = common.start_processes(args)
 
     # Data: images and their classes
-    with common.local_first():  # the first process of a machine lists them
+    with common.local_first():  # one process a machine makes the list, then the others read it
         images, names = classification_images(args)
     steps = common.number_of_steps(args, len(images), world)
     checkpoint, start = common.resume(args, str(images))
@@ -57,7 +57,7 @@ def main(argv=None):
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
-    network = common.to_train(model, args, device, world)
+    network = common.prepare_for_training(model, args, device, world)
 
     # Adam with decoupled weight decay, as is usual for a ViT
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -85,7 +85,7 @@ def main(argv=None):
             scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
         rate = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
-        loss = common.finish_step(step, loss, optimizer, scaler, rate)
+        loss = common.optimizer_step(step, loss, optimizer, scaler, rate)
         log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save_checkpoint(args, step, model, model_args, optimizer, scaler, str(images),

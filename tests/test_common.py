@@ -132,11 +132,11 @@ def test_what_is_not_finite_is_refused_where_no_lower_scale_can_help(loss, gradi
     optimizer = torch.optim.SGD([weight, torch.nn.Parameter(torch.ones(1))], lr=9)
     scaler.scale((weight * gradient).sum()).backward()
     if fine:
-        assert common.finish_step(5, torch.tensor(float(loss)), optimizer, scaler, 0.25) == loss
+        assert common.optimizer_step(5, torch.tensor(float(loss)), optimizer, scaler, 0.25) == loss
         assert weight.item() == (0.5 if gradient == 2 else 1)  # a step that is skipped changes nothing
     else:
         with pytest.raises(UserError, match="5"):
-            common.finish_step(5, torch.tensor(float(loss)), optimizer, scaler, 0.25)
+            common.optimizer_step(5, torch.tensor(float(loss)), optimizer, scaler, 0.25)
         assert weight.item() == 1
 
 
