@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import zlib
-from collections import defaultdict
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +36,7 @@ from common import UserError, say
 
 class Row(NamedTuple):
     init: str           # none, supervised, or the flags of pretrain_decoder.py; "" in other papers
-    paper: tuple = ()   # mIoU %, for each column
+    paper: str = ""     # mIoU %, for each column. *: see show()
     network: str = ""   # --width or --encoder, where they are not the paper's x1 and Hybrid-ViT
     data: str = ""      # where it is not the table's
 
@@ -50,11 +49,12 @@ class Table(NamedTuple):
 
 
 DDEP = "--data imagenet21k --gamma 0.95"  # 100 epochs, batch 512, 224 px: the defaults of stage 2
-# PAPER SILENT on the batch size, rate and crop size of DeP: here those of DDeP
 # PAPER SILENT on which "all Cityscapes images" (Table 2) are: here fine and coarse, as Table 3 calls them
 DEP = "--method dep --data cityscapes_coarse --epochs 6000"
 DEP_SIGMA = f"{DEP} --sigma 0.8"  # 3.4. PAPER SILENT on Table 1: as Table 2
 SIMPLE = "--data imagenet21k --sigma 0.2294"  # PAPER SILENT: the same ratio of noise and image as gamma 0.95
+RANDOM = "--data imagenet21k --gamma 0.9 0.95"
+VOC, ADE, COARSE = (f"--data {data} --gamma 0.95" for data in ("voc", "ade20k", "cityscapes_coarse"))
 RESNET = "--encoder resnet50"
 CITYSCAPES, FIVE = ("100%", "1/4", "1/8", "1/30"), ("100%", "20%", "10%", "5%", "1%")
 
@@ -73,57 +73,52 @@ TABLES = {
         "DeP": Row("--method dep --data shapes --gamma 0.95"),
         "DDeP": Row("--data shapes --gamma 0.95")}),
     "table1": Table("Table 1: predicting the image or the noise; DeP", "cityscapes", CITYSCAPES, {
-        "predict x": Row(f"{DEP_SIGMA} --target image", (70.44, 60.87, 55.44, 41.40)),
-        "predict e": Row(DEP_SIGMA, (75.01, 67.26, 61.94, 48.36))}),
+        "predict x": Row(f"{DEP_SIGMA} --target image", "70.44 60.87 55.44 41.40"),
+        "predict e": Row(DEP_SIGMA, "75.01* 67.26* 61.94 48.36")}),
     "table2": Table("Table 2: denoising the whole network", "cityscapes", ("100%", "1/4", "2%", "1%"), {
-        "No pretraining": Row("none", (63.47, 39.63, 21.23, 18.52)),
-        "Supervised": Row("supervised", (80.36, 75.55, 41.33, 35.51)),
-        "DeP": Row(DEP_SIGMA, (77.14, 68.87, 42.79, 37.55))}),
+        "No pretraining": Row("none", "63.47 39.63 21.23 18.52"),
+        "Supervised": Row("supervised", "80.36 75.55 41.33 35.51"),
+        "DeP": Row(DEP_SIGMA, "77.14* 68.87* 42.79 37.55")}),
     "figure5": Table("Figure 5 right: simple or scaled noise", "", ("100%", "10%", "5%", "1%"), {
-        "Pascal Context, simple": Row(SIMPLE, (59.64, 44.70, 39.14, 18.05), data="pascal_context"),
-        "Pascal Context, scaled": Row(DDEP, (60.00, 48.27, 41.93, 19.69), data="pascal_context"),
-        "ADE20K, simple": Row(SIMPLE, (48.88, 34.21, 24.07, 9.17), data="ade20k"),
-        "ADE20K, scaled": Row(DDEP, (48.97, 34.99, 26.86, 10.80), data="ade20k")}),
+        "Pascal Context, simple": Row(SIMPLE, "59.64 44.70 39.14 18.05", data="pascal_context"),
+        "Pascal Context, scaled": Row(DDEP, "60.00* 48.27* 41.93* 19.69*", data="pascal_context"),
+        "ADE20K, simple": Row(SIMPLE, "48.88 34.21 24.07 9.17", data="ade20k"),
+        "ADE20K, scaled": Row(DDEP, "48.97* 34.99* 26.86* 10.80*", data="ade20k")}),
     "table3": Table("Table 3: the images of decoder pretraining", "", ("100%", "10%", "5%"), {
-        "Pascal Context, from Pascal VOC": Row("--data voc --gamma 0.95", (60.13, 49.95, 44.30),
-                                               data="pascal_context"),
-        "Pascal Context, from ImageNet-21k": Row(DDEP, (60.57, 50.61, 45.13), data="pascal_context"),
-        "ADE20K, from ADE20K": Row("--data ade20k --gamma 0.95", (48.92, 36.14, 28.49), data="ade20k"),
-        "ADE20K, from ImageNet-21k": Row(DDEP, (49.37, 37.14, 29.74), data="ade20k"),
-        "Cityscapes, from fine and coarse": Row("--data cityscapes_coarse --gamma 0.95",
-                                                (80.53, 72.67, 62.23), data="cityscapes"),
-        "Cityscapes, from ImageNet-21k": Row(DDEP, (80.72, 73.21, 66.51), data="cityscapes")}),
+        "Pascal Context, from Pascal VOC": Row(VOC, "60.13 49.95 44.30", data="pascal_context"),
+        "Pascal Context, from ImageNet-21k": Row(DDEP, "60.57* 50.61* 45.13*", data="pascal_context"),
+        "ADE20K, from ADE20K": Row(ADE, "48.92 36.14 28.49", data="ade20k"),
+        "ADE20K, from ImageNet-21k": Row(DDEP, "49.37* 37.14* 29.74*", data="ade20k"),
+        "Cityscapes, from fine and coarse": Row(COARSE, "80.53 72.67 62.23", data="cityscapes"),
+        "Cityscapes, from ImageNet-21k": Row(DDEP, "80.72 73.21 66.51", data="cityscapes")}),
     "table4": Table("Table 4: fixed or random gamma; x3", "pascal_context", ("100%", "20%", "10%"), {
-        "gamma in U(0.9, 0.95)": Row("--data imagenet21k --gamma 0.9 0.95", (59.71, 52.53, 49.23),
-                                     "--width 3"),
-        "gamma = 0.95": Row(DDEP, (59.97, 53.36, 49.84), "--width 3")}),
+        "gamma in U(0.9, 0.95)": Row(RANDOM, "59.71 52.53 49.23", "--width 3"),
+        "gamma = 0.95": Row(DDEP, "59.97* 53.36* 49.84*", "--width 3")}),
     # PAPER SILENT on DeP here but for scaled noise: gamma 0.95, the images and the length of Table 2
     "figure6": Table("Figure 6: Cityscapes", "cityscapes", CITYSCAPES, {
-        **three("x1 ", (63.47, 39.63, 34.74, 25.79), (80.36, 75.55, 72.56, 54.72),
-                (80.72, 76.38, 73.21, 64.48)),
-        "x1 DeP": Row(f"{DEP} --gamma 0.95", (79.07, 74.68, 70.36, 61.79)),
-        **three("x2 ", (62.25, 37.72, 33.73, 24.93), (80.50, 75.57, 72.84, 60.36),
-                (80.91, 76.86, 73.81, 64.75), "--width 2")}),
+        **three("x1 ", "63.47 39.63 34.74 25.79", "80.36 75.55 72.56 54.72", "80.72 76.38 73.21 64.48"),
+        "x1 DeP": Row(f"{DEP} --gamma 0.95", "79.07 74.68 70.36 61.79"),
+        **three("x2 ", "62.25 37.72 33.73 24.93", "80.50 75.57 72.84 60.36",
+                "80.91 76.86 73.81 64.75", "--width 2")}),
     "table5": Table("Table 5: beside other methods", "cityscapes", CITYSCAPES, {
-        "AdvSemSeg": Row("", (None, 62.3, 58.8, None)), "s4GAN": Row("", (65.8, 61.9, 59.3, None)),
-        "DMT": Row("", (68.16, None, 63.03, 54.80)), "ClassMix": Row("", (None, 63.63, 61.35, None)),
-        "CutMix": Row("", (None, 68.33, 65.82, 55.71)), "PseudoSeg": Row("", (None, 72.36, 69.81, 60.96)),
-        "Sup. baseline of PC2Seg": Row("", (74.88, 73.31, 68.72, 56.09)),
-        "PC2Seg": Row("", (75.99, 75.15, 72.29, 62.89)),
-        "x2 DDeP": Row(DDEP, (80.91, 76.86, 73.81, 64.75), "--width 2")}),
+        "AdvSemSeg": Row("", "- 62.3 58.8 -"), "s4GAN": Row("", "65.8 61.9 59.3 -"),
+        "DMT": Row("", "68.16 - 63.03 54.80"), "ClassMix": Row("", "- 63.63 61.35 -"),
+        "CutMix": Row("", "- 68.33 65.82 55.71"), "PseudoSeg": Row("", "- 72.36 69.81 60.96"),
+        "Sup. baseline of PC2Seg": Row("", "74.88 73.31 68.72 56.09"),
+        "PC2Seg": Row("", "75.99 75.15 72.29 62.89"),
+        "x2 DDeP": Row(DDEP, "80.91 76.86 73.81 64.75", "--width 2")}),
     "table6": Table("Table 6 and Figure 1: Pascal Context", "pascal_context", FIVE, {
-        **three("x1 ", (16.78, 7.21, 5.69, 4.53, 2.57), (59.74, 42.15, 36.28, 30.86, 12.45),
-                (60.95, 52.81, 48.64, 42.20, 19.90)),
-        **three("x3 ", (17.22, 7.32, 6.16, 4.97, 2.95), (61.25, 51.49, 44.71, 37.52, 12.53),
-                (62.04, 55.28, 51.55, 46.29, 24.69), "--width 3")}),
+        **three("x1 ", "16.78 7.21 5.69 4.53 2.57", "59.74 42.15 36.28 30.86 12.45",
+                "60.95* 52.81 48.64* 42.20* 19.90*"),
+        **three("x3 ", "17.22 7.32 6.16 4.97 2.95", "61.25 51.49 44.71 37.52 12.53",
+                "62.04* 55.28* 51.55* 46.29 24.69", "--width 3")}),
     "figure7": Table("Figure 7: ADE20K", "ade20k", FIVE, {
-        **three("x1 ", (19.43, 5.26, 4.07, 2.80, 1.87), (48.92, 40.77, 23.05, 10.84, 5.14),
-                (49.96, 42.76, 35.75, 27.29, 10.77)),
-        **three("x3 ", (16.67, 5.88, 4.20, 2.91, 1.90), (49.60, 41.65, 33.04, 16.40, 5.31),
-                (50.88, 43.26, 39.01, 32.30, 16.30), "--width 3")}),
+        **three("x1 ", "19.43 5.26 4.07 2.80 1.87", "48.92 40.77 23.05 10.84 5.14",
+                "49.96* 42.76 35.75* 27.29* 10.77*"),
+        **three("x3 ", "16.67 5.88 4.20 2.91 1.90", "49.60 41.65 33.04 16.40 5.31",
+                "50.88 43.26 39.01 32.30 16.30", "--width 3")}),
     "table7": Table("Table 7: ResNet-50", "pascal_context", FIVE, three(
-        "", (19.01, 8.46, 6.72, 5.30, 2.73), (45.21, 24.55, 19.27, 14.97, 6.09),
-        (46.07, 30.38, 26.39, 21.12, 9.63), RESNET)),
+        "", "19.01 8.46 6.72 5.30 2.73", "45.21 24.55 19.27 14.97 6.09", "46.07 30.38 26.39 21.12 9.63", RESNET)),
 }
 # PAPER SILENT on how many images 10% of Cityscapes are: here 298; Table 3's 73.21 is Figure 6's at 1/8
 LABELS = {  # images of a column; all of 100%
@@ -247,41 +242,24 @@ def execute(run):
 # ---- Results
 
 
-def cell_of(row, table, column):
-    return row.init, row.network, row.data or table.data, column
-
-
-def papers_numbers():
-    """{cell_of(...): the paper's numbers}: some cells of its tables are one run of ours."""
-    found = defaultdict(set)
-    for table in TABLES.values():
-        for row in filter(lambda row: row.init, table.rows.values()):
-            for column, number in zip(table.columns, row.paper):
-                found[cell_of(row, table, column)].add(number)
-    return found
-
-
 def show(args):
     """Each table with our mean ± standard deviation (number of runs) beside the paper's number."""
-    measured, numbers = {}, papers_numbers()
+    measured = {}
     for name, key, column, _, repeats in cells(args):
         done = [100 * runs[-1].result()["miou"] for runs in repeats if runs[-1].result()]
         if done:
             spread = f" ± {statistics.stdev(done):.1f}" if len(done) > 1 else ""
             measured[name, key, column] = f"{statistics.mean(done):.1f}{spread} ({len(done)})"
-    if args.tables != ["shapes"]:
-        several = sum(len(found) > 1 for found in numbers.values())
-        say(f"* {several} runs in all each stand for several, different numbers of the paper, marked *")
+    if args.list:
+        say("* 13 of our runs each stand for several numbers of the paper that differ, which are marked *")
     for name in args.tables:
         table = TABLES[name]
         say(f"\n{name}: {table.title}; mIoU %, ours (runs) / the paper's\n")
         say(f"| | {' | '.join(table.columns)} |\n|---{'|---' * len(table.columns)}|")
         for key, row in table.rows.items():
             texts = []
-            for column, number in zip_longest(table.columns, row.paper):
-                star = "*" * (len(numbers[cell_of(row, table, column)]) > 1)
-                paper = f" / {number:.2f}{star}" if number else ""
-                texts.append(measured.get((name, key, column), "-") + paper)
+            for column, number in zip_longest(table.columns, row.paper.split()):
+                texts.append(f"{measured.get((name, key, column), '-')} / {number or '-'}")
             say(f"| {key} | {' | '.join(texts)} |")
 
 
