@@ -1,4 +1,4 @@
-"""Shared by the tests: scripts run in this process, in processes that can be killed, or under torchrun."""
+"""Shared by the tests: scripts run in this process or in processes that can be killed, and data."""
 import importlib
 import io
 import json
@@ -6,10 +6,8 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +47,6 @@ def encoder(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny(encoder):
-    """tiny(stage, flag, ...) -> the flags of a tiny run, stage 2 with the weights of `encoder`."""
-    def flags(stage, *more):
-        own = ["--encoder-weights", encoder] if stage == "pretrain_decoder" and "dep" not in more else []
-        return [*TINY[stage], *own, *map(str, more)]
-    return flags
-
-
-@pytest.fixture
 def few(monkeypatch):
     """The toy data, cut to a dozen pictures a part."""
     import datasets
@@ -88,14 +77,6 @@ def done(script):
         assert status == 0, err
         return err
     return call
-
-
-def torchrun(processes, name, *flags, cwd=None):
-    """A script under torchrun -> CompletedProcess."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               str(ROOT / f"{name}.py"), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def load(out):
@@ -143,12 +124,6 @@ class Forked:
                 rank.kill()
                 rank.join()
         return [rank.exitcode for rank in self.ranks]
-
-    def until(self, there):
-        """Wait until there() is true; fail if the run ends before."""
-        while not there():
-            assert self.ranks[0].is_alive(), self.output.read_text()
-            time.sleep(0.01)
 
 
 def _stage(name, flags, environment, output, before):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps, TiffImagePlugin
-from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 import data
@@ -20,6 +19,7 @@ GREYS = COLOURS[..., :1].repeat(3, 2)
 RGB, GREY = Image.fromarray(COLOURS), Image.fromarray(COLOURS[..., 0])
 PALETTE = Image.fromarray(COLOURS[..., 0] % 3)
 PALETTE.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+
 
 @pytest.mark.parametrize("name, picture, wanted", [
     ("a.png", RGB, COLOURS), ("a.bmp", RGB, COLOURS), ("a.png", GREY, GREYS), ("a.tif", GREY, GREYS),
@@ -55,13 +55,11 @@ def png16(path, kind, channels):
         for t, d in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))))
 
 
-def tiff16(path, planar):
-    """A TIFF of three channels of 16 bits, together or one after the other."""
-    tags = [(256, 4), (257, 4), (258, (16, 16, 16)), (259, 1), (262, 2), (273, (0, 32, 64) if planar else 0),
-            (277, 3), (278, 4), (279, (32,) * 3 if planar else 96), (284, 2 if planar else 1)]
+def tiff16(path):
+    """A TIFF of three channels of 16 bits, one after the other, which a tile of Pillow's does not tell."""
     directory = TiffImagePlugin.ImageFileDirectory_v2()
-    for tag, value in tags:
-        directory[tag] = value
+    directory.update({256: 4, 257: 4, 258: (16,) * 3, 259: 1, 262: 2, 273: (0, 32, 64), 277: 3, 278: 4,
+                      279: (32,) * 3, 284: 2})
     path.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory.tobytes(8) + bytes(96))
 
 
@@ -69,8 +67,7 @@ def tiff16(path, planar):
     *[(lambda p, form=form, kind=kind: Image.fromarray(np.zeros((4, 5), kind)).save(p, form), False)
       for form, kind in (("PNG", "u2"), ("TIFF", "u2"), ("TIFF", "f4"), ("TIFF", "i4"))],
     (lambda p: png16(p, 2, 3), False), (lambda p: png16(p, 6, 4), False), (lambda p: png16(p, 4, 2), False),
-    (lambda p: tiff16(p, False), False), (lambda p: tiff16(p, True), False),
-    (lambda p: p.write_bytes(b"P6 4 4 4095\n" + bytes(96)), False),
+    (tiff16, False), (lambda p: p.write_bytes(b"P6 4 4 4095\n" + bytes(96)), False),
     (lambda p: GREY.save(p, "TIFF", save_all=True, append_images=[GREY]), False),
     (lambda p: RGB.save(p, "GIF", save_all=True, append_images=[GREY.convert("RGB")]), False),
     *[(lambda p, bad=bad: p.write_bytes(bad), True) for bad in (b"", b"no picture", jpeg(1)[:300])]])
@@ -120,12 +117,6 @@ def test_other_values_and_jpegs_are_no_mask_and_are_named(name, mask, values, wr
     write_mask(tmp_path / name, mask)
     with pytest.raises(UserError, match=f"{name}.*{wrong}"):
         data.read_mask(tmp_path / name, values)
-
-
-def test_pixels_are_in_minus_one_to_one():
-    image = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
-    x = data.to_pixels(image)
-    assert x.dtype == torch.float32 and x[1, :, 3, 4].tolist() == pytest.approx([-1, -0.6, 1])
 
 
 def places(height, width):
@@ -207,7 +198,8 @@ def same(a, b):
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(few):
     def samples(seed):
-        return data.Samples(datasets.Toy([("train", i) for i in range(512)], ""), data.segmentation_transform(32), seed)
+        source = datasets.Toy([("train", i) for i in range(512)], "")
+        return data.Samples(source, data.segmentation_transform(32), seed)
 
     wanted = samples(5)[2, 7]
     again = samples(5)
@@ -217,19 +209,6 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(few):
         assert not any(np.array_equal(other[key], wanted[key]) for key in ("image", "noise_seed"))
     seeds = {int(again[epoch, i]["noise_seed"]) for epoch in range(3) for i in range(12)}
     assert len(seeds) == 36 and all(0 <= seed < 2 ** 63 for seed in seeds)
-
-
-def test_batches_are_the_same_for_0_and_2_workers_and_after_a_restart(few):
-    samples = data.Samples(datasets.Toy([("unlabelled", i) for i in range(4000)], ""), data.pretraining_transform(32, 0.3), seed=5)
-
-    def run(workers, start=0):
-        batches = data.Order(12, batch_size=5, micro_batch=3, steps=6, seed=5, start=start)
-        return list(DataLoader(samples, batch_sampler=batches, num_workers=workers))
-
-    plain = run(0)
-    for workers, start in ((2, 0), (0, 3), (2, 5)):
-        for ours, theirs in zip(run(workers, start), plain[2 * start:], strict=True):
-            assert same(ours, theirs)
 
 
 def photos(tmp_path, broken):

@@ -218,7 +218,7 @@ def own(root, *paths):
 
 @pytest.mark.parametrize("images, masks, files", [
     ("imgs/*.jpg", "labels/*_mask.png", "imgs/b.jpg labels/b_mask.png imgs/1/a.jpg labels/1/a_mask.png"),
-    ("*/x.jpg", "*/label.png", "1/x.jpg 1/label.png 2/x.jpg 2/label.png"),
+    (r"*\x.jpg", r".\*\label.png", "1/x.jpg 1/label.png 2/x.jpg 2/label.png"),
     ("images/{part}/*", "masks/{part}/*",
      "images/train/o\u0308.jpg masks/train/ö.png images/train/s/ö.png masks/train/s/o\u0308.png"),
     ("imgs/*", "masks/*", "imgs/a.JPG masks/a.bmp imgs/b.webp masks/b.PNG"),
@@ -410,17 +410,6 @@ def test_a_wrong_value_size_or_colour_in_one_mask_of_either_part_is_seen(part, s
     spoil(tmp_path / "masks" / part / "2.png")
     with pytest.raises(UserError, match=f"masks/{part}/2.png"):
         survey(tmp_path)
-
-
-def test_a_survey_reads_500_masks_of_a_part_the_first_and_the_last_too(monkeypatch):
-    seen, rows = [], [(f"{i}.png", f"{i}.png") for i in range(1200)]
-    monkeypatch.setattr(datasets, "image_size", lambda path: (1, 2))
-    monkeypatch.setattr(datasets.Image, "open", lambda path: Image.new("L", (1, 1)))
-    monkeypatch.setattr(datasets.Pairs, "mask",
-                        lambda self, i, size: seen.append(i) or torch.tensor([[0, 1]]))
-    classes = datasets.Classes(["a", "b"], [], {0: 0, 1: 1})
-    datasets.survey({"train": datasets.Pairs(rows, "", "", classes.values)}, classes)
-    assert len(seen) == len(set(seen)) == 500 and {0, 1199} < set(seen) and max(np.diff(sorted(seen))) <= 3
 
 
 def test_palettes_that_differ_are_no_fault_where_their_colours_are_read(tmp_path):

@@ -14,6 +14,7 @@ from common import UserError
 from conftest import TINY, Forked, load, write_image, write_mask
 from test_datasets import pairs, pixels
 
+
 class Mixed(nn.Module):
     """A "network" that sees its window: the colours, mixed with their right neighbours' and with the mean."""
 
@@ -38,7 +39,8 @@ def test_logits_that_are_not_finite_are_an_error_with_the_image(few, monkeypatch
     factors = iter([1, float("nan"), 1])
     monkeypatch.setattr(evaluate, "predict", lambda model, x: x * next(factors))
     with pytest.raises(UserError, match="val-00001"):
-        evaluate.evaluate(Mixed(), datasets.Toy([("val", i) for i in range(3)], ""), list("abcdefg"), torch.device("cpu"))
+        source = datasets.Toy([("val", i) for i in range(3)], "")
+        evaluate.evaluate(Mixed(), source, list("abcdefg"), torch.device("cpu"))
 
 
 def starts(side, window, stride):
@@ -93,11 +95,11 @@ def one_line(ended, word):
 
 
 @pytest.fixture
-def tuned(done, tiny, folder, tmp_path):
+def tuned(done, folder, tmp_path):
     """A run of finetune.py on own data, three images to validate on; it and its scores."""
     write_image(folder / "images" / "val" / "g.png", 30, 35, seed=9)
     write_mask(folder / "masks" / "val" / "g.png", np.random.RandomState(9).choice(3, (30, 35)))
-    done("finetune", *tiny("finetune", *OWN, "--root", folder, "--steps", 1, "--out", tmp_path / "tuned"))
+    done("finetune", *TINY["finetune"], *OWN, "--root", folder, "--steps", 1, "--out", tmp_path / "tuned")
     return tmp_path / "tuned"
 
 
@@ -140,9 +142,9 @@ def test_other_classes_are_refused_and_the_same_may_have_other_values(again, tun
 
 
 @pytest.mark.parametrize("stage", [1, 2, None])
-def test_what_is_no_checkpoint_of_this_kind_is_refused(stage, script, done, encoder, few, tiny, tmp_path):
+def test_what_is_no_checkpoint_of_this_kind_is_refused(stage, script, done, encoder, few, tmp_path):
     if stage == 2:
-        done("pretrain_decoder", *tiny("pretrain_decoder"), "--steps", 1, "--out", tmp_path)
+        done("pretrain_decoder", *TINY["pretrain_decoder"], "--encoder-weights", encoder, "--out", tmp_path)
     status, _, err = script("evaluate", "--checkpoint", encoder if stage == 1 else tmp_path / "last.pt")
     assert one_line((status, err), "last.pt")
 
@@ -207,14 +209,14 @@ def bright(model, x, **how):
     ("0 background\n255 cell\n", [0, 255]), ("7 ignore\n3 cell\n9 back\n5 cell\n", [3, 9]),
     ("0 0 0 road\n255 0 10 car\n9 9 9 road\n", [(0, 0, 0), (255, 0, 10)])])
 def test_predictions_have_the_values_of_the_training_masks_and_can_serve_as_masks(
-        classes, values, done, tiny, tmp_path, monkeypatch):
+        classes, values, done, tmp_path, monkeypatch):
     root, out = tmp_path / "data", tmp_path / "o"
     for name in ("sub/0.png", "sub/1.png"):
         write_image(root / "images" / "train" / name, 40, 56, seed=ord(name[4]))
         write_mask(root / "masks" / "train" / name, np.array(values)[np.arange(40 * 56).reshape(40, 56) % 2])
     (root / "classes.txt").write_text(classes)
     monkeypatch.setattr(evaluate, "predict", bright)
-    flags = [*tiny("finetune", *OWN), "--root", root, "--labels", 2, "--steps", 1]
+    flags = [*TINY["finetune"], *OWN, "--root", root, "--labels", 2, "--steps", 1]
     done("finetune", *flags, "--out", out)
     done("evaluate", "--checkpoint", out / "last.pt", "--data", "folder", "--root", root, "--workers", 0,
          "--images", "images/train/*", "--masks", "masks/train/*", "--save-predictions", tmp_path / "p")
@@ -228,13 +230,10 @@ def test_predictions_have_the_values_of_the_training_masks_and_can_serve_as_mask
     done("finetune", *flags, "--masks", masks, "--out", tmp_path / "again")
 
 
-COLOURS = np.array([[200, 0, 0], [0, 0, 200]], np.uint8)
-
-
 def test_a_mask_has_its_colours_and_ignored_pixels_are_hatched():
     mask = np.full((16, 24), 255, np.uint8)
     mask[2, 3], mask[2, 4], mask[15, 23] = 0, 1, 1
-    page = evaluate.colour_mask(mask, COLOURS)
+    page = evaluate.colour_mask(mask, [[200, 0, 0], [0, 0, 200]])
     assert page.shape == (16, 24, 3) and page.dtype == np.uint8
     assert page[[2, 2, 15], [3, 4, 23]].tolist() == [[200, 0, 0], [0, 0, 200], [0, 0, 200]]
     ignored = page[mask == 255]
@@ -256,25 +255,16 @@ def test_a_table_shows_every_picture_whole_and_equally_wide_below_its_title():
     assert np.array_equal(enlarged[24:64, 6:46], rows[0][0].repeat(2, 0).repeat(2, 1))
 
 
-def test_a_legend_shows_every_class_in_its_colour_and_what_is_ignored():
-    cell = np.zeros((20, 150, 3), np.uint8)
-    plain = evaluate.picture_table([[cell]], ["a"], width=150)
-    colours = np.array([[20 * k, 255 - 20 * k, 7] for k in range(9)], np.uint8)
-    for names, table in ((["one", "two"], COLOURS), ([f"class {k}" for k in range(9)], colours)):
-        page = np.asarray(evaluate.picture_table([[cell]], ["a"], names, table, 150))
-        assert page.shape[1] == plain.width and np.array_equal(page[:plain.height], np.asarray(plain))
-        legend = page[plain.height:]
-        assert all((legend == colour).all(-1).sum() == 12 * 12 for colour in table)  # whole, in its frame
-        assert (legend == 150).all(-1).sum() > 10  # hatched
-
-
-def test_long_texts_are_drawn_whole():
-    names, colours = [f"{'a long name ' * 4}{k}" for k in range(19)], datasets.palette(19)
+def test_a_legend_shows_every_class_in_its_colour_what_is_ignored_and_long_texts_whole():
+    names = [f"{'a long name ' * 4}{k}" for k in range(19)]
+    colours = np.array([[12 * k, 255 - 12 * k, 7] for k in range(19)], np.uint8)
     for titles in (["image"], ["image", "truth", "a title " * 9]):
         row = [np.zeros((20, 40, 3), np.uint8)] * len(titles)
         page = np.asarray(evaluate.picture_table([row], titles, names, colours, 40))
         assert (page[:, -6:] == 255).all()  # nothing reaches the page's edge
         column = (page.shape[1] - 6) // len(titles)
         legend = page[-20 * -(-20 // len(titles)):]
+        assert all((legend == colour).all(-1).sum() == 12 * 12 for colour in colours)  # whole, in its frame
+        assert (legend == 150).all(-1).sum() > 10  # hatched
         for right in range(column, page.shape[1], column):  # nor the next column
             assert (legend[:, right:right + 6] == 255).all()

@@ -31,10 +31,11 @@ def fresh_network(classes, condition=False):
 
 @pytest.mark.parametrize("init, kept", [
     ("none", ()), ("encoder", ("encoder.",)), ("ddep", ("encoder.", "decoder."))])
-def test_what_the_weights_do_not_hold_is_fresh(init, kept, done, encoder, few, tiny, tmp_path):
+def test_what_the_weights_do_not_hold_is_fresh(init, kept, done, encoder, few, tmp_path):
     path = {"none": "none", "encoder": encoder, "ddep": tmp_path / "ddep" / "last.pt"}[init]
     if init == "ddep":
-        done("pretrain_decoder", *tiny("pretrain_decoder"), "--condition", "--out", tmp_path / "ddep")
+        done("pretrain_decoder", *TINY["pretrain_decoder"], "--encoder-weights", encoder, "--condition",
+             "--out", tmp_path / "ddep")
     done("finetune", *TINY["finetune"], "--init", path, *STILL, "--out", tmp_path / "o")
     theirs, ours = {} if init == "none" else torch.load(path)["model"], load(tmp_path / "o")
     expected = fresh_network(7, condition=init == "ddep")
