@@ -1,4 +1,6 @@
 """files.py: hidden names, lists, .tar files, the index of pictures; patterns are in test_datasets.py."""
+import ntpath
+import os
 import tarfile
 
 import numpy as np
@@ -23,6 +25,14 @@ def test_what_systems_hide_is_never_found(tmp_path):
     touch(tmp_path, "i/a.png", "i/.a.png", "i/@eaDir/a.png", "i/__MACOSX/a.png", "i/lost+found/b.png",
           "i/.git/c.png", "m/a.png", "m/._d.png")
     assert pairs(tmp_path, "i/*.png", "m/*.png") == {("i/a.png", "m/a.png")}
+
+
+def test_a_system_that_joins_with_backslashes_finds_the_same_files(tmp_path, monkeypatch):
+    touch(tmp_path, "images/s/a.png", "masks/s/a.png")
+    monkeypatch.setattr(os.path, "join", ntpath.join)
+    monkeypatch.setattr(os, "sep", "\\")
+    found = pairs(tmp_path, *map(files.plain, (r"images\*.png", r".\masks\*")))
+    assert found == {("images/s/a.png", "masks/s/a.png")}
 
 
 LISTED = [files.Pair(star, f"JPEGImages/{star}.jpg", f"Labels/{star}.png") for star in
