@@ -4,9 +4,11 @@ import hashlib
 import os
 import re
 from colorsys import hsv_to_rgb
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from glob import escape, glob
 from io import BytesIO
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,15 +30,13 @@ class DataSet(NamedTuple):
     places: tuple = ("",)  # where the set may lie below --root
     words: tuple = ("train", "val")  # what stands for {part}
     lists: str = ""  # text files that list the images of a part
-    scales: tuple = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # for evaluation (5.1)
 
 
 CONTEXT = DataSet("JPEGImages/*.jpg", "SegmentationClassContext/*.png", ("", "VOC2010", "VOCdevkit/VOC2010"),
                   lists="ImageSets/SegmentationContext/{part}.txt")
 DATA_SETS = {  # the classes and mask values of a named set are in classes/
-    "folder": DataSet("images/{part}/*", "masks/{part}/*", scales=(1.0,)),
-    "cityscapes": DataSet("leftImg8bit/{part}/*_leftImg8bit.png", "gtFine/{part}/*_gtFine_labelIds.png",
-                          scales=(1.0,)),
+    "folder": DataSet("images/{part}/*", "masks/{part}/*"),
+    "cityscapes": DataSet("leftImg8bit/{part}/*_leftImg8bit.png", "gtFine/{part}/*_gtFine_labelIds.png"),
     "pascal_context": CONTEXT,  # PAPER SILENT on 59 classes (no background) or 60
     "pascal_context_60": CONTEXT,
     "ade20k": DataSet("images/{part}/*.jpg", "annotations/{part}/*.png", ("", "ADEChallengeData2016"),
@@ -331,18 +331,22 @@ def survey(parts, classes):
     UserError for an unknown value, a size other than the image's, a value that has two colours (some programs
     make a palette per file), and fewer than two classes.
     """
+    def look(source, i):
+        image, path = (Path(source.root, path) for path in source.rows[i])
+        pixels = np.bincount(source.mask(i, image_size(image)).flatten(), minlength=256)
+        with Image.open(path) as picture:
+            if picture.mode != "P" or isinstance(next(iter(classes.values)), tuple):
+                return path, pixels, {}
+            table = picture.getpalette("RGB")
+            return path, pixels, {value: table[3 * value:3 * value + 3] for _, value in picture.getcolors()}
+
     shares, seen = {}, {}  # {mask value: (its colour, the file)}
     for part, source in parts.items():
-        pixels = np.zeros(256)
-        for i in np.unique(np.linspace(0, len(source) - 1, 500).astype(int)):
-            image, path = (Path(source.root, path) for path in source.rows[i])
-            pixels += np.bincount(source.mask(i, image_size(image)).flatten(), minlength=256)
-            with Image.open(path) as picture:
-                if picture.mode != "P" or isinstance(next(iter(classes.values)), tuple):
-                    continue
-                colours = picture.getpalette("RGB")
-                for _, value in picture.getcolors():
-                    colour = colours[3 * value:3 * value + 3]
+        pixels, some = np.zeros(256), np.unique(np.linspace(0, len(source) - 1, 500).astype(int))
+        with ThreadPoolExecutor(8) as pool:
+            for path, counts, colours in pool.map(look, repeat(source), some):
+                pixels += counts
+                for value, colour in colours.items():
                     first, where = seen.setdefault(value, (colour, path))
                     if colour != first:
                         raise UserError(f"{path}: value {value} is {colour} in its palette, but {first} in "

@@ -80,7 +80,7 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
     for scale in scales:
         size = [max(1, round(scale * side)) for side in x.shape[-2:]]
         scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", antialias=True)
-        for mirrored in (False, True) if flip else (False,):
+        for mirrored in range(1 + flip):
             logits = in_windows(model, scaled.flip(3) if mirrored else scaled, window, stride)
             if scale != 1:
                 logits = F.interpolate(logits, x.shape[-2:], mode="bilinear")
@@ -140,8 +140,8 @@ def protocol(data, encoder, crop_size):
     """
     if data == "shapes":
         return dict(scales=(1.0,), flip=False, window=0)
-    scales = (1.0,) if encoder == "resnet50" else datasets.DATA_SETS[data].scales  # Table 7
-    return dict(scales=scales, flip=True, window=crop_size)
+    single = data in ("folder", "cityscapes") or encoder == "resnet50"  # Table 7
+    return dict(scales=(1.0,) if single else (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flip=True, window=crop_size)
 
 
 # ---- Pictures
