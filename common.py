@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -99,7 +100,8 @@ def number(kind, least, most=2 ** 63 - 1):
         if not least <= value <= most:
             raise ValueError
         return value
-    convert.__name__ = f"{kind.__name__} from {least} to {most:g}"  # for argparse's message
+    upper = f" to {most}" if most < 2 ** 62 else ""
+    convert.__name__ = f"{kind.__name__} (from {least}{upper})"  # for argparse's message
     return convert
 
 
@@ -314,10 +316,14 @@ def save(path, content):
 
 def load(path):
     try:
+        if zipfile.ZipFile(path).testzip():  # torch checks no sums
+            raise ValueError("damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # damaged files raise errors of all kinds
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: no readable checkpoint ({reason}); restore or delete it") from error
+        reason = str(error).splitlines()[:1]
+        raise UserError(f"{path}: no whole checkpoint {reason}; restore it or start without it") from error
 
 
 def save_checkpoint(args, step, model, model_args, optimizer, scaler, data, **classes):

@@ -152,9 +152,10 @@ def home(args, places=("",), folder=""):
         raise UserError(f"--data {args.data} needs a folder; pass --root DIR")
     paths = [path for place in places for path in glob(f"{escape(args.root)}/{place}".rstrip("/"))]
     found = [path for path in paths if Path(path, folder).is_dir()]
-    if len(found) != 1:
-        raise UserError(f"--root {args.root}: expected one folder {folder or '.'} in "
-                        f"{', '.join(found or paths)}; see --root, --images, --masks")
+    if not found:
+        raise UserError(f"--root {args.root}: no folder {folder or '.'}; see --root, --images, --masks")
+    if len(found) > 1:
+        raise UserError(f"--root {args.root}: holds {', '.join(found)}; pass one of them")
     return found[0]
 
 
@@ -231,7 +232,7 @@ def classes_of(args):
     elif name == "cityscapes" and re.search("train_?id", args.masks or "", re.IGNORECASE):
         name = "cityscapes_train_ids"
     path = Path(path, f"{name}.txt")
-    lines = [line.split() for line in (read_lines(path) if path.exists() else [])]
+    lines = [line.split() for line in read_lines(path)]
     count = next(n for n in (4, 3, 1, 0)  # of numbers before the name
                  if all(len(words) > n and all(map(str.isdecimal, words[:n])) for words in lines))
     numbers = [tuple(map(int, words[:count])) or (i,) for i, words in enumerate(lines)]
@@ -279,8 +280,9 @@ def labelled(args, classes, wanted=("train", "val")):
             pairs, others = select(str(lists[part]).replace("{part}", part), everywhere, pairs), []
         alone = [pair.image or pair.mask for pair in pairs if None in pair]
         if alone:
-            raise UserError(f"{Path(root, alone[0])}: {len(alone)} files have no partner; expected {images} "
-                            f"and {masks} with equal text for *; add it, or pass other patterns or lists")
+            raise UserError(f"{Path(root, alone[0])}: {len(alone)} without a partner; expected {images} and "
+                            f"{masks} with equal text for *; add it, pass other patterns, or name the images "
+                            "that have masks in --train-list and --val-list")
         if pairs:
             note = f"; left out {len(others)} other pictures, such as {others[0]}" if others else ""
             rows = [(pair.image, pair.mask) for pair in pairs]

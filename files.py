@@ -53,6 +53,8 @@ def plain(path):
 def form_of(pattern):
     """(the folder of all matches, a regular expression with a group for each `*`)."""
     parts = [re.escape(part) for part in pattern.split("*")]
+    if len(parts) == 1:
+        raise UserError(f"{pattern}: expected a pattern with a *, such as images/*.jpg")
     parts[-1] = parts[-1] or f"(?i:{'|'.join(map(re.escape, PICTURES))})"
     return "".join(pattern.partition("*")[0].rpartition("/")[:2]), re.compile("(.*)".join(parts))
 

@@ -85,15 +85,15 @@ def main():
     steps = common.number_of_steps(args, len(train), world)
     data = f"{train}; classes {', '.join(classes.names)}"
     checkpoint, start = common.resume(args, data)
-    with common.local_first():  # a survey may take long: all wait
-        if args.data != "shapes" and start == 0 and rank == 0:
-            say(survey({"train": train, "val": val} if val else {"train": train}, classes))
 
     # Model: all weights are trained ("full fine-tuning", section 6)
     if checkpoint:
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:
         model, model_args = segmentation_network(args, classes)
+    with common.local_first():  # a survey may take long: all wait
+        if args.data != "shapes" and start == 0 and rank == 0:
+            say(survey({"train": train, "val": val} if val else {"train": train}, classes))
     if args.init == "none":  # a new ResNet-50 has no BatchNorm statistics
         use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
     network = common.prepare_for_training(model, args, device, world)

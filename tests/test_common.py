@@ -174,7 +174,7 @@ def test_a_run_is_resumed_with_the_flags_and_images_that_it_began_with(tmp_path)
 
 @pytest.mark.parametrize("spoil", [
     lambda whole: b"", lambda whole: whole[:200], lambda whole: bytes(len(whole)),
-    lambda whole: b"version https://git-lfs.github.com/spec/v1\n"])
+    lambda whole: whole.replace(bytes(396), bytes(395) + b"1"), lambda whole: b"version https://git-lfs.github.com/spec/v1\n"])
 def test_a_damaged_checkpoint_is_named_in_one_line(spoil, tmp_path):
     common.save(tmp_path / "last.pt", {"step": 4, "model": torch.zeros(99)})
     (tmp_path / "last.pt").write_bytes(spoil((tmp_path / "last.pt").read_bytes()))

@@ -331,7 +331,7 @@ def test_classes_txt_says_which_values_or_colours_the_masks_use(text, classes, v
 def test_a_classes_txt_with_a_fault_is_refused_by_name(text, tmp_path):
     if text is not None:
         (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(UserError, match="classes.txt"):
+    with pytest.raises((UserError, OSError), match="classes.txt"):
         datasets.classes_of(flags("folder", tmp_path))
 
 
