@@ -1,8 +1,7 @@
 """Stand-ins for Google's R50+ViT-B_16.npz: its 354 arrays (heads left out) with values drawn from a seed.
 
-jax_hybrid_vit_b16.npz holds what the ORIGINAL JAX model answers for make_weights(0) and make_image(0), subsampled
-to be small: stride2[:, ::8, ::7, ::7], stride4[:, ::8, ::5, ::5], stride8[:, ::8, ::3, ::3], stride16[:, ::4], all
-NCHW float32.
+jax_hybrid_vit_b16.npz holds what the ORIGINAL JAX model answers for make_weights(0) and make_image(0), NCHW
+float32: stride2[:, ::8, ::7, ::7], stride4[:, ::8, ::5, ::5], stride8[:, ::8, ::3, ::3], stride16[:, ::4].
 """
 import zlib
 
@@ -11,14 +10,15 @@ import numpy as np
 
 def key_shapes():
     """{name: shape} of the published file."""
-    shapes = {"conv_root/kernel": (7, 7, 3, 64), "gn_root/scale": (1, 1, 1, 64), "gn_root/bias": (1, 1, 1, 64),
-              "embedding/kernel": (1, 1, 1024, 768), "embedding/bias": (768,), "cls": (1, 1, 768),
-              "Transformer/posembed_input/pos_embedding": (1, 197, 768)}
+    shapes = {"conv_root/kernel": (7, 7, 3, 64), "gn_root/scale": (1, 1, 1, 64),
+              "gn_root/bias": (1, 1, 1, 64), "embedding/kernel": (1, 1, 1024, 768), "embedding/bias": (768,),
+              "cls": (1, 1, 768), "Transformer/posembed_input/pos_embedding": (1, 197, 768)}
     inputs = 64
     for block, (units, width) in enumerate(((3, 64), (4, 128), (9, 256)), start=1):
         for unit in range(1, units + 1):
             name, outputs = f"block{block}/unit{unit}", 4 * width
-            kernels = {"conv1": (1, 1, inputs, width), "conv2": (3, 3, width, width), "conv3": (1, 1, width, outputs)}
+            kernels = {"conv1": (1, 1, inputs, width), "conv2": (3, 3, width, width)}
+            kernels["conv3"] = (1, 1, width, outputs)
             norms = {"gn1": width, "gn2": width, "gn3": outputs}
             if unit == 1:
                 kernels["conv_proj"], norms["gn_proj"] = (1, 1, inputs, outputs), outputs
@@ -51,7 +51,8 @@ def make_weights(seed):
             value = 1 + 0.1 * value
         elif name.endswith("kernel"):
             heads = any(part in name for part in ("query", "key", "value"))
-            value = value / np.sqrt(np.float32(np.prod(shape) / (shape[1] * shape[2] if heads else shape[-1])))
+            fan = np.prod(shape) / (shape[1] * shape[2] if heads else shape[-1])
+            value = value / np.sqrt(np.float32(fan))
         else:
             value = (0.5 if name == "cls" or name.endswith("pos_embedding") else 0.1) * value
         weights[name] = value.astype(np.float32)

@@ -173,8 +173,8 @@ def test_a_run_is_resumed_with_the_flags_and_images_that_it_began_with(tmp_path)
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda whole: b"", lambda whole: whole[:200], lambda whole: bytes(len(whole)),
-    lambda whole: whole.replace(bytes(396), bytes(395) + b"1"), lambda whole: b"version https://git-lfs.github.com/spec/v1\n"])
+    lambda whole: b"", lambda whole: whole[:200], lambda whole: whole.replace(bytes(396), bytes(395) + b"1"),
+    lambda whole: bytes(len(whole)), lambda whole: b"version https://git-lfs.github.com/spec/v1\n"])
 def test_a_damaged_checkpoint_is_named_in_one_line(spoil, tmp_path):
     common.save(tmp_path / "last.pt", {"step": 4, "model": torch.zeros(99)})
     (tmp_path / "last.pt").write_bytes(spoil((tmp_path / "last.pt").read_bytes()))
@@ -212,7 +212,7 @@ def test_tasks_of_srun_without_torchrun_are_refused(monkeypatch):
 @pytest.mark.parametrize("asked, device, bf16, wanted", [
     ("auto", "cpu", True, "fp32"), ("auto", "cuda:0", True, "bf16"), ("auto", "cuda:1", False, "fp16"),
     ("auto", "mps", True, "fp32"), ("fp32", "cuda:0", True, "fp32"), ("bf16", "cpu", False, "bf16")])
-def test_auto_is_bf16_without_emulation_then_fp16_and_elsewhere_fp32(asked, device, bf16, wanted, monkeypatch):
+def test_auto_is_bf16_without_emulation_then_fp16_and_else_fp32(asked, device, bf16, wanted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: including_emulation or bf16)
     assert common.choose_precision(asked, torch.device(device)) == wanted
