@@ -6,7 +6,7 @@
 
 Input: last.pt of finetune.py. Output: metrics.json in --out, scores from 0 to 1. --save-predictions
 gets index/, PNGs with the values of the training masks, and overlay/, class colours over the images.
-By default the images are those of the training's validation, the method is the protocol of the data set.
+Defaults: the validation images of the training; scales, flip and window of 5.1 (see protocol).
 
 ONE confusion matrix counts the pixels of all images; ignored pixels (255) do not count. The IoU of a class is
 TP / (TP + FP + FN). mIoU is the mean over the classes that occur in the truth or in a prediction.
@@ -84,7 +84,7 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
             logits = in_windows(model, scaled.flip(3) if mirrored else scaled, window, stride)
             if scale != 1:
                 logits = F.interpolate(logits, x.shape[-2:], mode="bilinear")
-            total += logits.flip(3) if mirrored else logits  # a list would take gigabytes
+            total += logits.flip(3) if mirrored else logits
     return total / (len(scales) * (1 + flip))
 
 
@@ -124,7 +124,8 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
         with common.autocast(precision, device):
             logits = predict(model, to_pixels(batch["image"].to(device)), **how)[0]  # (C, H, W)
         if not logits.isfinite().all():  # argmax would make NaN a class
-            raise UserError(f"{source.name(index)}: logits not finite; train again or use --precision fp32")
+            raise UserError(f"{source.name(index)}: a logit {common.NOT_FINITE}; lower --lr, or use "
+                            "--precision fp32")
         prediction = logits.argmax(0)
         if "mask" in batch:
             confusion += confusion_matrix(prediction, batch["mask"][0].to(device), len(names))
@@ -136,7 +137,7 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
 def protocol(data, encoder, crop_size):
     """Arguments of predict for a data set (5.1).
 
-    PAPER SILENT on windows for other data sets than Cityscapes: here as large as the training crops.
+    PAPER SILENT on windows but for Cityscapes (here as large as the training crops) and on flips in Table 7.
     """
     if data == "shapes":
         return dict(scales=(1.0,), flip=False, window=0)

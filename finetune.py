@@ -4,12 +4,12 @@
     python finetune.py --data folder --root my_data --init ddep.pt                       # one GPU
     torchrun --nproc_per_node=8 finetune.py --data cityscapes --root cityscapes --init ddep.pt --labels 372
 
-    --init                           keeps             name in the paper
+    --init                           loads             name in the paper
     last.pt of stage 2               all but the head  DDeP, DeP
     last.pt of stage 1, imagenet21k  the encoder       Supervised
     none                             nothing           No Pretraining
 
-last.pt of this stage keeps its head too if the classes are the same.
+last.pt of this stage loads its head, too, if the names of the classes are the same.
 
 Input: pairs of image and mask. Output in --out: last.pt, for evaluate.py; log.jsonl; metrics.json;
 predictions.png.
@@ -25,7 +25,7 @@ from datasets import LABELLED, classes_of, survey, training_and_validation
 from evaluate import as_text, colour_mask, evaluate, picture_table, predict, protocol
 from model import ENCODERS, build_unet, load_weights, read_weights, unet_of, use_batch_statistics
 
-# PAPER SILENT on batch size, steps and the chosen lr and weight_decay, each swept over [1e-5, 3e-4] (5.1)
+# PAPER SILENT on batch size, steps, warm-up and the chosen lr and weight_decay, swept over [1e-5, 3e-4] (5.1)
 PAPER = dict(steps=10_000, batch_size=16, micro_batch=4, lr=1e-4, warmup=0.0, weight_decay=1e-4,
              crop_size=512, workers=common.default_workers(), save_every=500)
 RECIPES = {
@@ -51,7 +51,7 @@ def parse_arguments(argv=None):
     add("--val-fraction", type=common.number(float, 0, 1), help="share of the images to validate on")
     add("--crop-size", type=common.number(int, 32), help="side of the crops (%(default)s; §5.1)")
     add("--min-area", type=common.number(float, 0, 1),
-        help="take inception-style crops (§6) of at least this share, not windows (§5.1)")
+        help="random resized crops of at least this share (§6; default: windows of fixed size, §5.1)")
     common.add_training_flags(parser)
     args = parser.parse(RECIPES, argv)
     args.out = args.out or f"runs/{args.data}/finetune"
@@ -91,7 +91,7 @@ def main():
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:
         model, model_args = segmentation_network(args, classes)
-    with common.local_first():  # a survey may take long: all wait
+    with common.local_first():  # after the weights, since a look at the masks takes longer
         if args.data != "shapes" and start == 0 and rank == 0:
             say(survey({"train": train, "val": val} if val else {"train": train}, classes))
     if args.init == "none":  # a new ResNet-50 has no BatchNorm statistics
@@ -115,7 +115,7 @@ def main():
         loss = torch.zeros((), device=device)
         # Micro-batches, whose gradients add up: only one must fit in memory
         parts = [next(batches) for _ in range(order.parts)]
-        # The loss is the mean over the labelled pixels of the GLOBAL batch: all weigh the same
+        # The loss is the mean over the labelled pixels of the GLOBAL batch, over all processes and parts
         labelled = common.total(sum((part["mask"] != IGNORE).sum() for part in parts).to(device)).clamp(min=1)
         for part in parts:
             x = to_pixels(part["image"].to(device))  # (B, 3, H, W) in [-1, 1]

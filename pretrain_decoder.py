@@ -30,7 +30,7 @@ from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet
 
 # "paper": section 5.1. PAPER SILENT on DeP but for Table 2 (6000 epochs, sigma 0.8): as DDeP
 # PAPER SILENT on weight decay and warm-up in pretraining: none on real data
-# PAPER SILENT on where Adam and a cosine are used (5.1 does not say): here in all stages
+# PAPER SILENT on where Adam and a cosine are used (5.1 does not say): here in stages 2 and 3
 RECIPES = {
     "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=3e-3, warmup=0.02, weight_decay=0.0,
                    image_size=64, min_area=0.5, workers=0, save_every=400),

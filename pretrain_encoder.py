@@ -4,8 +4,8 @@
     python pretrain_encoder.py --data folder --root imagenet                               # one GPU
     torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k  # eight
 
-Input: a folder (root/train/<class>/ or root/<class>/) or .tar file per class. Output in --out: last.pt, for
---encoder-weights of stage 2; log.jsonl; metrics.json. A published encoder replaces this stage.
+Input: a folder per class (root/train/<class>/ or root/<class>/) or, for imagenet21k, a .tar file. Output in
+--out: last.pt, for --encoder-weights of stage 2; log.jsonl; metrics.json. A published encoder can replace it.
 """
 import torch
 import torch.nn.functional as F

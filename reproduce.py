@@ -1,8 +1,8 @@
-"""Every table of the paper is a command, and so is the same comparison on the toy data.
+"""Run and print the tables of the paper, and a small comparison on the toy data.
 
     python reproduce.py                                   # the comparison on the toy data
-    python reproduce.py list                              # all tables, and what there is of them
-    python reproduce.py table6 --dry-run                  # the commands of it that are missing
+    python reproduce.py list                              # all tables, with the results so far
+    python reproduce.py table6 --dry-run                  # the commands still to run
     python reproduce.py table6 --root imagenet21k=DIR pascal_context=DIR
     CUDA_VISIBLE_DEVICES=2 python reproduce.py table6 --root ... --shard 3/32   # a 32nd of its fine-tunings
 
@@ -10,10 +10,11 @@ A table is data, below: a row is how a network is initialised, a column how many
 Tables share what they have in common, above all the pretrainings. Runs follow one another, each on all GPUs.
 A run with metrics.json is done: stop at any time, the same command goes on.
 
-Learning rate and weight decay are chosen as in 5.1: each cell tries a grid of them on a seed of its own,
-whose score does not enter the table. The toy data takes those of the scripts.
+Learning rate and weight decay are chosen as in 5.1: each cell tries a grid of them with seed 100, and the
+best mIoU wins. Seeds 0, 1, ... then give the table. The toy data takes the scripts' defaults.
 PAPER SILENT on the grid and on what a "task" is: here four by four values from 1e-5 to 3e-4 for each cell.
-PAPER SILENT on whether the repeats of a fine-tuning share one pretraining: here they do.
+PAPER SILENT on the images that choose: here the validation images.
+PAPER SILENT on whether repeats share a pretraining (they do) or a subset of Cityscapes (they do not).
 """
 import json
 import os
@@ -35,10 +36,10 @@ from common import UserError, say
 
 
 class Row(NamedTuple):
-    init: str           # none, supervised, or the flags of pretrain_decoder.py; "" in other papers
+    init: str           # none, supervised, or flags of pretrain_decoder.py; "": of another paper, not run
     paper: str = ""     # mIoU %, for each column. *: see show()
     network: str = ""   # --width or --encoder, where they are not the paper's x1 and Hybrid-ViT
-    data: str = ""      # where it is not the table's
+    data: str = ""      # where it is not Table.data
 
 
 class Table(NamedTuple):
@@ -54,6 +55,7 @@ DEP = "--method dep --data cityscapes_coarse --epochs 6000"
 DEP_SIGMA = f"{DEP} --sigma 0.8"  # 3.4. PAPER SILENT on Table 1: as Table 2
 SIMPLE = "--data imagenet21k --sigma 0.2294"  # PAPER SILENT: the same ratio of noise and image as gamma 0.95
 RANDOM = "--data imagenet21k --gamma 0.9 0.95"
+# PAPER SILENT on which images of VOC: here all in JPEGImages
 VOC, ADE, COARSE = (f"--data {data} --gamma 0.95" for data in ("voc", "ade20k", "cityscapes_coarse"))
 RESNET = "--encoder resnet50"
 CITYSCAPES, FIVE = ("100%", "1/4", "1/8", "1/30"), ("100%", "20%", "10%", "5%", "1%")
@@ -251,8 +253,8 @@ def show(args):
         if done:
             spread = f" ± {statistics.stdev(done):.1f}" if len(done) > 1 else ""
             measured[name, key, column] = f"{statistics.mean(done):.1f}{spread} ({len(done)})"
-    if args.list:
-        say("* 13 of our runs each stand for several numbers of the paper that differ, which are marked *")
+    if args.tables != ["shapes"]:
+        say("* The paper has several, different numbers for what is one run here (13 runs in all)")
     for name in args.tables:
         table = TABLES[name]
         say(f"\n{name}: {table.title}; mIoU %, ours (runs) / the paper's\n")
@@ -305,10 +307,12 @@ def main():
             say(f"{start} {run.script} {shlex.join(run.words)}")
         return
     while not args.list:
-        todo = [run for run in missing_runs(args) if run.can_start() and run.out not in failed]
+        missing = missing_runs(args)
+        todo = [run for run in missing if run.can_start() and run.out not in failed]
+        say(f"{len(missing)} runs are missing, {len(todo)} of them can start")
         if not todo:
             break
-        say(f"{len(todo)} runs can start; now {todo[0].out}")
+        say(f"now {todo[0].out}")
         if not execute(todo[0]):
             failed.add(todo[0].out)
     show(args)
