@@ -47,7 +47,9 @@ def run(main):
         sys.exit("interrupted; the same command goes on")
     except (UserError, OSError, MemoryError, RuntimeError, ValueError) as error:
         # A loader worker puts a traceback before the text
-        text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip() or "out of memory"
+        text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+        if isinstance(error, MemoryError):
+            text = text or "out of memory"
         if not isinstance(error, (UserError, OSError)):
             hint = next((HINTS[part] for part in HINTS if part in text), None)
             if hint is None:

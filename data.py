@@ -52,7 +52,7 @@ def open_picture(file, name):
         raise UnreadableImage(f"{name}: cannot be read as a picture ({error})") from None
     if deep or pages > 1 or picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise UserError(f"{name}: {pages} page(s) of mode {picture.mode}{' (16 bits)' if deep else ''}, "
-                        "expected one page, 8 bits a channel: np.uint8(255 * (x - low) / (high - low))")
+                        "expected one page, 8 bits a channel; save np.uint8(255 * (x - low) / (high - low))")
     return picture
 
 

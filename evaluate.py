@@ -124,8 +124,8 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
         with common.autocast(precision, device):
             logits = predict(model, to_pixels(batch["image"].to(device)), **how)[0]  # (C, H, W)
         if not logits.isfinite().all():  # argmax would make NaN a class
-            raise UserError(f"{source.name(index)}: a logit {common.NOT_FINITE}; lower --lr, or use "
-                            "--precision fp32")
+            raise UserError(f"{source.name(index)}: a logit {common.NOT_FINITE}; train with a lower --lr, or "
+                            "pass --precision fp32")
         prediction = logits.argmax(0)
         if "mask" in batch:
             confusion += confusion_matrix(prediction, batch["mask"][0].to(device), len(names))
@@ -251,7 +251,8 @@ def choose_source(args, trained, classes):
         part = "train"
     source = datasets.labelled(flags, classes, [part]).get(part)
     if source is None:
-        raise UserError(f"{flags.root}: no validation images; pass --images and --masks, or --val-list")
+        raise UserError(f"{flags.root}: no validation images; pass --val-list, or --data with --images and "
+                        "--masks")
     return source
 
 

@@ -176,7 +176,8 @@ def list_folders(root, patterns):
                 shown.append((-len(names), text))
     if not chunks:
         raise UserError(f"{root}: no pictures match {' and '.join(patterns)}; see --root and --images")
-    return np.concatenate(chunks), f" ({'; '.join(text for _, text in sorted(shown)[:8])})"
+    largest = "; ".join(text for _, text in sorted(shown)[:8])
+    return np.concatenate(chunks), f" ({largest}{'; ...' * (len(shown) > 8)})"
 
 
 def list_tars(root, tars):

@@ -429,7 +429,7 @@ def freeze(encoder):
 
 # ---- Weights
 
-PUBLISHED = {  # name: (address, first digits of its SHA-256)
+PUBLISHED = {  # name: (address, first digits of its SHA-256 or None)
     "imagenet21k": ("https://storage.googleapis.com/vit_models/imagenet21k/R50+ViT-B_16.npz", None),
     "imagenet1k": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),  # V1
 }

@@ -58,7 +58,7 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(main, part, monkeypatch, 
     assert err.startswith("finetune.py: ") and part in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("error", [ValueError("a"), RuntimeError("b"), KeyError("c")])
+@pytest.mark.parametrize("error", [ValueError("a"), RuntimeError(), KeyError("c")])
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught:
         common.run(lambda: raises(error))
