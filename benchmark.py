@@ -20,10 +20,10 @@ from torchvision.datasets import ImageFolder
 import common
 import noise
 from data import Samples, pretraining_transform, to_pixels
-from datasets import pretraining_images
 from evaluate import predict
 from model import build_unet, freeze
 from pretrain_decoder import add_noise
+from unlabelled import pretraining_images
 
 
 def measure(title, cases, images, rounds):

@@ -1,5 +1,6 @@
 """What all scripts share, apart from the method: errors, flags, processes, checkpoints, the log."""
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -208,9 +209,10 @@ def require_same(path, seen):
         return
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, seen)
-    if everywhere.count(seen) < len(everywhere):
-        raise UserError(f"{path}: the processes see {everywhere}, expected the same; put --out on a disk "
-                        "that all machines share")
+    different = [there for there in everywhere if there != everywhere[0]]
+    if different:
+        raise UserError(f"{path}: one process sees {everywhere[0]}, another {different[0]}; all machines need "
+                        "the same data and weights, and --out on a disk that they share")
 
 
 def default_workers():
@@ -328,34 +330,51 @@ def load(path):
         raise UserError(f"{path}: no whole checkpoint {reason}; restore it or start without it") from error
 
 
-def save_checkpoint(args, step, model, model_args, optimizer, scaler, data, **classes):
+def save_checkpoint(args, step, model, model_args, optimizer, scaler, made_of, **classes):
     save(f"{args.out}/last.pt", dict(
-        step=step, model=model.state_dict(), model_args=model_args, args=vars(args), data=data,
+        step=step, model=model.state_dict(), model_args=model_args, args=vars(args), made_of=made_of,
         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **classes))
 
 
-FREE = {"out", "root", "workers", "save_every", "device", "compile", "micro_batch"}  # may change on resume
+# What may change on resume
+FREE = {"out", "root", "workers", "save_every", "device", "compile", "micro_batch", "processes"}
 
 
-def resume(args, data):
-    """(the checkpoint in --out or None, steps done). data: a description of the data.
+def resume(args, **data):
+    """(the checkpoint in --out or None, steps done, what the run is made of). data: descriptions of the data.
 
-    UserError if the flags or the data were different.
+    UserError if flags, data or the file of weights were others, or differ between the processes.
     """
     path, checkpoint, step = f"{args.out}/last.pt", None, 0
     if os.path.exists(path):
         checkpoint = load(path)
-        step, free = checkpoint["step"], FREE
-        then, now = {**checkpoint["args"], "found": checkpoint["data"]}, {**vars(args), "found": data}
-        pretrained = now.get("encoder_weights") or now.get("init", "none") != "none"
-        if checkpoint["model_args"]["encoder"] == "resnet50" and not pretrained:
-            free = FREE - {"micro_batch"}  # this network normalises over the micro-batch
+        step = checkpoint["step"]
+    weights = getattr(args, "init", None) or getattr(args, "encoder_weights", None)
+    made_of = {**data, "weights": checksum_of(weights), "processes": int(os.environ.get("WORLD_SIZE", 1))}
+    require_same(path, {"step": step, **made_of})
+    if checkpoint:
+        before = checkpoint.get("made_of", {})
+        if made_of["weights"] is None:  # the file is gone, and no longer needed
+            made_of["weights"] = before.get("weights")
+        then, now, free = {**checkpoint["args"], **before}, {**vars(args), **made_of}, FREE
+        if checkpoint["model_args"]["encoder"] == "resnet50" and weights in (None, "none"):
+            free = FREE - {"micro_batch", "processes"}  # this network normalises over the micro-batch
         changed = [f"{key.replace('_', '-')} {then.get(key)} then, {now.get(key)} now"
                    for key in {**then, **now} if then.get(key) != now.get(key) and key not in free]
         if changed:
             raise UserError(f"{path} is from another run ({'; '.join(changed)}); pass a new --out")
-    require_same(path, step)
-    return checkpoint, step
+    return checkpoint, step, made_of
+
+
+def checksum_of(path):
+    """Of a file's content; None if there is no such file."""
+    if path is None or not os.path.isfile(path):
+        return None
+    checksum = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2 ** 24):
+            checksum.update(chunk)
+    return checksum.hexdigest()[:12]
 
 
 def restore(checkpoint, optimizer, scaler):
@@ -378,6 +397,10 @@ class Log:
         if rank > 0:
             return
         os.makedirs(out, exist_ok=True)
+        if start == steps:
+            say(f"{out}: this run is finished; nothing is trained, its ending is repeated")
+        if start == 0 and os.path.exists(f"{out}/metrics.json"):
+            os.remove(f"{out}/metrics.json")  # of a run before this one
         self.file = open(f"{out}/log.jsonl", "a+", buffering=1)
         self.file.seek(0)
         for _ in range(start):  # one line per step

@@ -11,7 +11,6 @@ number of workers and processes and after a restart, and no state needs to be sa
 
 Images are uint8 (3, H, W) until `to_pixels`. Masks are uint8 (H, W) class indices; 255 is ignored.
 """
-import re
 import sys
 
 import numpy as np
@@ -42,18 +41,32 @@ class UnreadableImage(UserError):
 def open_picture(file, name):
     """The decoded PIL image of a path or file. Several pages and more than 8 bits a channel are refused."""
     try:
-        picture = Image.open(file)
-        # Pillow silently turns 16 bits per channel into 8; its tiles and a TIFF's tag 258 tell
-        deep = re.search(r";16[BLN]|\('RGB', \d{4,}\)", str(picture.tile))
-        deep = deep or np.max(getattr(picture, "tag_v2", {}).get(258, 8)) > 8
+        picture = open_any_size(file)
+        bits = bits_of(picture)
         pages = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # MPO: a phone's JPEG
         picture.load()
     except Exception as error:  # Pillow raises errors of all kinds
         raise UnreadableImage(f"{name}: cannot be read as a picture ({error})") from None
-    if deep or pages > 1 or picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise UserError(f"{name}: {pages} page(s) of mode {picture.mode}{' (16 bits)' if deep else ''}, "
-                        "expected one page, 8 bits a channel; save np.uint8(255 * (x - low) / (high - low))")
+    modes = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+    if bits > 8 or pages > 1 or picture.mode not in modes:
+        raise UserError(f"{name}: {pages} page(s) of mode {picture.mode}, {bits} bits a channel, expected one "
+                        "page, 8 bits; save np.uint8(255 * (x - low) / (high - low))")
     return picture
+
+
+def open_any_size(file):
+    Image.MAX_IMAGE_PIXELS = None  # else Pillow takes large pictures for an attack
+    return Image.open(file)
+
+
+def bits_of(picture):
+    """Bits a channel in the file: Pillow silently keeps 8 of 16."""
+    if picture.format == "TIFF":
+        return np.max(picture.tag_v2.get(258, 1))
+    stored = picture.tile[0][3] if picture.tile else ""  # Pillow's name, such as "RGB;16B"
+    if picture.format == "PPM" and isinstance(stored, tuple):
+        return stored[1].bit_length()  # of the largest value
+    return 16 if ";16" in str(stored) else 8
 
 
 def read_image(file, name=None):
@@ -67,13 +80,14 @@ def read_image(file, name=None):
 
 
 def image_size(path):
-    """(H, W) of read_image(path), without decoding it."""
-    with Image.open(path) as picture:
+    """((H, W) of read_image(path), whether its EXIF tag turns it), without decoding it."""
+    with open_any_size(path) as picture:
         try:
-            on_its_side = picture.getexif().get(0x0112, 1) > 4
+            turn = picture.getexif().get(0x0112, 1)
         except Exception:
-            on_its_side = False
-        return picture.size if on_its_side else picture.size[::-1]
+            turn = 1
+        size = picture.size if turn > 4 else picture.size[::-1]
+        return size, 2 <= turn <= 8
 
 
 def read_mask(path, values):
@@ -82,6 +96,8 @@ def read_mask(path, values):
     values: {value: class index or IGNORE}. Its keys are all colours (R, G, B) or all 0 to 255.
     """
     picture, colours = open_picture(path, path), isinstance(next(iter(values)), tuple)
+    if picture.format == "TIFF" and picture.tag_v2.get(262) == 0:
+        raise UserError(f"{path}: stores white as zero (TIFF tag 262), which Pillow inverts; save it as PNG")
     if picture.format == "JPEG" or not (colours or picture.mode in ("1", "L", "P")):
         raise UserError(f"{path}: a {picture.format} of Pillow's mode {picture.mode}, expected a PNG of "
                         "8-bit indices or, where classes.txt has `R G B name` lines, of colours")

@@ -12,22 +12,24 @@ ONE confusion matrix counts the pixels of all images; ignored pixels (255) do no
 TP / (TP + FP + FN). mIoU is the mean over the classes that occur in the truth or in a prediction.
 """
 import argparse
+import json
 import math
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import common
-import datasets
 from common import UserError, say
 from data import IGNORE, Samples, to_pixels
+from datasets import DATA_FLAGS, LABELLED
+from labelled import Classes, classes_of, images_of, labelled
 from model import unet_of
+from pictures import writer
+from unlabelled import PictureList, pretraining_images
 
 # ---- Scores
 
@@ -131,7 +133,8 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
             confusion += confusion_matrix(prediction, batch["mask"][0].to(device), len(names))
         if write:
             write(index, batch["image"][0], prediction.byte().cpu())
-    return {**scores(common.total(confusion).cpu(), names), "images": len(source)}
+    return {**scores(common.total(confusion).cpu(), names), "images": len(source), "protocol": how,
+            "precision": precision}
 
 
 def protocol(data, encoder, crop_size):
@@ -140,71 +143,10 @@ def protocol(data, encoder, crop_size):
     PAPER SILENT on windows but for Cityscapes (here as large as the training crops) and on flips in Table 7.
     """
     if data == "shapes":
-        return dict(scales=(1.0,), flip=False, window=0)
+        return dict(scales=[1.0], flip=False, window=0, stride=None)
     single = data in ("folder", "cityscapes") or encoder == "resnet50"  # Table 7
-    return dict(scales=(1.0,) if single else (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flip=True, window=crop_size)
-
-
-# ---- Pictures
-
-
-def colour_mask(mask, colours):
-    """Class indices (H, W) in `colours` (N, 3) as uint8 (H, W, 3). Ignored pixels, 255, are hatched."""
-    mask = np.asarray(mask)
-    colour_of = np.full((256, 3), 255, np.uint8)
-    colour_of[:len(colours)] = colours
-    page = colour_of[mask]
-    y, x = np.indices(mask.shape)
-    page[(mask == IGNORE) & ((x + y) % 8 >= 6)] = 150
-    return page
-
-
-def picture_table(rows, titles, names=(), colours=(), width=160):
-    """A PIL image: titles, rows of uint8 (H, W, 3) and a legend, `width` a column or as wide as its texts."""
-    font = ImageFont.load_default(13)
-    entries = [*enumerate(names), (IGNORE, "ignored")] if names else []
-    width = math.ceil(max(width, *map(font.getlength, titles),
-                          *(23 + font.getlength(name) for _, name in entries)))
-    heights = [max(1, round(width * row[0].shape[0] / row[0].shape[1])) for row in rows]
-    legend = 24 + sum(heights) + 6 * len(rows)  # its y
-    size = 6 + (width + 6) * len(titles), legend + 20 * math.ceil(len(entries) / len(titles))
-    page = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(page)
-    for column, title in enumerate(titles):
-        x, y = 6 + (width + 6) * column, 24
-        draw.text((x, 5), title, "black", font)
-        for row, height in zip(rows, heights):
-            page.paste(Image.fromarray(row[column]).resize((width, height), Image.Resampling.BOX), (x, y))
-            y += height + 6
-    for i, (k, name) in enumerate(entries):
-        x, y = 6 + (width + 6) * (i % len(titles)), legend + 20 * (i // len(titles))
-        draw.rectangle([x, y + 1, x + 13, y + 14], outline="black")
-        page.paste(Image.fromarray(colour_mask(np.full((12, 12), k), colours)), (x + 1, y + 2))
-        draw.text((x + 19, y), name, "black", font)
-    return page
-
-
-def writer(folder, source, classes):
-    """A function for evaluate's `write` that fills folder/index and folder/overlay."""
-    names = [source.name(i) for i in range(len(source))]
-    stems = [os.path.splitext(name)[0] for name in names]
-    if len(set(stems)) == len(stems):  # not so for a.jpg and a.png
-        names = stems
-    value_of = {k: value for value, k in reversed(classes.values.items())}  # the first value of each class
-    in_colours = isinstance(value_of[0], tuple)
-    index_of = np.array([k if in_colours else value_of[k] for k in range(len(classes.names))], np.uint8)
-    palette = np.zeros((256, 3), np.uint8)
-    palette[index_of] = classes.colours
-
-    def write(index, image, prediction):
-        mask = Image.fromarray(index_of[prediction.numpy()])
-        mask.putpalette(palette.tobytes())
-        overlay = image.permute(1, 2, 0).numpy() // 2 + colour_mask(prediction, classes.colours) // 2
-        for kind, picture in (("index", mask), ("overlay", Image.fromarray(overlay))):
-            path = f"{folder}/{kind}/{os.path.normpath('/' + names[index])}.png"  # without a leading ../
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            picture.save(path)
-    return write
+    scales = [1.0] if single else [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+    return dict(scales=scales, flip=True, window=crop_size, stride=None)
 
 
 # ---- The script
@@ -214,7 +156,7 @@ def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", metavar="PATH", required=True, help="last.pt of finetune.py")
-    common.add_data_flags(parser, datasets.LABELLED, default=None)
+    common.add_data_flags(parser, LABELLED, default=None)
     add("--masks", metavar="PATTERN", help='where the masks are, such as "labels/*_mask.png"')
     add("--val-list", metavar="FILE", help="text file with an image per line")
     add("--scales", type=common.number(float, 0.01), nargs="+", help="to average over")
@@ -228,32 +170,42 @@ def parse_arguments(argv=None):
 
 
 def choose_source(args, trained, classes):
-    """The images to score (Pairs), or those of a --data folder without masks (Files).
+    """The images to score (Pairs), or those of a --data folder without masks (PictureList).
 
     Without --data, flags that are not given are those of the training, `trained`.
     """
-    flags = dict.fromkeys(datasets.FILES) if args.data else dict(trained)
+    flags = dict.fromkeys(DATA_FLAGS) if args.data else dict(trained)
     flags.update({name: value for name, value in vars(args).items() if value is not None})
     flags = argparse.Namespace(**flags)
     if args.data == "folder" and not args.masks and not os.path.isdir(f"{args.root}/masks"):
         common.refuse(args, ("val_list", "out"), "on pictures without masks")
-        return datasets.pretraining_images(args)
+        return pretraining_images(args)
     if args.data and (args.data != "folder" or os.path.exists(f"{args.root}/classes.txt")):
-        own = datasets.classes_of(flags)  # mask values may differ from the training
+        own = classes_of(flags)  # mask values may differ from the training
         if own.names != classes.names:
             raise UserError(f"--data {args.data}: classes {', '.join(own.names[:4])} ..., expected "
                             f"{', '.join(classes.names[:4])} ...")
         classes = own
-    part = "val"
-    if args.val_list:
-        flags.val_fraction = None
-    elif args.data == "folder" and args.images and "{part}" not in args.images:  # no parts: take all
-        part = "train"
-    source = datasets.labelled(flags, classes, [part]).get(part)
+    if flags.val_fraction is not None and not args.val_list:  # a share of the training images
+        source = labelled(flags, classes).get("val")
+    elif args.data == "folder" and args.images and "{part}" not in args.images and not args.val_list:
+        source = images_of(flags, classes, "train")  # there are no parts: all images
+    else:
+        source = images_of(flags, classes, "val")
     if source is None:
         raise UserError(f"{flags.root}: no validation images; pass --val-list, or --data with --images and "
                         "--masks")
     return source
+
+
+def refuse_to_overwrite(path, found):
+    """UserError if metrics.json holds the scores of another checkpoint, data set or protocol than `found`."""
+    if os.path.exists(path):
+        before = json.loads(Path(path).read_text())
+        for key in ("checkpoint", "data", "protocol"):
+            if before.get(key) != found[key]:
+                raise UserError(f"{path}: holds the scores of {before.get(key)}, and not of {found[key]}; pass "
+                                "another --out")
 
 
 def main():
@@ -262,7 +214,7 @@ def main():
     checkpoint = common.load(args.checkpoint)
     try:
         trained, names = checkpoint["args"], checkpoint["class_names"]
-        classes = datasets.Classes(names, checkpoint["class_colours"], checkpoint["mask_values"])
+        classes = Classes(names, checkpoint["class_colours"], checkpoint["mask_values"])
         model = unet_of(checkpoint).to(device, memory_format=torch.channels_last)
     except (KeyError, TypeError) as error:
         raise UserError(f"{args.checkpoint}: not a checkpoint of finetune.py ({error})") from error
@@ -271,25 +223,35 @@ def main():
 
     with common.local_first():
         source = choose_source(args, trained, classes)
-    has_masks = not isinstance(source, datasets.Files)
-    if not has_masks:
-        if not args.save_predictions:
-            raise UserError(f"{args.root}: no masks to compare with; pass --masks or --save-predictions DIR")
-        if Path(args.save_predictions).resolve().is_relative_to(Path(source.root, source.folder).resolve()):
-            raise UserError(f"--save-predictions {args.save_predictions}: lies among the pictures")
     data = args.data or trained["data"]
+    common.require_same(data, str(source))
     how = protocol(data, checkpoint["model_args"]["encoder"], trained["crop_size"])
-    how.update({key: getattr(args, key) for key in how if getattr(args, key) is not None}, stride=args.stride)
+    how.update({key: getattr(args, key) for key in how if getattr(args, key) is not None})
     if not how["window"]:
         common.refuse(args, ["stride"], "without windows")
-    say(f"{args.checkpoint} on {len(source)} images of {data}, {how}", rank)
-    write = writer(args.save_predictions, source, classes) if args.save_predictions else None
+    place = "" if data == "shapes" else f" in {os.path.abspath(source.root)}"
+    found = {"checkpoint": os.path.abspath(args.checkpoint), "step": checkpoint["step"],
+             "data": f"{data}{place}: {source}", "protocol": how}
+    out, write = args.out or f"{os.path.dirname(args.checkpoint) or '.'}/evaluate_val", None
+    if isinstance(source, PictureList):  # without masks there are no scores
+        out = None
+        if not args.save_predictions:
+            raise UserError(f"{args.root}: no masks to compare with; pass --masks or --save-predictions DIR")
+    else:
+        refuse_to_overwrite(f"{out}/metrics.json", found)
+    if args.save_predictions:
+        source.keep_out("--save-predictions", args.save_predictions)
+        is_used = os.path.exists(f"{args.save_predictions}/index")
+        common.require_same(args.save_predictions, is_used)  # before one process writes
+        if is_used:
+            raise UserError(f"--save-predictions {args.save_predictions}: holds predictions; pass a new folder")
+        write = writer(args.save_predictions, source, classes)
+    say(f"{args.checkpoint} on {source.note}: {len(source)} images of {data}, {how}", rank)
     metrics = evaluate(model, source, names, device, rank, world, precision, args.workers, write, **how)
-    if has_masks and rank == 0:
+    if out and rank == 0:
         say(as_text(metrics))
-        out = args.out or f"{os.path.dirname(args.checkpoint) or '.'}/evaluate_val"
         os.makedirs(out, exist_ok=True)
-        common.save(f"{out}/metrics.json", metrics)
+        common.save(f"{out}/metrics.json", {**found, **metrics})
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader
 import common
 from common import say
 from data import IGNORE, Order, Samples, segmentation_transform, to_pixels
-from datasets import LABELLED, classes_of, survey, training_and_validation
-from evaluate import as_text, colour_mask, evaluate, picture_table, predict, protocol
+from datasets import LABELLED
+from evaluate import as_text, evaluate, predict, protocol
+from labelled import classes_of, survey, training_and_validation
 from model import ENCODERS, build_unet, load_weights, read_weights, unet_of, use_batch_statistics
+from pictures import colour_mask, picture_table
 
 # PAPER SILENT on batch size, steps, warm-up and the chosen lr and weight_decay, swept over [1e-5, 3e-4] (5.1)
 PAPER = dict(steps=10_000, batch_size=16, micro_batch=4, lr=1e-4, warmup=0.0, weight_decay=1e-4,
@@ -83,8 +85,9 @@ def main():
     classes = classes_of(args)
     train, val = training_and_validation(args, classes)
     steps = common.number_of_steps(args, len(train), world)
-    data = f"{train}; classes {', '.join(classes.names)}"
-    checkpoint, start = common.resume(args, data)
+    train.keep_out("--out", args.out)
+    checkpoint, start, made_of = common.resume(args, training_images=str(train), validation_images=str(val),
+                                               classes=classes.names, mask_values=classes.values)
 
     # Model: all weights are trained ("full fine-tuning", section 6)
     if checkpoint:
@@ -130,7 +133,7 @@ def main():
         log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save_checkpoint(
-                args, step, model, model_args, optimizer, scaler, data, class_names=classes.names,
+                args, step, model, model_args, optimizer, scaler, made_of, class_names=classes.names,
                 class_colours=classes.colours, mask_values=classes.values)
     log.close()
 

@@ -342,15 +342,14 @@ class UNetDecoder(nn.Module):
         self.strides, self.block_strides, self.blocks = strides, [], nn.ModuleList()
         skip_channels = dict(zip(strides[:-1], channels))
         stride, in_channels = strides[-1], channels[-1]
-        for i, out in enumerate((1024, 512, 256, 128, 64)):
-            out, upsample_conv = max(1, round(width * out)), None
-            if stride == 2 ** (5 - i):  # so that the last block ends at stride 1
-                upsample_conv = upsample_conv_coarse if i < 2 else upsample_conv_fine  # faster on CPUs
-                stride //= 2
-            skip = skip_channels.get(stride, 0)
+        for features, end in zip((1024, 512, 256, 128, 64), (16, 8, 4, 2, 1)):  # of a block: width, stride
+            out, end, upsample_conv = max(1, round(width * features)), min(end, strides[-1]), None
+            if end < stride:
+                upsample_conv = upsample_conv_coarse if end >= 8 else upsample_conv_fine  # faster on CPUs
+            skip = skip_channels.get(end, 0)
             self.blocks.append(DecoderBlock(in_channels, skip, out, upsample_conv, gamma_dim))
-            self.block_strides.append(stride)
-            in_channels = out
+            self.block_strides.append(end)
+            stride, in_channels = end, out
         self.replace_head(out_channels)
 
     def replace_head(self, out_channels):
@@ -467,7 +466,11 @@ def read_weights(source):
     """
     state = file = read_file(download(source) if source in PUBLISHED else source)
     for wrapper in ("model", "state_dict"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+        if isinstance(state.get(wrapper), dict):
+            others = [key for key, value in state.items() if key != wrapper and holds_tensors(value)]
+            if others and os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{source}: the weights taken are {wrapper!r}, not {', '.join(map(repr, others))}")
+            state = state[wrapper]
     state = {str(k).removeprefix("module."): v for k, v in state.items()}  # DDP's prefix
     state = {k: v for k, v in state.items() if not re.match("(head|fc|fc_norm|pre_logits)[./]", k)}
     if "model_args" in file:  # a checkpoint of ours
@@ -487,6 +490,10 @@ def read_weights(source):
     if "encoder.pos_embedding" in state:  # 224 pixels have a grid of 14x14, 384 of 24x24
         made_with["image_size"] = 16 * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
     return state, made_with
+
+
+def holds_tensors(value):
+    return isinstance(value, dict) and any(isinstance(part, torch.Tensor) for part in value.values())
 
 
 def read_file(path):

@@ -24,9 +24,10 @@ import noise
 import pretrain_encoder
 from common import UserError, say
 from data import Order, Samples, pretraining_transform, to_pixels
-from datasets import UNLABELLED, pretraining_images
-from evaluate import picture_table
+from datasets import UNLABELLED
 from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet_of, use_batch_statistics
+from pictures import picture_table
+from unlabelled import pretraining_images
 
 # "paper": section 5.1. PAPER SILENT on DeP but for Table 2 (6000 epochs, sigma 0.8): as DDeP
 # PAPER SILENT on weight decay and warm-up in pretraining: none on real data
@@ -113,7 +114,8 @@ def main():
     with common.local_first():  # one process a machine makes the list, then the others read it
         images = pretraining_images(args)
     steps = common.number_of_steps(args, len(images), world)
-    checkpoint, start = common.resume(args, str(images))  # refuses other flags and other images
+    images.keep_out("--out", args.out)
+    checkpoint, start, made_of = common.resume(args, images=str(images))  # refuses other flags and images
 
     # Model: DDeP freezes the encoder
     if checkpoint:
@@ -163,7 +165,7 @@ def main():
         loss = common.optimizer_step(step, loss, optimizer, scaler, rate)
         log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
-            common.save_checkpoint(args, step, model, model_args, optimizer, scaler, str(images))
+            common.save_checkpoint(args, step, model, model_args, optimizer, scaler, made_of)
     log.close()
     if rank == 0:
         metrics, panel = look_at(args, model, samples, device)

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 import common
 from common import say
 from data import Order, Samples, pretraining_transform, to_pixels
-from datasets import CLASSIFIED, classification_images
+from datasets import CLASSIFIED
 from model import ENCODERS, Classifier, build_encoder, use_batch_statistics
+from unlabelled import classification_images
 
 RECIPES = {  # PAPER SILENT on all settings of stage 1: "paper" has those usual for a ViT
     "shapes": dict(encoder="hybrid-small", steps=500, batch_size=32, micro_batch=32, lr=2e-3, warmup=0.04,
@@ -48,7 +49,7 @@ def main(argv=None):
     with common.local_first():  # one process a machine makes the list, then the others read it
         images, names = classification_images(args)
     steps = common.number_of_steps(args, len(images), world)
-    checkpoint, start = common.resume(args, str(images))
+    checkpoint, start, made_of = common.resume(args, images=str(images))
 
     # Model: all weights are trained
     torch.manual_seed(args.seed)
@@ -88,7 +89,7 @@ def main(argv=None):
         loss = common.optimizer_step(step, loss, optimizer, scaler, rate)
         log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
-            common.save_checkpoint(args, step, model, model_args, optimizer, scaler, str(images),
+            common.save_checkpoint(args, step, model, model_args, optimizer, scaler, made_of,
                                    class_names=names)
     log.close()
     if rank == 0:

@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import zlib
-from itertools import product, zip_longest
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from common import UserError, say
 
 
 class Row(NamedTuple):
-    init: str           # none, supervised, or flags of pretrain_decoder.py; "": of another paper, not run
+    init: str           # none, supervised, or flags of pretrain_decoder.py
     paper: str = ""     # mIoU %, for each column. *: see show()
     network: str = ""   # --width or --encoder, where they are not the paper's x1 and Hybrid-ViT
     data: str = ""      # where it is not Table.data
@@ -102,12 +102,7 @@ TABLES = {
         "x1 DeP": Row(f"{DEP} --gamma 0.95", "79.07 74.68 70.36 61.79"),
         **three("x2 ", "62.25 37.72 33.73 24.93", "80.50 75.57 72.84 60.36",
                 "80.91 76.86 73.81 64.75", "--width 2")}),
-    "table5": Table("Table 5: beside other methods", "cityscapes", CITYSCAPES, {
-        "AdvSemSeg": Row("", "- 62.3 58.8 -"), "s4GAN": Row("", "65.8 61.9 59.3 -"),
-        "DMT": Row("", "68.16 - 63.03 54.80"), "ClassMix": Row("", "- 63.63 61.35 -"),
-        "CutMix": Row("", "- 68.33 65.82 55.71"), "PseudoSeg": Row("", "- 72.36 69.81 60.96"),
-        "Sup. baseline of PC2Seg": Row("", "74.88 73.31 68.72 56.09"),
-        "PC2Seg": Row("", "75.99 75.15 72.29 62.89"),
+    "table5": Table("Table 5: the row of this paper", "cityscapes", CITYSCAPES, {
         "x2 DDeP": Row(DDEP, "80.91 76.86 73.81 64.75", "--width 2")}),
     "table6": Table("Table 6 and Figure 1: Pascal Context", "pascal_context", FIVE, {
         **three("x1 ", "16.78 7.21 5.69 4.53 2.57", "59.74 42.15 36.28 30.86 12.45",
@@ -148,6 +143,9 @@ class Run(NamedTuple):
     out: str     # its folder
     words: list  # its flags, --out too
 
+    def checkpoint(self):
+        return f"{self.out}/last.pt"
+
     def result(self):
         """The content of metrics.json, None while the run is not finished."""
         path = Path(self.out, "metrics.json")
@@ -159,34 +157,50 @@ class Run(NamedTuple):
         return all(path.with_name("metrics.json").exists() for path in starts)
 
 
+def run_of(args, script, title, words):
+    """A Run in a folder named after its title."""
+    folder = f"{args.out}/{'_'.join(title.replace('--', '').replace('/', '-').split())}"
+    return Run(script, folder, ["--out", folder, *words])
+
+
+def root_of(args, data):
+    name = data.removesuffix("_coarse")
+    return [] if data == "shapes" else ["--root", args.roots.get(name, f"{name.upper()}_DIR")]
+
+
 def runs_of(args, row, data, column, seed, rates=""):
     """The runs of one fine-tuning, in order: what it needs, then itself. rates: flags of stage 3."""
-    def run(script, parts, *words):
-        name = "_".join(" ".join(parts).replace("--", "").replace("/", "-").split())
-        folder = f"{args.out}/{name}"
-        runs.append(Run(script, folder, ["--out", folder, *words]))
-        return f"{folder}/last.pt"
-
-    def root(data):
-        name = data.removesuffix("_coarse")
-        return [] if data == "shapes" else ["--root", args.roots.get(name, f"{name.upper()}_DIR")]
-
     runs, init, network = [], row.init, row.network.split()
     encoder = "imagenet1k" if row.network == RESNET else "imagenet21k"
     if data == "shapes":
-        encoder = run("pretrain_encoder.py", ["encoder"], "--data", data)
-    if init.startswith("--"):
+        runs.append(run_of(args, "pretrain_encoder.py", "encoder", ["--data", data]))
+        encoder = runs[-1].checkpoint()
+    if init == "supervised":
+        init = encoder
+        if row.network == RESNET:
+            network = []  # the weights say so
+    elif init != "none":
         words = [*init.split(), *network]
-        if "dep" not in words:
+        words += root_of(args, words[words.index("--data") + 1])
+        if "--method dep" not in init:
             words += ["--encoder-weights", encoder]
-        images = root(words[words.index("--data") + 1])
-        init, network = run("pretrain_decoder.py", ["pretrain", init, row.network], *words, *images), []
-    elif init == "supervised":
-        init, network = encoder, network if "--width" in network else []
-    labels = ["--labels", str(LABELS[data][column])] if column in LABELS[data] else []
-    run("finetune.py", [data, column, row.init, row.network, rates, f"seed {seed}"], "--data", data,
-        *root(data), "--init", init, *network, *labels, "--seed", str(seed), *rates.split())
-    return runs
+        runs.append(run_of(args, "pretrain_decoder.py", f"pretrain {init} {row.network}", words))
+        init, network = runs[-1].checkpoint(), []
+    words = ["--data", data, *root_of(args, data), "--init", init, *network]
+    if column in LABELS[data]:
+        words += ["--labels", str(LABELS[data][column])]
+    words += ["--seed", str(seed), *rates.split()]
+    title = f"{data} {column} {row.init} {row.network} {rates} seed {seed}"
+    return [*runs, run_of(args, "finetune.py", title, words)]
+
+
+def best_rates(sweep):
+    """The candidate of GRID with the best mIoU, None while one is not finished."""
+    results = [runs[-1].result() for runs in sweep]
+    if None in results:
+        return None
+    scores = [result["miou"] or 0 for result in results]
+    return GRID[scores.index(max(scores))]
 
 
 def cells(args):
@@ -195,19 +209,15 @@ def cells(args):
     Both are lists of the runs of a fine-tuning; there are no repeats while the sweep is not finished.
     """
     for name in args.tables:
-        rows = [(key, row) for key, row in TABLES[name].rows.items() if row.init]
-        for (key, row), column in product(rows, TABLES[name].columns):
-            cell = args, row, row.data or TABLES[name].data, column
-            sweep, best = [], ""
+        for (key, row), column in product(TABLES[name].rows.items(), TABLES[name].columns):
+            data, sweep, rates, repeats = row.data or TABLES[name].data, [], "", []
             if args.sweep and name != "shapes":
-                sweep = [runs_of(*cell, SWEEP_SEED, rates) for rates in GRID]
-                found = {rates: runs[-1].result() for rates, runs in zip(GRID, sweep)}
-                if None in found.values():
-                    best = None
-                else:
-                    best = max(GRID, key=lambda rates: found[rates]["miou"] or 0)
-            repeats = 0 if best is None else min(args.repeats, REPEATS.get(cell[2:], 10))
-            yield name, key, column, sweep, [runs_of(*cell, seed, best) for seed in range(repeats)]
+                sweep = [runs_of(args, row, data, column, SWEEP_SEED, candidate) for candidate in GRID]
+                rates = best_rates(sweep)
+            if rates is not None:
+                count = min(args.repeats, REPEATS.get((data, column), 10))
+                repeats = [runs_of(args, row, data, column, seed, rates) for seed in range(count)]
+            yield name, key, column, sweep, repeats
 
 
 def missing_runs(args):
@@ -260,10 +270,9 @@ def show(args):
         say(f"\n{name}: {table.title}; mIoU %, ours (runs) / the paper's\n")
         say(f"| | {' | '.join(table.columns)} |\n|---{'|---' * len(table.columns)}|")
         for key, row in table.rows.items():
-            texts = []
-            for column, number in zip_longest(table.columns, row.paper.split()):
-                paper = f" / {number}" if number else ""
-                texts.append(measured.get((name, key, column), "-") + paper)
+            texts = [measured.get((name, key, column), "-") for column in table.columns]
+            if row.paper:
+                texts = [f"{ours} / {paper}" for ours, paper in zip(texts, row.paper.split())]
             say(f"| {key} | {' | '.join(texts)} |")
 
 

@@ -1,0 +1,332 @@
+"""Pairs of an image and its mask for stage 3 and evaluation: which files, what their values mean, subsets."""
+import dataclasses
+import hashlib
+import re
+from colorsys import hsv_to_rgb
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat, takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torchvision import tv_tensors
+
+import common
+import shapes
+from common import UserError
+from data import IGNORE, image_size, read_image, read_mask
+from datasets import DATA_SETS, Source, all_shapes, files_below, folder_of, form_of, home, left_out, plain
+
+
+@dataclasses.dataclass
+class Pairs(Source):
+    """Images with masks; a row is (image, mask), paths below root. values: see read_mask."""
+    root: str
+    values: dict
+
+    def name(self, i):
+        return self.rows[i][0]
+
+    def read(self, i):
+        image = read_image(Path(self.root, self.rows[i][0]))
+        return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(self.mask(i, image.shape[1:]))}
+
+    def mask(self, i, size):
+        path = Path(self.root, self.rows[i][1])
+        mask = read_mask(path, self.values)
+        if tuple(mask.shape) != tuple(size):
+            raise UserError(f"{path}: {tuple(mask.shape)} (H, W), expected its image's {tuple(size)}")
+        return mask
+
+
+def training_and_validation(args, classes):
+    """(train, val or None), with --labels of the training images. args: flags of finetune.py."""
+    sources = labelled(args, classes)
+    train, val = sources.get("train"), sources.get("val")
+    if not train:
+        raise UserError(f"{args.root}: no training images; pass another --root, or --images and --masks")
+    both = {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val or []))}
+    if both:
+        raise UserError(f"{min(both)}: both a training and a validation image; put it in one list")
+    if args.labels is not None:
+        if args.labels > len(train):
+            raise UserError(f"--labels {args.labels}: there are {len(train)} labelled images")
+        train = train.subset(sorted(ranking(train, args.seed)[:args.labels]))
+    return train, val
+
+
+def labelled(args, classes):
+    """{"train": source, "val": source}, without a part that has no images.
+
+    The training images lose those of --val-list, if that is the only list, or a --val-fraction.
+    """
+    sources = {part: images_of(args, classes, part) for part in ("train", "val")}
+    train, val = sources["train"], sources["val"]
+    if train and args.val_list and not args.train_list:
+        held_out = {*val.rows}
+        sources["train"] = train.subset([i for i, row in enumerate(train.rows) if row not in held_out])
+    elif train and args.val_fraction is not None:
+        if val:
+            raise UserError(f"--val-fraction {args.val_fraction}: there are validation images; drop it")
+        count = round(args.val_fraction * len(train))
+        if not 0 < count < len(train):
+            raise UserError(f"--val-fraction {args.val_fraction}: {count} of {len(train)} images")
+        ranked = ranking(train, "validation")
+        sources["train"] = train.subset(sorted(ranked[count:]))
+        sources["val"] = train.subset(sorted(ranked[:count]))
+    return {part: source for part, source in sources.items() if source}
+
+
+def images_of(args, classes, part):
+    """The images of a part, train or val: those that its list names, from the folders of both parts; without
+    a list those in its own folder. None if there are none.
+
+    Patterns without {part} mean one folder, for training.
+    """
+    if args.data == "shapes":
+        return all_shapes(args, part)
+    row = DATA_SETS[args.data]
+    images, masks = plain(args.images or row.images), plain(args.masks or row.masks)
+    folders = [folder_of(pattern.replace("{part}", "*")) for pattern in (images, masks)]
+    root = home(args, row.places, folders[1])
+    list_file = args.train_list if part == "train" else args.val_list
+    if list_file is None and row.lists:
+        list_file = f"{root}/{row.lists}".replace("{part}", part)
+
+    words = {"train": row.words[0], "val": row.words[1]} if "{part}" in images else {"train": ""}
+    if list_file:
+        found = {name: find_pairs(root, images, masks, word)[0] for name, word in words.items()}
+        pairs, others = select(list_file, found.get(part, []), sum(found.values(), [])), []
+    elif part in words:
+        pairs, others = find_pairs(root, images, masks, words[part])
+    else:
+        pairs, others = [], []
+    if not pairs:
+        return None
+    alone = [pair.image or pair.mask for pair in pairs if None in pair]
+    if alone:
+        raise UserError(f"{Path(root, alone[0])}: {len(alone)} without a partner; expected {images} and "
+                        f"{masks} with equal text for *; add it, pass other patterns, or name the images that "
+                        "have masks in --train-list and --val-list")
+    rows = [(pair.image, pair.mask) for pair in pairs]
+    note = f"{len(rows)} pairs{left_out(len(others), min(others, default=''))}"
+    return Pairs(rows, note, [f"{root}/{folder}" for folder in folders], root, classes.values)
+
+
+# ---- Images and their masks
+
+
+class Pair(NamedTuple):
+    star: str   # the text for the `*`
+    image: str  # path below the root, or None
+    mask: str   # the same
+
+
+def find_pairs(root, images, masks, word):
+    """([Pair, ...], other files in the folder of the images). word: what stands for {part}."""
+    mask_of, _ = matches(root, masks.replace("{part}", word))
+    image_of, others = matches(root, images.replace("{part}", word), without={*mask_of.values()})
+    return [Pair(star, image_of.get(star), mask_of.get(star)) for star in {**image_of, **mask_of}], others
+
+
+def matches(root, pattern, without=()):
+    """({text for the `*`: path}, other files in the folder), both empty if there is no folder."""
+    start, form = folder_of(pattern), form_of(pattern)
+    found, others = {}, []
+    if not Path(root, start).is_dir():
+        return found, others
+    for folder, names in files_below(root, start):
+        for path in (folder + name for name in names if folder + name not in without):
+            match = form.fullmatch(plain(path))
+            if match is None:
+                others.append(path)
+                continue
+            star = "/".join(match.groups())
+            if star in found:
+                raise UserError(f"{root}/{path} and {found[star]}: both match {pattern}; delete one")
+            found[star] = path
+    return found, others
+
+
+def select(list_file, own, pairs):
+    """The pairs that a text file lists, in its order.
+
+    A line names an image by its path (after any other folders) or by its text for `*`; if both parts have an
+    image of this text, by the one in `own`. Its mask may follow, named in the same way, after a tab or space.
+    """
+    pairs = [pair for pair in pairs if pair.image]
+    by_path = {plain(pair.image): pair for pair in pairs}
+    by_star = {pair.star: pair for pair in [*pairs, *own] if pair.image}
+    chosen = {}  # {pair: None}, which is searched fast
+    for number, line in enumerate(read_text(list_file, "surrogateescape").splitlines(), start=1):
+        line = plain(line.strip())
+        if not line:
+            continue
+        pair, mask = parts_of(line, by_path, by_star)
+        problem = None
+        if pair is None:
+            problem = "names no image"
+        elif mask and mask != pair.star and plain(pair.mask or "") not in ends_of(mask):
+            problem = f"names another mask than --masks finds, {pair.mask}"
+        elif pair in chosen:
+            problem = "is there again"
+        if problem:
+            raise UserError(f"{list_file}, line {number}: {line!r} {problem}; expected each image once, by its "
+                            "path below --root or its text for *, alone or with its mask")
+        chosen[pair] = None
+    if not chosen:
+        raise UserError(f"{list_file}: empty; expected one image per line")
+    return list(chosen)
+
+
+def parts_of(line, by_path, by_star):
+    """(the pair whose image a line names, the text after the image). Names may hold spaces: try the longest."""
+    gaps = [gap.start() for gap in re.finditer(r"\s+", line)]
+    for end in (len(line), *reversed(gaps)):
+        name, rest = line[:end], line[end:].strip()
+        for path in ends_of(name):
+            if path in by_path:
+                return by_path[path], rest
+        if name in by_star:
+            return by_star[name], rest
+    return None, ""
+
+
+def ends_of(path):
+    """a/b/c -> [a/b/c, b/c, c]."""
+    parts = path.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+def read_text(path, errors="strict"):
+    return Path(path).read_text("utf-8-sig", errors)
+
+
+# ---- Classes
+
+
+class Classes(NamedTuple):
+    names: list
+    colours: list  # (R, G, B)
+    values: dict  # {mask value or (R, G, B): class index or IGNORE}
+
+
+def palette(count):
+    """`count` colours (R, G, B): black for class 0, then hues a golden section apart."""
+    hues = [hsv_to_rgb(i * 0.618034 % 1, 0.8, (235, 175)[i // 7 % 2]) for i in range(1, count)]
+    return [(0, 0, 0), *(tuple(map(round, hue)) for hue in hues)][:count]
+
+
+def classes_of(args):
+    """The Classes of --data, from a text file that README.md describes."""
+    if args.data == "shapes":
+        names = [*shapes.CLASSES]
+        return Classes(names, palette(len(names)), {i: i for i in range(len(names))})
+    if args.data == "folder":
+        return read_classes(f"{home(args)}/classes.txt")
+    name = args.data
+    if name == "cityscapes" and re.search("train_?id", args.masks or "", re.IGNORECASE):
+        name = "cityscapes_train_ids"
+    return read_classes(Path(__file__).parent / "classes" / f"{name}.txt")
+
+
+FORM = ("2 to 255 classes in UTF-8, all lines `name` (line n is value n, from 0), `value name`, `R G B name` or "
+        "`value R G B name`; each value once, up to 255; each word of a name begins with a letter")
+# No word begins with a digit, as in `sky 1` and `sky (0 0 0)`, and no sign is one of YAML, JSON or CSV
+NAME = re.compile(r"""(?!.*[ (]\W*\d)[^\W\d_][^!"#$%*,:;<=>?@\[\\\]^`{|}~]*""")
+
+
+def read_classes(path):
+    """The Classes of a text file in one strict form: another's lines would become classes and shift values."""
+    names, colours, values = [], [], {}
+    try:
+        lines = read_text(path).rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {error}; expected {FORM}") from None
+    for i, line in enumerate(lines):
+        words = line.split()
+        numbers = tuple(map(int, takewhile(str.isdecimal, words)))
+        name = " ".join(words[len(numbers):])
+        if len(numbers) == 0:
+            key = i
+        elif len(numbers) == 3:
+            key = numbers
+        else:
+            key = numbers[0]
+        if i == 0:
+            form = len(numbers)
+        if i == form == 0:
+            values[IGNORE] = IGNORE
+        if (len(numbers) != form or form not in (0, 1, 3, 4) or max(numbers, default=0) > 255 or key in values
+                or not NAME.fullmatch(name) or not name.isprintable()):
+            raise UserError(f"{path}, line {i + 1}: {line!r}; expected {FORM}")
+        if name.lower() == "ignore":
+            values[key] = IGNORE
+            continue
+        if name not in names:
+            names.append(name)
+            colours.append(numbers[-3:])
+        values[key] = names.index(name)
+    if not 2 <= len(names) <= 255:
+        raise UserError(f"{path}: {len(names)} classes; expected {FORM}")
+    return Classes(names, colours if form >= 3 else palette(len(names)), values)
+
+
+# ---- Subsets and the look at the masks before training
+
+
+def ranking(source, seed):
+    """Indices of a source, sorted by a hash of seed and name, so that smaller subsets lie in larger ones.
+
+    PAPER SILENT on how subsets of the labels are drawn.
+    """
+    def key(i):
+        return hashlib.sha256(f"{seed}/{source.name(i)}".encode("utf-8", "surrogateescape")).digest()
+    return sorted(range(len(source)), key=key)
+
+
+def survey(parts, classes):
+    """A table of the share of each class in up to 500 masks of each part in {part: Pairs}, and remarks.
+
+    UserError for an unknown value, a size other than the image's, a value that has two colours (some programs
+    make a palette per file), and fewer than two classes.
+    """
+    def look(source, i):
+        image, path = (Path(source.root, path) for path in source.rows[i])
+        size, is_turned = image_size(image)
+        pixels = np.bincount(source.mask(i, size).flatten(), minlength=256)
+        with Image.open(path) as picture:
+            if picture.mode != "P" or isinstance(next(iter(classes.values)), tuple):
+                return path, pixels, is_turned, {}
+            table = picture.getpalette("RGB")
+            colours = {value: table[3 * value:3 * value + 3] for _, value in picture.getcolors()}
+            return path, pixels, is_turned, colours
+
+    shares, seen, turned, looked_at = {}, {}, 0, 0  # seen: {mask value: (its colour, the file)}
+    for part, source in parts.items():
+        pixels, some = np.zeros(256), np.unique(np.linspace(0, len(source) - 1, 500).astype(int))
+        with ThreadPoolExecutor(8) as pool:
+            for path, counts, is_turned, colours in pool.map(look, repeat(source), some):
+                pixels += counts
+                turned += is_turned
+                for value, colour in colours.items():
+                    first, where = seen.setdefault(value, (colour, path))
+                    if colour != first:
+                        raise UserError(f"{path}: value {value} is {colour} in its palette, but {first} in "
+                                        f"{where}; write `R G B name` lines to classes.txt")
+        looked_at += len(some)
+        shares[part] = pixels[[*range(len(classes.names)), IGNORE]] / pixels.sum()
+    if (shares["train"][:-1] > 0).sum() < 2:
+        raise UserError(f"{parts['train'].root}: the training masks hold fewer than two of "
+                        f"{', '.join(classes.names[:8])}; in a classes.txt of names alone line n is value n, "
+                        "and 255 is ignored")
+    rows = [(name, *[f"{share[k]:.2%}" for share in shares.values()])
+            for k, name in enumerate([*classes.names, "ignored"])]
+    text = common.table([("of the pixels", *shares), *rows])
+    if turned:
+        text += f"\n{turned} of {looked_at} images are turned upright by their EXIF tag, masks never"
+    for name in classes.names:
+        if re.search("void|unlabel|ignore", name, re.IGNORECASE):
+            text += f"\n{name} is a class that is trained and scored; a class called ignore is not"
+    return text
