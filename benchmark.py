@@ -20,7 +20,6 @@ from torchvision.datasets import ImageFolder
 import common
 import noise
 from data import Samples, pretraining_transform, to_pixels
-from evaluate import predict
 from model import build_unet, freeze
 from pretrain_decoder import add_noise
 from unlabelled import pretraining_images
@@ -81,7 +80,7 @@ def loading(root, peers):
 
 
 def main():
-    parser, groups = common.Parser(__doc__), ("step", "evaluate", "data")
+    parser, groups = common.Parser(__doc__), ("step", "data")
     parser.add_argument("--only", choices=groups, nargs="+", default=groups, help="groups (all)")
     parser.add_argument("--rounds", type=common.number(int, 1), default=5, help="of each case (%(default)s)")
     parser.add_argument("--peers", action="store_true", help="time other libraries, too")
@@ -100,13 +99,6 @@ def main():
             network.compile()
         cases = {name: training_step(network, batch, device, precision) for name, network in networks.items()}
         measure(f"Stage 2, 224 px, x1, batch {batch}", cases, batch, args.rounds)
-    if "evaluate" in args.only:  # Cityscapes' protocol on one picture
-        encoder, width = ("hybrid", 1) if device.type == "cuda" else ("hybrid-small", 1 / 4)
-        network = build_unet(encoder, width, 19).to(device, memory_format=torch.channels_last).eval()
-        x = torch.rand(1, 3, 1024, 2048, device=device) * 2 - 1
-        with torch.inference_mode(), common.autocast(precision, device):
-            cases = {encoder: lambda: predict(network, x, flip=True, window=1024)}
-            measure("Evaluation, 1024 x 2048", cases, 1, args.rounds)
     if "data" in args.only:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as root:

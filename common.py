@@ -8,6 +8,7 @@ import sys
 import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A user's mistake in one line: the file or flag, its value, what was expected, what to do. Everything
-    but model.py and noise.py may raise it."""
+    """A user's mistake in one line: the file or flag, its value, what was expected, what to do."""
 
 
 @contextmanager
@@ -32,11 +32,9 @@ def users_mistakes():
 
 
 MEMORY = "lower --micro-batch, the size of crops or windows, or --width"
-COMPILER = "install one, such as g++, or drop --compile"
-HINTS = {"C++ compiler": COMPILER, "C compiler": COMPILER,
+HINTS = {"compiler": "install one, such as g++, or drop --compile",
          "shared memory": "pass a lower --workers, or start a container with --ipc=host",
-         "out of memory": MEMORY, "allocate": MEMORY,  # on CUDA, on CPUs
-         "more than 1 value per channel": "raise --micro-batch or the size of crops"}  # BatchNorm
+         "out of memory": MEMORY, "allocate": MEMORY}  # on CUDA, on CPUs
 
 
 def run(main):
@@ -121,7 +119,7 @@ def add_training_flags(parser):
     length.add_argument("--steps", type=number(int, 1), help="optimiser steps (%(default)s)")
     length.add_argument("--epochs", type=number(float, 0), help="passes over the images (%(default)s)")
     add("--batch-size", type=number(int, 1), help="images per step, over all processes (%(default)s)")
-    add("--lr", type=number(float, 0), help="peak rate (%(default)s; None: 6e-5, for --width 2 1e-4; §5.1)")
+    add("--lr", type=number(float, 0), help="peak rate (%(default)s; stage 2: 6e-5, for --width 2 1e-4; §5.1)")
     add("--warmup", type=number(float, 0, 1),
         help="share of the steps in which the rate first rises; PAPER SILENT (%(default)s)")
     add("--weight-decay", type=number(float, 0), help="(%(default)s; §5.1 sweeps it in stage 3)")
@@ -142,8 +140,7 @@ def add_device_flags(parser):
 
 
 def network_args(args, made_with, source):
-    """encoder, width and image_size for build_unet: from the flags, or else from `made_with` of the weights
-    in `source`. UserError if they differ."""
+    """encoder, width, image_size for build_unet: of the flags or else of the weights (`made_with`)."""
     chosen = {"image_size": made_with.get("image_size")}
     for name, paper, toy in (("encoder", "hybrid", "hybrid-small"), ("width", 1.0, 0.25)):
         asked, made = getattr(args, name), made_with.get(name)
@@ -209,10 +206,10 @@ def require_same(path, seen):
         return
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, seen)
-    different = [there for there in everywhere if there != everywhere[0]]
-    if different:
-        raise UserError(f"{path}: one process sees {everywhere[0]}, another {different[0]}; all machines need "
-                        "the same data and weights, and --out on a disk that they share")
+    for other in everywhere:
+        if other != everywhere[0]:
+            raise UserError(f"{path}: a process sees {everywhere[0]}, another {other}; all need the same "
+                            "data, weights and --out")
 
 
 def default_workers():
@@ -230,14 +227,13 @@ def choose_precision(precision, device):
 
 
 def autocast(precision, device):
-    precision = choose_precision(precision, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def prepare_for_training(model, args, device, world):
-    """Put the model on the device. Returns the network to call: the model or, with several processes, DDP
-    around it, which averages the gradients over them after each micro-batch."""
+    """The network to call: the model on its device or, with several processes, DDP around it, which averages
+    the gradients over them after each micro-batch."""
     model.to(device, memory_format=torch.channels_last).train()
     if args.compile:
         model.compile(dynamic=False)  # in place: parameters keep their names
@@ -245,7 +241,7 @@ def prepare_for_training(model, args, device, world):
 
 
 def progress(items=None, **options):
-    """tqdm on a machine's first process; once a minute if not on a terminal."""
+    """tqdm, on a machine's first process; once a minute if not on a terminal."""
     return tqdm(items, dynamic_ncols=True, disable=not is_local_first(),
                 mininterval=0.1 if sys.stderr.isatty() else 60, **options)
 
@@ -343,7 +339,7 @@ FREE = {"out", "root", "workers", "save_every", "device", "compile", "micro_batc
 def resume(args, **data):
     """(the checkpoint in --out or None, steps done, what the run is made of). data: descriptions of the data.
 
-    UserError if flags, data or the file of weights were others, or differ between the processes.
+    UserError if flags, data or weights were others, or differ between the processes.
     """
     path, checkpoint, step = f"{args.out}/last.pt", None, 0
     if os.path.exists(path):
@@ -354,11 +350,10 @@ def resume(args, **data):
     require_same(path, {"step": step, **made_of})
     if checkpoint:
         before = checkpoint.get("made_of", {})
-        if made_of["weights"] is None:  # the file is gone, and no longer needed
-            made_of["weights"] = before.get("weights")
+        made_of["weights"] = made_of["weights"] or before.get("weights")  # the file may be gone
         then, now, free = {**checkpoint["args"], **before}, {**vars(args), **made_of}, FREE
         if checkpoint["model_args"]["encoder"] == "resnet50" and weights in (None, "none"):
-            free = FREE - {"micro_batch", "processes"}  # this network normalises over the micro-batch
+            free = FREE - {"micro_batch", "processes"}  # it normalises over the micro-batch
         changed = [f"{key.replace('_', '-')} {then.get(key)} then, {now.get(key)} now"
                    for key in {**then, **now} if then.get(key) != now.get(key) and key not in free]
         if changed:
@@ -368,13 +363,9 @@ def resume(args, **data):
 
 def checksum_of(path):
     """Of a file's content; None if there is no such file."""
-    if path is None or not os.path.isfile(path):
-        return None
-    checksum = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2 ** 24):
-            checksum.update(chunk)
-    return checksum.hexdigest()[:12]
+    if os.path.isfile(path or ""):
+        return "checksum " + hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    return None
 
 
 def restore(checkpoint, optimizer, scaler):
@@ -399,8 +390,8 @@ class Log:
         os.makedirs(out, exist_ok=True)
         if start == steps:
             say(f"{out}: this run is finished; nothing is trained, its ending is repeated")
-        if start == 0 and os.path.exists(f"{out}/metrics.json"):
-            os.remove(f"{out}/metrics.json")  # of a run before this one
+        if start == 0:
+            Path(out, "metrics.json").unlink(missing_ok=True)  # of another run
         self.file = open(f"{out}/log.jsonl", "a+", buffering=1)
         self.file.seek(0)
         for _ in range(start):  # one line per step
@@ -416,10 +407,7 @@ class Log:
         self.bar.set_postfix(values, refresh=False)
         self.bar.update()
         if self.file:
-            try:
-                self.file.write(json.dumps({"step": step, **values}) + "\n")
-            except OSError as error:  # it does not name the file
-                raise UserError(f"{self.file.name}: cannot be written ({error})") from error
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)

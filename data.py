@@ -3,8 +3,8 @@
     samples = Samples(source, pretraining_transform(224), seed=0)      # samples[epoch, index]
     loader = DataLoader(samples, batch_sampler=Order(len(source), batch_size=512, micro_batch=64, steps=1000))
 
-A source (datasets.py) has len(source), source.name(i) and source.read(i), a dictionary of "image"
-(tv_tensors.Image) and, if there is one, "mask" (tv_tensors.Mask) or "label" (int).
+A source has len(source), source.name(i) and source.read(i), a dictionary of "image" (tv_tensors.Image) and,
+where there is one, "mask" (tv_tensors.Mask) or "label" (int).
 
 The order, crop, flip and noise of a sample depend on (seed, epoch, index) alone: they are the same for any
 number of workers and processes and after a restart, and no state needs to be saved.
@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 
 from common import UserError
 
+Image.MAX_IMAGE_PIXELS = None  # large pictures are no attack here
 IGNORE = 255
 ORDER, CROP, NOISE = 0, 1, 2  # purposes of a seed
 
@@ -41,7 +42,7 @@ class UnreadableImage(UserError):
 def open_picture(file, name):
     """The decoded PIL image of a path or file. Several pages and more than 8 bits a channel are refused."""
     try:
-        picture = open_any_size(file)
+        picture = Image.open(file)
         bits = bits_of(picture)
         pages = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # MPO: a phone's JPEG
         picture.load()
@@ -49,14 +50,9 @@ def open_picture(file, name):
         raise UnreadableImage(f"{name}: cannot be read as a picture ({error})") from None
     modes = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
     if bits > 8 or pages > 1 or picture.mode not in modes:
-        raise UserError(f"{name}: {pages} page(s) of mode {picture.mode}, {bits} bits a channel, expected one "
-                        "page, 8 bits; save np.uint8(255 * (x - low) / (high - low))")
+        raise UserError(f"{name}: {pages} page(s) of mode {picture.mode}, {bits} bits, expected one page of 8 "
+                        "bits a channel; save np.uint8(255 * (x - low) / (high - low))")
     return picture
-
-
-def open_any_size(file):
-    Image.MAX_IMAGE_PIXELS = None  # else Pillow takes large pictures for an attack
-    return Image.open(file)
 
 
 def bits_of(picture):
@@ -81,7 +77,7 @@ def read_image(file, name=None):
 
 def image_size(path):
     """((H, W) of read_image(path), whether its EXIF tag turns it), without decoding it."""
-    with open_any_size(path) as picture:
+    with Image.open(path) as picture:
         try:
             turn = picture.getexif().get(0x0112, 1)
         except Exception:
@@ -99,22 +95,20 @@ def read_mask(path, values):
     if picture.format == "TIFF" and picture.tag_v2.get(262) == 0:
         raise UserError(f"{path}: stores white as zero (TIFF tag 262), which Pillow inverts; save it as PNG")
     if picture.format == "JPEG" or not (colours or picture.mode in ("1", "L", "P")):
-        raise UserError(f"{path}: a {picture.format} of Pillow's mode {picture.mode}, expected a PNG of "
-                        "8-bit indices or, where classes.txt has `R G B name` lines, of colours")
+        raise UserError(f"{path}: a {picture.format} of mode {picture.mode}, expected a PNG of 8-bit indices "
+                        "or, where classes.txt has lines `R G B name`, of colours")
     if colours:
-        found = np.array(picture.convert("RGB")).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
-        known = {(r << 16) + (g << 8) + b: k for (r, g, b), k in values.items()}
-        keys = np.array(sorted(known))
-        at = np.searchsorted(keys, found).clip(max=len(keys) - 1)
-        mask = np.where(keys[at] == found, np.array([known[key] for key in keys])[at], -1)
+        found = np.array(picture.convert("RGB"))
+        codes, mask = found @ np.array([65536, 256, 1]), np.full(found.shape[:2], -1, np.int16)
+        for (r, g, b), k in values.items():
+            mask[codes == 65536 * r + 256 * g + b] = k
     else:
         found, class_of = np.array(picture).astype(np.uint8), np.full(256, -1, np.int16)
         class_of[list(values)] = list(values.values())
         mask = class_of[found]
     if mask.min() < 0:
-        wrong = int(found[mask < 0][0])
-        wrong = (wrong >> 16, wrong >> 8 & 255, wrong & 255) if colours else wrong
-        raise UserError(f"{path}: mask value {wrong}, expected those of the data set or of classes.txt: "
+        wrong = found[mask < 0][0].tolist()
+        raise UserError(f"{path}: mask value {wrong}, expected those of classes.txt or of the data set, "
                         f"{', '.join(map(str, values))}")
     return torch.from_numpy(mask.astype(np.uint8))
 
@@ -180,8 +174,8 @@ class Order(Sampler):
     """Yield micro-batches, lists of keys (epoch, index), for the steps from `start` to `steps`.
 
     The samples of a run are one sequence, epoch after epoch, each in its own order. Step s takes batch_size
-    of them from s * batch_size on, across the end of an epoch too. Process `rank` of `world` takes its share
-    of the batch, in `parts` micro-batches of nearly equal size, at most micro_batch.
+    of them from s * batch_size on. Process `rank` of `world` takes its share of these, in `parts`
+    micro-batches of nearly equal size, at most micro_batch.
     """
 
     def __init__(self, count, batch_size, micro_batch, steps, seed=0, start=0, rank=0, world=1):

@@ -4,11 +4,10 @@
     python evaluate.py --checkpoint last.pt --data folder --root other   # other images
     torchrun --nproc_per_node=8 evaluate.py --checkpoint last.pt --flip --scales 0.5 0.75 1 1.25 1.5 1.75
 
-Input: last.pt of finetune.py. Output: metrics.json in --out, scores from 0 to 1. --save-predictions
-gets index/, PNGs with the values of the training masks, and overlay/, class colours over the images.
-Defaults: the validation images of the training; scales, flip and window of 5.1 (see protocol).
+Input: last.pt of finetune.py. Output: metrics.json in --out, scores from 0 to 1. --save-predictions gets
+index/, PNGs with the values of the training masks, and overlay/, class colours over the images.
 
-ONE confusion matrix counts the pixels of all images; ignored pixels (255) do not count. The IoU of a class is
+ONE confusion matrix counts the pixels of all images, without ignored ones (255). The IoU of a class is
 TP / (TP + FP + FN). mIoU is the mean over the classes that occur in the truth or in a prediction.
 """
 import argparse
@@ -113,9 +112,9 @@ def in_windows(model, x, window, stride):
 
 @torch.inference_mode()
 def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", workers=0, write=None, **how):
-    """The scores of `model` on `source`; every image counts once, on any number of processes.
+    """The scores of `model` on `source`. how: arguments of predict.
 
-    write: called with (index, image (3, H, W) uint8, prediction (H, W) uint8). how: arguments of predict.
+    write: called with (index, image (3, H, W) uint8, prediction (H, W) uint8).
     """
     model.eval()
     confusion = torch.zeros(len(names), len(names), dtype=torch.int64, device=device)
@@ -163,17 +162,15 @@ def parse_arguments(argv=None):
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
     add("--window", type=common.number(int, 0), help="side of the windows; 0: the whole image")
     add("--stride", type=common.number(int, 1), help="step between windows (their side)")
-    add("--out", metavar="DIR", help="(evaluate_val beside the checkpoint)")
+    add("--out", metavar="DIR", help="(evaluate_val or, with --data, evaluate_DATA beside the checkpoint)")
     add("--save-predictions", metavar="DIR", help="works without masks too")
     common.add_device_flags(parser)
     return parser.parse({"paper": {"workers": common.default_workers()}}, argv)
 
 
 def choose_source(args, trained, classes):
-    """The images to score (Pairs), or those of a --data folder without masks (PictureList).
-
-    Without --data, flags that are not given are those of the training, `trained`.
-    """
+    """Pairs, or the PictureList of a --data folder without masks. Without --data, flags that are not given
+    are those of the training."""
     flags = dict.fromkeys(DATA_FLAGS) if args.data else dict(trained)
     flags.update({name: value for name, value in vars(args).items() if value is not None})
     flags = argparse.Namespace(**flags)
@@ -196,16 +193,6 @@ def choose_source(args, trained, classes):
         raise UserError(f"{flags.root}: no validation images; pass --val-list, or --data with --images and "
                         "--masks")
     return source
-
-
-def refuse_to_overwrite(path, found):
-    """UserError if metrics.json holds the scores of another checkpoint, data set or protocol than `found`."""
-    if os.path.exists(path):
-        before = json.loads(Path(path).read_text())
-        for key in ("checkpoint", "data", "protocol"):
-            if before.get(key) != found[key]:
-                raise UserError(f"{path}: holds the scores of {before.get(key)}, and not of {found[key]}; pass "
-                                "another --out")
 
 
 def main():
@@ -232,23 +219,25 @@ def main():
     place = "" if data == "shapes" else f" in {os.path.abspath(source.root)}"
     found = {"checkpoint": os.path.abspath(args.checkpoint), "step": checkpoint["step"],
              "data": f"{data}{place}: {source}", "protocol": how}
-    out, write = args.out or f"{os.path.dirname(args.checkpoint) or '.'}/evaluate_val", None
-    if isinstance(source, PictureList):  # without masks there are no scores
-        out = None
-        if not args.save_predictions:
-            raise UserError(f"{args.root}: no masks to compare with; pass --masks or --save-predictions DIR")
-    else:
-        refuse_to_overwrite(f"{out}/metrics.json", found)
+    has_masks, write = not isinstance(source, PictureList), None
+    out = args.out or f"{os.path.dirname(args.checkpoint) or '.'}/evaluate_{args.data or 'val'}"
+    if has_masks and os.path.exists(f"{out}/metrics.json"):
+        before = json.loads(Path(out, "metrics.json").read_text())
+        for key in ("checkpoint", "data", "protocol"):  # other scores are not overwritten
+            if before.get(key) != found[key]:
+                raise UserError(f"{out}: has scores of {before.get(key)}, not {found[key]}; pass another --out")
     if args.save_predictions:
         source.keep_out("--save-predictions", args.save_predictions)
         is_used = os.path.exists(f"{args.save_predictions}/index")
         common.require_same(args.save_predictions, is_used)  # before one process writes
         if is_used:
-            raise UserError(f"--save-predictions {args.save_predictions}: holds predictions; pass a new folder")
+            raise UserError(f"--save-predictions {args.save_predictions}: holds some; pass a new folder")
         write = writer(args.save_predictions, source, classes)
+    elif not has_masks:
+        raise UserError(f"{args.root}: no masks to compare with; pass --masks or --save-predictions DIR")
     say(f"{args.checkpoint} on {source.note}: {len(source)} images of {data}, {how}", rank)
     metrics = evaluate(model, source, names, device, rank, world, precision, args.workers, write, **how)
-    if out and rank == 0:
+    if has_masks and rank == 0:
         say(as_text(metrics))
         os.makedirs(out, exist_ok=True)
         common.save(f"{out}/metrics.json", {**found, **metrics})

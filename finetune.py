@@ -153,14 +153,12 @@ def main():
 @torch.inference_mode()
 def draw_predictions(model, source, classes, device, precision, window):
     """predictions.png: image, truth and prediction of six images."""
-    rows = min(6, len(source))
     page = []
-    for row in range(rows):
-        sample = source.read(row * len(source) // rows)
+    for i in sorted({row * len(source) // 6 for row in range(6)}):
+        image, mask = source.read(i).values()
         with common.autocast(precision, device):
-            logits = predict(model, to_pixels(sample["image"][None].to(device)), window=window)
-        page.append([sample["image"].permute(1, 2, 0).numpy(),
-                     colour_mask(sample["mask"], classes.colours),
+            logits = predict(model, to_pixels(image[None].to(device)), window=window)
+        page.append([image.permute(1, 2, 0).numpy(), colour_mask(mask, classes.colours),
                      colour_mask(logits[0].argmax(0).cpu(), classes.colours)])
     return picture_table(page, ["image", "truth", "prediction"], classes.names, classes.colours)
 

@@ -107,8 +107,8 @@ def images_of(args, classes, part):
     alone = [pair.image or pair.mask for pair in pairs if None in pair]
     if alone:
         raise UserError(f"{Path(root, alone[0])}: {len(alone)} without a partner; expected {images} and "
-                        f"{masks} with equal text for *; add it, pass other patterns, or name the images that "
-                        "have masks in --train-list and --val-list")
+                        f"{masks} with equal text for *; pass other patterns, or list the images that have "
+                        "masks in --train-list and --val-list")
     rows = [(pair.image, pair.mask) for pair in pairs]
     note = f"{len(rows)} pairs{left_out(len(others), min(others, default=''))}"
     return Pairs(rows, note, [f"{root}/{folder}" for folder in folders], root, classes.values)
@@ -172,8 +172,8 @@ def select(list_file, own, pairs):
         elif pair in chosen:
             problem = "is there again"
         if problem:
-            raise UserError(f"{list_file}, line {number}: {line!r} {problem}; expected each image once, by its "
-                            "path below --root or its text for *, alone or with its mask")
+            raise UserError(f"{list_file}, line {number}: {line!r} {problem}; expected each image once, by "
+                            "its path below --root or its text for *, alone or with its mask")
         chosen[pair] = None
     if not chosen:
         raise UserError(f"{list_file}: empty; expected one image per line")
@@ -181,7 +181,7 @@ def select(list_file, own, pairs):
 
 
 def parts_of(line, by_path, by_star):
-    """(the pair whose image a line names, the text after the image). Names may hold spaces: try the longest."""
+    """(the pair whose image a line names, the text after it). Names may hold spaces: the longest is meant."""
     gaps = [gap.start() for gap in re.finditer(r"\s+", line)]
     for end in (len(line), *reversed(gaps)):
         name, rest = line[:end], line[end:].strip()
@@ -231,14 +231,14 @@ def classes_of(args):
     return read_classes(Path(__file__).parent / "classes" / f"{name}.txt")
 
 
-FORM = ("2 to 255 classes in UTF-8, all lines `name` (line n is value n, from 0), `value name`, `R G B name` or "
-        "`value R G B name`; each value once, up to 255; each word of a name begins with a letter")
+FORM = ("2 to 255 classes in UTF-8, all lines `name` (line n is value n, from 0), `value name`, `R G B name` "
+        "or `value R G B name`; each value once, up to 255; each word of a name begins with a letter")
 # No word begins with a digit, as in `sky 1` and `sky (0 0 0)`, and no sign is one of YAML, JSON or CSV
 NAME = re.compile(r"""(?!.*[ (]\W*\d)[^\W\d_][^!"#$%*,:;<=>?@\[\\\]^`{|}~]*""")
 
 
 def read_classes(path):
-    """The Classes of a text file in one strict form: another's lines would become classes and shift values."""
+    """The Classes of a text file. The form is strict, as lines of another would become classes."""
     names, colours, values = [], [], {}
     try:
         lines = read_text(path).rstrip().split("\n")

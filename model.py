@@ -25,7 +25,7 @@ ENCODERS = ("hybrid", "hybrid-small", "resnet50")
 
 
 def build_encoder(name, image_size=None):
-    """A new encoder, one of ENCODERS. image_size: see HybridViT."""
+    """One of ENCODERS, with fresh weights. image_size: see HybridViT."""
     if name == "hybrid":  # PAPER SILENT on the size of its Hybrid-ViT: here R50+ViT-B/16
         return HybridViT(image_size=image_size or 224)
     if name == "hybrid-small":  # for the toy data on a CPU
@@ -52,7 +52,7 @@ def unet_of(checkpoint):
 
 
 def same_padding(x, kernel, stride, value=0.0):
-    """Pad x as JAX's SAME does: ceil(size / stride) outputs, an odd row below, an odd column to the right."""
+    """Pad x as JAX's SAME: ceil(size / stride) outputs, an odd row below, an odd column to the right."""
     rows, columns = (max(kernel - (size % stride or stride), 0) for size in x.shape[-2:])
     if not rows and not columns:
         return x
@@ -61,7 +61,7 @@ def same_padding(x, kernel, stride, value=0.0):
 
 
 class StdConv2d(nn.Conv2d):
-    """Convolution with SAME padding, without bias. Weights are standardised for each output channel."""
+    """Convolution with SAME padding and weights standardised for each output channel, no bias."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1):
         super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
@@ -81,7 +81,7 @@ def group_norm(channels):
 
 
 class ResidualUnit(nn.Module):
-    """Bottleneck: 1x1, 3x3 with the stride, 1x1 to 4 * width channels; the last ReLU follows the sum."""
+    """Bottleneck: 1x1, 3x3 with the stride, 1x1 to 4 * width channels, then the sum and a ReLU."""
 
     def __init__(self, in_channels, width, stride=1):
         super().__init__()
@@ -103,7 +103,7 @@ class ResidualUnit(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Transformer block on tokens (B, N, dim), with LayerNorm before the attention and before the MLP."""
+    """Tokens (B, N, dim) -> the same; LayerNorm comes before the attention and before the MLP."""
 
     def __init__(self, dim, heads, mlp_dim):
         super().__init__()
@@ -233,8 +233,8 @@ class UpsampledConv2d(nn.Conv2d):
         x = torch.cat([F.interpolate(x, scale_factor=2), skip], dim=1)
         return F.conv2d(x, self.weight, padding=1)
 
-    They take 36 multiply-adds per position of x and pair of channels; upsample_conv, one of the two functions
-    below, takes 9 or 16. Stage 2 is 1.3 to 1.4 times as fast with it (ResNet-50, one CPU core).
+    They take 36 multiply-adds per position of x and pair of channels, the functions below 9 or 16: stage 2 is
+    1.3 to 1.4 times as fast (ResNet-50, one CPU core).
     """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample_conv):
@@ -269,7 +269,7 @@ def sum_taps(products, dim):
 
 def upsample_conv_fine(x, weight):
     """16 multiply-adds: a 4x4 transposed convolution, whose kernel is the sum of four shifted copies of the
-    3x3 kernel. Faster than upsample_conv_coarse where channels are few and positions many."""
+    3x3 kernel. The faster one where channels are few and positions many."""
     kernel = weight.flip(2, 3).transpose(0, 1)  # (I, O, 3, 3)
     kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # (I, O, 4, 3)
     kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # (I, O, 4, 4)
@@ -435,7 +435,7 @@ PUBLISHED = {  # name: (address, first digits of its SHA-256 or None)
 
 
 def load_encoder_weights(encoder, source):
-    """Set every tensor of `encoder` from a source of read_weights. Raises ValueError."""
+    """Set every tensor of `encoder`; source: see read_weights. Raises ValueError."""
     state, _ = read_weights(source)
     state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     load_weights(encoder, state, source)
@@ -469,7 +469,7 @@ def read_weights(source):
         if isinstance(state.get(wrapper), dict):
             others = [key for key, value in state.items() if key != wrapper and holds_tensors(value)]
             if others and os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"{source}: the weights taken are {wrapper!r}, not {', '.join(map(repr, others))}")
+                print(f"{source}: takes the weights {wrapper}, not {', '.join(map(str, others))}")
             state = state[wrapper]
     state = {str(k).removeprefix("module."): v for k, v in state.items()}  # DDP's prefix
     state = {k: v for k, v in state.items() if not re.match("(head|fc|fc_norm|pre_logits)[./]", k)}
@@ -484,8 +484,8 @@ def read_weights(source):
         elif "layer4.2.conv3.weight" in state:
             made_with = {"encoder": "resnet50"}
         else:
-            raise ValueError(f"{source}: unknown weights (first keys: {list(state)[:3]}); expected ours, "
-                             "Google's R50+ViT-B_16.npz, timm's vit_base_r50_s16 or torchvision's ResNet-50")
+            raise ValueError(f"{source}: unknown weights ({list(state)[:3]} ...); expected ours, Google's "
+                             "R50+ViT-B_16.npz, timm's vit_base_r50_s16 or torchvision's ResNet-50")
         state = {f"encoder.{k}": v for k, v in state.items()}
     if "encoder.pos_embedding" in state:  # 224 pixels have a grid of 14x14, 384 of 24x24
         made_with["image_size"] = 16 * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
@@ -565,7 +565,7 @@ def from_timm(tensors):
 
 
 def rename(state, patterns):
-    """Apply {regular expression: replacement} to every name, one pattern after the other."""
+    """Apply {regular expression: replacement} to every name, one after the other."""
     for pattern, replacement in patterns.items():
         state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
     return state

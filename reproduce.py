@@ -2,13 +2,12 @@
 
     python reproduce.py                                   # the comparison on the toy data
     python reproduce.py list                              # all tables, with the results so far
-    python reproduce.py table6 --dry-run                  # the commands still to run
     python reproduce.py table6 --root imagenet21k=DIR pascal_context=DIR
     CUDA_VISIBLE_DEVICES=2 python reproduce.py table6 --root ... --shard 3/32   # a 32nd of its fine-tunings
 
-A table is data, below: a row is how a network is initialised, a column how many labels it is fine-tuned on.
-Tables share what they have in common, above all the pretrainings. Runs follow one another, each on all GPUs.
-A run with metrics.json is done: stop at any time, the same command goes on.
+A row of a table is how a network is initialised, a column how many labels it is fine-tuned on. Tables share
+the pretrainings. Runs follow one another, each on all GPUs. A run with metrics.json is done: stop at any
+time, the same command goes on.
 
 Learning rate and weight decay are chosen as in 5.1: each cell tries a grid of them with seed 100, and the
 best mIoU wins. Seeds 0, 1, ... then give the table. The toy data takes the scripts' defaults.
