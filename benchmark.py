@@ -42,10 +42,10 @@ def measure(title, cases, images, rounds):
         print(f"  {name:16} {best[name]:9.3f} {statistics.median(found[1:]):9.3f}{ratio}", flush=True)
 
 
-def training_step(network, batch, device, precision):
+def training_step(network, batch, args, device, precision):
     """A step of stage 2 on a frozen encoder, always on the same pictures."""
     freeze(network.encoder)
-    network.to(device, memory_format=torch.channels_last).train()
+    common.prepare_for_training(network, args, device, world=1)
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
     images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8)
     level = argparse.Namespace(gamma=[0.95], sigma=None)
@@ -90,14 +90,13 @@ def main():
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%F')}")
     for batch in (2, 8, *[64] * (device.type == "cuda")) if "step" in args.only else ():
-        networks = {"resnet50": build_unet("resnet50"), "hybrid": build_unet("hybrid")}
+        networks = {name: build_unet(name) for name in ("resnet50", "hybrid")}
         if args.peers:
             from segmentation_models_pytorch import Unet
             networks["peer"] = Unet("resnet50", encoder_weights=None, classes=3,
                                     decoder_channels=(1024, 512, 256, 128, 64))
-        for network in networks.values() if args.compile else ():
-            network.compile()
-        cases = {name: training_step(network, batch, device, precision) for name, network in networks.items()}
+        cases = {name: training_step(network, batch, args, device, precision)
+                 for name, network in networks.items()}
         measure(f"Stage 2, 224 px, x1, batch {batch}", cases, batch, args.rounds)
     if "data" in args.only:
         torch.set_num_threads(1)

@@ -2,14 +2,12 @@
 
     unet = build_unet("hybrid", width=1, out_channels=3)  # R50+ViT-B/16, decoder [1024, 512, 256, 128, 64]
     load_encoder_weights(unet.encoder, "R50+ViT-B_16.npz")
-    eps_hat = unet(x)                                     # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H, W
-    unet.decoder.replace_head(19)                         # segmentation: (B, 19, H, W) logits
+    eps_hat = unet(x)              # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H, W
+    unet.decoder.replace_head(19)  # segmentation: (B, 19, H, W) logits
 
 UNet(encoder) takes any encoder that has two tuples, `channels` and `strides` (powers of two up to 32), from
 finest to coarsest. It takes (B, 3, H, W) in [-1, 1], where strides[-1] divides H and W, and returns one map
 (B, channels[i], H / strides[i], W / strides[i]) per stride.
-
-This file needs torch; ResNet50 needs torchvision, and files of weights numpy (.npz) or safetensors.
 """
 import argparse
 import math
@@ -33,7 +31,7 @@ def build_encoder(name, image_size=None):
                          mlp_dim=256, image_size=image_size or 64)
     if name == "resnet50":  # Table 7
         return ResNet50()
-    raise ValueError(f"no encoder called {name!r}; there are {', '.join(ENCODERS)}")
+    raise ValueError(f"{name}: expected one of {', '.join(ENCODERS)}")
 
 
 def build_unet(encoder="hybrid", width=1, out_channels=3, condition_on_gamma=False, image_size=None):
@@ -81,7 +79,7 @@ def group_norm(channels):
 
 
 class ResidualUnit(nn.Module):
-    """Bottleneck: 1x1, 3x3 with the stride, 1x1 to 4 * width channels, then the sum and a ReLU."""
+    """Bottleneck: 1x1, 3x3 with the stride, 1x1 to 4 * width channels."""
 
     def __init__(self, in_channels, width, stride=1):
         super().__init__()
@@ -103,7 +101,7 @@ class ResidualUnit(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Tokens (B, N, dim) -> the same; LayerNorm comes before the attention and before the MLP."""
+    """Tokens (B, N, dim) -> the same, with LayerNorm first."""
 
     def __init__(self, dim, heads, mlp_dim):
         super().__init__()
@@ -128,9 +126,9 @@ class TransformerBlock(nn.Module):
 class HybridViT(nn.Module):
     """A ResNet down to stride 16, then a ViT on its positions. The defaults are Google's R50+ViT-B/16.
 
-    stem: channels of the root convolution. widths, units: bottleneck width and number of units of the blocks
-    at strides 4, 8 and 16.
-    image_size: sets the position grid (224: 14x14), which is interpolated for images of other sizes.
+    stem: channels of the root convolution. widths, units: bottleneck widths and numbers of units at strides
+    4, 8 and 16.
+    image_size: sets the position grid (224: 14x14), which is interpolated for other sizes.
 
     forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (before the max-pool), 4, 8 and 16 (after the last
     LayerNorm). PAPER SILENT on the class token: it takes part in the attention and is then dropped.
@@ -159,15 +157,15 @@ class HybridViT(nn.Module):
             in_channels, stride = 4 * width, 1
         return block
 
-    def forward(self, x):                                  # (B, 3, H, W)
+    def forward(self, x):
         stride2 = F.relu(self.gn_root(self.conv_root(x)))  # (B, 64, H/2, W/2)
         y = F.max_pool2d(same_padding(stride2, 3, 2, value=-math.inf), 3, 2)
-        stride4 = self.block1(y)                           # (B, 256, H/4, W/4)
-        stride8 = self.block2(stride4)                     # (B, 512, H/8, W/8)
-        y = self.embedding(self.block3(stride8))           # (B, 768, H/16, W/16)
-        tokens = y.flatten(2).transpose(1, 2)              # (B, N, 768)
+        stride4 = self.block1(y)  # (B, 256, H/4, W/4)
+        stride8 = self.block2(stride4)  # (B, 512, H/8, W/8)
+        y = self.embedding(self.block3(stride8))  # (B, 768, H/16, W/16)
+        tokens = y.flatten(2).transpose(1, 2)  # (B, N, 768)
         tokens = torch.cat([self.cls.expand(y.shape[0], -1, -1), tokens], dim=1)
-        tokens = tokens + self.position(*y.shape[-2:])     # (B, 1 + N, 768)
+        tokens = tokens + self.position(*y.shape[-2:])  # (B, 1 + N, 768)
         tokens = self.encoder_norm(self.transformer(tokens))
         stride16 = tokens[:, 1:].transpose(1, 2).reshape(y.shape)
         return stride2, stride4, stride8, stride16
@@ -193,11 +191,11 @@ class ResNet50(nn.Module):
     change. True: those of the batch, which fresh weights need.
     """
 
-    def __init__(self, batch_statistics=False):
+    def __init__(self):
         super().__init__()
         from torchvision.models import resnet50  # here, as the rest needs torch alone
         self.channels, self.strides = (64, 256, 512, 1024, 2048), (2, 4, 8, 16, 32)
-        self.batch_statistics = batch_statistics
+        self.batch_statistics = False
         net = resnet50(weights=None, zero_init_residual=True)
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
@@ -210,8 +208,8 @@ class ResNet50(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         for part in self.modules():
-            if isinstance(part, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-                part.train(mode and self.batch_statistics)
+            if isinstance(part, nn.BatchNorm2d) and not self.batch_statistics:
+                part.eval()
         return self
 
     def forward(self, x):
@@ -251,16 +249,16 @@ def upsample_conv_coarse(x, weight):
     """9 multiply-adds: multiply x by each of the nine taps, then add up what each output position sees."""
     taps = weight.permute(2, 3, 0, 1).flatten(0, 2)  # (9 O, I)
     products = F.linear(x.permute(0, 2, 3, 1), taps).unflatten(3, (3, 3, -1))  # (B, H, W, 3, 3, O)
-    rows = sum_taps(products.unbind(3), dim=1)  # (B, 2H, W, 3, O)
-    return sum_taps(rows.unbind(3), dim=2).permute(0, 3, 1, 2)  # (B, O, 2H, 2W)
+    rows = sum_taps(products, dim=1)  # (B, 2H, W, 3, O)
+    return sum_taps(rows, dim=2).permute(0, 3, 1, 2)  # (B, O, 2H, 2W)
 
 
 def sum_taps(products, dim):
     """A 3-tap convolution along `dim` of a signal upsampled by 2, where 2i and 2i + 1 are copies of input i.
 
-    products: of the n inputs with the taps before, at and after the centre. Returns 2n sums.
+    products: of the n inputs with the taps before, at and after the centre (dimension 3). Returns 2n sums.
     """
-    before, here, after = products
+    before, here, after = products.unbind(3)
     n, zero = here.shape[dim], torch.zeros_like(here.narrow(dim, 0, 1))
     even = torch.cat([zero, before], dim).narrow(dim, 0, n) + here + after  # 2i sees i - 1, i, i
     odd = before + here + torch.cat([after, zero], dim).narrow(dim, 1, n)  # 2i + 1 sees i, i, i + 1
@@ -269,7 +267,7 @@ def sum_taps(products, dim):
 
 def upsample_conv_fine(x, weight):
     """16 multiply-adds: a 4x4 transposed convolution, whose kernel is the sum of four shifted copies of the
-    3x3 kernel. The faster one where channels are few and positions many."""
+    3x3 kernel. On CPUs the faster one where channels are few."""
     kernel = weight.flip(2, 3).transpose(0, 1)  # (I, O, 3, 3)
     kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # (I, O, 4, 3)
     kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # (I, O, 4, 4)
@@ -279,11 +277,10 @@ def upsample_conv_fine(x, weight):
 class DecoderNorm(nn.Module):
     """GroupNorm, which suits small batches. Conditioning (4.4) adds a scale and shift per channel.
 
-    PAPER SILENT on the norm and on the form of conditioning "normalization layers": here linear in gamma's
-    embedding.
+    PAPER SILENT on the norm and on how to condition it: here linear in gamma's embedding.
     """
 
-    def __init__(self, channels, gamma_dim=None):
+    def __init__(self, channels, gamma_dim):
         super().__init__()
         self.norm, self.gamma = group_norm(channels), None
         if gamma_dim:
@@ -291,7 +288,7 @@ class DecoderNorm(nn.Module):
             nn.init.zeros_(self.gamma.weight)  # starts without effect
             nn.init.zeros_(self.gamma.bias)
 
-    def forward(self, x, gamma=None):  # (B, C, H, W), (B, gamma_dim) or None
+    def forward(self, x, gamma):  # (B, C, H, W), (B, gamma_dim) or None
         x = self.norm(x)
         if self.gamma is None:
             return x
@@ -302,11 +299,11 @@ class DecoderNorm(nn.Module):
 class DecoderBlock(nn.Module):
     """Upsample by 2, concatenate the skip, then 3x3 convolution, norm and ReLU, twice (Figure 2).
 
-    PAPER SILENT on the decoder block, but it names TransUNet (Chen et al., 2021). This is TransUNet's block
-    with GroupNorm instead of BatchNorm and nearest instead of bilinear upsampling.
+    PAPER SILENT on the block, but it names TransUNet (Chen et al., 2021). This is TransUNet's with GroupNorm
+    for BatchNorm and nearest for bilinear upsampling.
     """
 
-    def __init__(self, in_channels, skip_channels, out_channels, upsample_conv=None, gamma_dim=None):
+    def __init__(self, in_channels, skip_channels, out_channels, upsample_conv, gamma_dim=None):
         super().__init__()
         if upsample_conv:
             self.conv1 = UpsampledConv2d(in_channels, skip_channels, out_channels, upsample_conv)
@@ -318,7 +315,7 @@ class DecoderBlock(nn.Module):
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
 
-    def forward(self, x, skip=None, gamma=None):
+    def forward(self, x, skip, gamma=None):
         y = self.conv1(x) if skip is None else self.conv1(x, skip)
         y = F.relu(self.norm1(y, gamma))
         return F.relu(self.norm2(self.conv2(y), gamma))
@@ -334,21 +331,21 @@ class UNetDecoder(nn.Module):
     forward: maps, finest first, and size (H, W) -> (B, out_channels, H, W). gamma: see UNet.
     """
 
-    def __init__(self, channels, strides, width=1, out_channels=3, condition_on_gamma=False):
+    def __init__(self, channels, strides, width, out_channels, condition_on_gamma):
         super().__init__()
         assert {*strides} <= {1, 2, 4, 8, 16, 32}, strides
         gamma_dim = 256 if condition_on_gamma else None
         self.gamma_mlp = nn.Sequential(nn.Linear(64, 256), nn.SiLU()) if condition_on_gamma else None
-        self.strides, self.block_strides, self.blocks = strides, [], nn.ModuleList()
+        self.strides, self.blocks = strides, nn.ModuleList()
+        self.block_strides = [min(stride, strides[-1]) for stride in (16, 8, 4, 2, 1)]
         skip_channels = dict(zip(strides[:-1], channels))
         stride, in_channels = strides[-1], channels[-1]
-        for features, end in zip((1024, 512, 256, 128, 64), (16, 8, 4, 2, 1)):  # of a block: width, stride
-            out, end, upsample_conv = max(1, round(width * features)), min(end, strides[-1]), None
+        for features, end in zip((1024, 512, 256, 128, 64), self.block_strides):
+            out, upsample_conv = round(width * features), None
             if end < stride:
                 upsample_conv = upsample_conv_coarse if end >= 8 else upsample_conv_fine  # faster on CPUs
             skip = skip_channels.get(end, 0)
             self.blocks.append(DecoderBlock(in_channels, skip, out, upsample_conv, gamma_dim))
-            self.block_strides.append(end)
             stride, in_channels = end, out
         self.replace_head(out_channels)
 
@@ -366,7 +363,7 @@ class UNetDecoder(nn.Module):
         return self.head(y)[..., :size[0], :size[1]]  # cuts off the padding of UNet.encode
 
     def embed_gamma(self, gamma, like):
-        """The embedding (B, 256) of gamma, a float or (B,) in [0, 1]; None means 1. PAPER SILENT on it."""
+        """The embedding (B, 256) of gamma, see UNet. PAPER SILENT on it."""
         gamma = torch.as_tensor(1.0 if gamma is None else gamma, device=like.device, dtype=torch.float32)
         frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, device=like.device))
         phase = gamma.expand(like.shape[0])[:, None] * frequencies  # (B, 32)
@@ -376,7 +373,7 @@ class UNetDecoder(nn.Module):
 class UNet(nn.Module):
     """Encoder and decoder: (B, 3, H, W) in [-1, 1] -> (B, out_channels, H, W), any H and W.
 
-    gamma: with condition_on_gamma (4.4) the noise level, a float or (B,); None means 1, a clean image.
+    gamma: with condition_on_gamma (4.4) the noise level in [0, 1], a float or (B,); None: 1, a clean image.
     """
 
     def __init__(self, encoder, width=1, out_channels=3, condition_on_gamma=False):
@@ -412,8 +409,8 @@ class Classifier(nn.Module):
 
 
 def use_batch_statistics(model, sync):
-    """Make a ResNet-50 normalise with the batch's statistics; other encoders stay as they are. sync: compute
-    them over all processes, on CUDA only (PAPER SILENT)."""
+    """Make a ResNet-50 normalise with the batch's statistics; other encoders stay. sync: with those of all
+    processes, on CUDA only (PAPER SILENT)."""
     if isinstance(model.encoder, ResNet50):
         model.encoder.batch_statistics = True
         if sync:
@@ -421,9 +418,9 @@ def use_batch_statistics(model, sync):
 
 
 def freeze(encoder):
-    """Freeze the encoder of a UNet: no gradients, and eval mode, so that BatchNorm's statistics stay, too."""
+    """No gradients, and eval mode, so that BatchNorm's statistics stay, too."""
     encoder.frozen = True
-    return encoder.requires_grad_(False).eval()
+    encoder.requires_grad_(False).eval()
 
 
 # ---- Weights
@@ -443,13 +440,11 @@ def load_encoder_weights(encoder, source):
 
 def load_weights(model, state, source, fresh=()):
     """Set every tensor of `model`, except names that begin with one of `fresh`. Raises ValueError."""
-    ours, theirs = ({k: v for k, v in tensors.items() if not k.startswith(tuple(fresh))}
+    ours, theirs = ({k: v for k, v in tensors.items() if not k.startswith(fresh)}
                     for tensors in (model.state_dict(), state))
-    for name in ours:  # older files lack these unused counters
-        if name.endswith("num_batches_tracked"):
-            theirs.setdefault(name, ours[name])
-    shared = ours.keys() & theirs.keys()
-    faults = {"missing": ours.keys() - theirs.keys(), "unexpected": theirs.keys() - ours.keys(),
+    shared, missing = ours.keys() & theirs.keys(), ours.keys() - theirs.keys()
+    missing = {k for k in missing if not k.endswith("num_batches_tracked")}  # unused, not in older files
+    faults = {"missing": missing, "unexpected": theirs.keys() - ours.keys(),
               "of another shape": {k for k in shared if ours[k].shape != theirs[k].shape},
               "not finite": {k for k in shared if not theirs[k].isfinite().all()}}
     found = [f"{len(keys)} {fault} ({', '.join(sorted(keys)[:3])})" for fault, keys in faults.items() if keys]
@@ -469,7 +464,7 @@ def read_weights(source):
         if isinstance(state.get(wrapper), dict):
             others = [key for key, value in state.items() if key != wrapper and holds_tensors(value)]
             if others and os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"{source}: takes the weights {wrapper}, not {', '.join(map(str, others))}")
+                print(f"{source}: takes the weights {wrapper}, not {others}")
             state = state[wrapper]
     state = {str(k).removeprefix("module."): v for k, v in state.items()}  # DDP's prefix
     state = {k: v for k, v in state.items() if not re.match("(head|fc|fc_norm|pre_logits)[./]", k)}
@@ -487,7 +482,7 @@ def read_weights(source):
             raise ValueError(f"{source}: unknown weights ({list(state)[:3]} ...); expected ours, Google's "
                              "R50+ViT-B_16.npz, timm's vit_base_r50_s16 or torchvision's ResNet-50")
         state = {f"encoder.{k}": v for k, v in state.items()}
-    if "encoder.pos_embedding" in state:  # 224 pixels have a grid of 14x14, 384 of 24x24
+    if "encoder.pos_embedding" in state:  # the grid tells the size
         made_with["image_size"] = 16 * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
     return state, made_with
 
@@ -497,7 +492,7 @@ def holds_tensors(value):
 
 
 def read_file(path):
-    """The dict in a file of torch.save, .npz or .safetensors. Raises ValueError."""
+    """The dict in a file of torch.save, .npz or .safetensors."""
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -516,7 +511,7 @@ def read_file(path):
 
 
 def download(name):
-    """The path of one of PUBLISHED, fetched once into torch.hub's cache. Raises ValueError."""
+    """The path of one of PUBLISHED, fetched once into torch.hub's cache."""
     address, sha256 = PUBLISHED[name]
     path = f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(address)}"
     if not os.path.exists(path):

@@ -1,21 +1,16 @@
 """Noise, targets and the loss of denoising pretraining: equations 1 to 6 of Brempong et al. (2022).
 
-    eps = sample_noise(x.shape, seeds, x.device)           # e ~ N(0, I), one seed per image
-    x_noisy = scaled_additive_noise(x, eps, gamma=0.95)    # Eq. 5
-    loss = denoising_loss(model(x_noisy), eps)             # Eq. 6
-
 x and e (`eps`) are (B, C, H, W); results have x's dtype. gamma in [0, 1] and sigma >= 0 are floats, or
 tensors (B,) with a value per image.
 
-PAPER SILENT on the pixel range, without which gamma and sigma mean nothing (Figure 4 is drawn in [0, 1]).
-Here pixels x lie in [-1, 1], as the published encoder expects: x = (value - 127.5) / 127.5 for 8-bit values.
-Noisy images are never clipped. Eq. 5 keeps the variance of x~ at 1 only if the variance of x is 1;
-photographs in [-1, 1] have about 0.25.
+PAPER SILENT on the pixel range, to which gamma and sigma refer (Figure 4 is drawn in [0, 1]). Here x lies in
+[-1, 1], as the published encoder expects: x = (value - 127.5) / 127.5 for 8-bit values. Noisy images are
+never clipped. Eq. 5 keeps the variance at 1 only if that of x is 1; photographs have about 0.25.
 
 Eqs. 1 and 5 differ by a factor: sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma e) / sqrt(1 + sigma^2), with
 
     gamma   sigma = sqrt(1/gamma - 1)  sqrt(1 - gamma)  where the paper uses it
-    0.95    0.2294                     0.2236           main setting (see below; Table 4)
+    0.95    0.2294                     0.2236           main setting (Table 4)
     0.90    0.3333                     0.3162           lower end of U(0.9, 0.95) in Table 4
     0.6098  0.8000                     0.6247           DeP in Table 2: sigma = 0.8
 
@@ -45,8 +40,8 @@ def scaled_additive_noise(x, eps, gamma):
 def denoising_loss(prediction, target):
     """Eq. 2 (target = x: predict the image) and Eqs. 3, 4, 6 (target = e: predict the noise).
 
-    prediction, target: (B, C, H, W). Returns a float32 scalar: the MEAN over all elements, so that predicting
-    0 has loss 1 on unit noise. The paper's squared norm is a sum; a factor changes little for Adam.
+    Both (B, C, H, W). Returns a float32 scalar: the MEAN over all elements, so that predicting 0 has loss 1
+    on unit noise. The paper's squared norm is a sum; a factor changes little for Adam.
     """
     return F.mse_loss(prediction.float(), target.float())
 
@@ -60,7 +55,7 @@ def remove_noise(x_noisy, eps, gamma):
 def sample_noise(shape, seeds, device="cpu"):
     """e ~ N(0, I) of shape (B, C, H, W), float32. Image b has its own generator, seeded with seeds[b].
 
-    So an image's noise does not depend on its batch or process. CPU and GPU generators differ.
+    So its noise does not depend on its batch or process. CPU and GPU generators differ.
     """
     generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
     return torch.stack([torch.randn(shape[1:], generator=g, device=device) for g in generators])

@@ -1,9 +1,9 @@
-"""Stage 2: Decoder Denoising Pretraining (DDeP), or denoising pretraining of the whole network (DeP).
+"""Stage 2: Decoder Denoising Pretraining (DDeP) or Denoising Pretraining (DeP).
 
-    python pretrain_decoder.py --gamma 0.95                # toy data, on a CPU; runs stage 1 if needed
+    python pretrain_decoder.py --gamma 0.95   # toy data, on a CPU; runs stage 1 if needed
     python pretrain_decoder.py --data folder --root photos --encoder-weights imagenet21k   # one GPU
     torchrun --nproc_per_node=8 pretrain_decoder.py --data imagenet21k --root /data/imagenet21k \\
-        --encoder-weights imagenet21k                                                      # eight GPUs
+        --encoder-weights imagenet21k   # eight GPUs
 
 Input: images without labels and, for DDeP, a trained encoder. Output in --out: last.pt, for --init of
 finetune.py; log.jsonl; panel.png; metrics.json.
@@ -31,7 +31,7 @@ from unlabelled import pretraining_images
 
 # "paper": section 5.1. PAPER SILENT on DeP but for Table 2 (6000 epochs, sigma 0.8): as DDeP
 # PAPER SILENT on weight decay and warm-up in pretraining: none on real data
-# PAPER SILENT on where Adam and a cosine are used (5.1 does not say): here in stages 2 and 3
+# PAPER SILENT on where Adam and a cosine are used (5.1): here in stages 2 and 3
 RECIPES = {
     "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=3e-3, warmup=0.02, weight_decay=0.0,
                    image_size=64, min_area=0.5, workers=0, save_every=400),
@@ -72,7 +72,7 @@ def parse_arguments(argv=None):
 def toy_encoder(args, rank):
     """The path of the toy encoder, which stage 1 trains first if it is missing."""
     if args.data != "shapes" or args.encoder not in (None, "hybrid-small"):
-        raise UserError("DDeP needs a trained encoder: pass --encoder-weights PATH or imagenet21k")
+        raise UserError("DDeP needs an encoder: pass --encoder-weights PATH or imagenet21k")
     path, finished = f"{TOY_ENCODER}/last.pt", f"{TOY_ENCODER}/metrics.json"
     common.require_same(finished, os.path.exists(finished))  # else some would train it, and others not
     if not os.path.exists(finished):
@@ -111,11 +111,11 @@ def main():
     rank, world, device, precision = common.start_processes(args)
 
     # Data: images
-    with common.local_first():  # one process a machine makes the list, then the others read it
+    with common.local_first():
         images = pretraining_images(args)
     steps = common.number_of_steps(args, len(images), world)
     images.keep_out("--out", args.out)
-    checkpoint, start, made_of = common.resume(args, images=str(images))  # refuses other flags and images
+    checkpoint, start, made_of = common.resume(args, images=str(images))
 
     # Model: DDeP freezes the encoder
     if checkpoint:
@@ -131,7 +131,7 @@ def main():
         use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
     network = common.prepare_for_training(model, args, device, world)
 
-    # PAPER SILENT on the betas of Adam: torch's defaults. Each step sets the rate
+    # PAPER SILENT on the betas of Adam: torch's defaults
     peak_rate = args.lr
     if peak_rate is None:  # 5.1
         peak_rate = 1e-4 if model_args["width"] == 2 else 6e-5
@@ -150,14 +150,13 @@ def main():
     for step in range(start + 1, steps + 1):
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        for _ in range(order.parts):  # micro-batches, whose gradients add up: only one must fit in memory
+        for _ in range(order.parts):  # micro-batches, whose losses and gradients add up to the global batch's
             batch = next(batches)
             x = to_pixels(batch["image"].to(device))  # (B, 3, H, W) in [-1, 1]
             x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])
             with common.autocast(precision, device):
                 prediction = network(x_noisy, gamma)  # (B, 3, H, W)
             target = eps if args.target == "noise" else x
-            # Summed over parts and processes: the mean over the global batch
             part_loss = noise.denoising_loss(prediction, target) * len(x) / args.batch_size
             scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
@@ -186,21 +185,21 @@ def look_at(args, model, samples, device):
     prediction = model.decoder(maps, x.shape[-2:], gamma)
     loss = noise.denoising_loss(prediction, target).item()
 
-    # A baseline without a network: the best multiple of the noisy image (least squares)
+    # A baseline: the best multiple of the noisy image (least squares)
     factor = (target * x_noisy).sum() / x_noisy.square().sum()
     loss_of_multiple = noise.denoising_loss(factor * x_noisy, target).item()
     say(f"denoising loss {loss:.4f}; {factor:.3f} times the noisy image has {loss_of_multiple:.4f}")
     if loss >= loss_of_multiple:
         say("WARNING: the network is no better; raise --steps or change --lr")
 
-    # If the loss does not rise, the decoder ignores this map, and the blocks that see only it learn little
+    # If the loss does not rise, the decoder ignores this map, and blocks that see only it learn little
     rises = {}
     for i, stride in enumerate(model.encoder.strides):
         changed = list(maps)
         changed[i] = maps[i].mean(0, keepdim=True).expand_as(maps[i])
         without = noise.denoising_loss(model.decoder(changed, x.shape[-2:], gamma), target).item()
         rises[stride] = without / loss - 1
-        say(f"the loss rises by {rises[stride]:.1%} without the map of stride {stride} (its mean instead)")
+        say(f"the loss rises by {rises[stride]:.1%} without the map of stride {stride}")
 
     columns = {"image": x, "noisy image": x_noisy}
     if args.target == "noise":

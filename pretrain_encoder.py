@@ -1,11 +1,11 @@
 """Stage 1: train the encoder to classify images (section 2).
 
-    python pretrain_encoder.py                                                             # toy data, a CPU
-    python pretrain_encoder.py --data folder --root imagenet                               # one GPU
-    torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k  # eight
+    python pretrain_encoder.py   # toy data, on a CPU
+    python pretrain_encoder.py --data folder --root imagenet   # one GPU
+    torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k   # eight GPUs
 
 Input: a folder per class (root/train/<class>/ or root/<class>/) or, for imagenet21k, a .tar file. Output in
---out: last.pt, for --encoder-weights of stage 2; log.jsonl; metrics.json. A published encoder can replace it.
+--out: last.pt, for --encoder-weights of stage 2; log.jsonl; metrics.json.
 """
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ def main(argv=None):
     rank, world, device, precision = common.start_processes(args)
 
     # Data: images and their classes
-    with common.local_first():  # one process a machine makes the list, then the others read it
+    with common.local_first():
         images, names = classification_images(args)
     steps = common.number_of_steps(args, len(images), world)
     checkpoint, start, made_of = common.resume(args, images=str(images))
@@ -60,7 +60,6 @@ def main(argv=None):
     use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
     network = common.prepare_for_training(model, args, device, world)
 
-    # Adam with decoupled weight decay, as is usual for a ViT
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     common.restore(checkpoint, optimizer, scaler)
@@ -75,13 +74,12 @@ def main(argv=None):
     for step in range(start + 1, steps + 1):
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        for _ in range(order.parts):  # micro-batches, whose gradients add up: only one must fit in memory
+        for _ in range(order.parts):  # micro-batches, whose losses and gradients add up to the global batch's
             batch = next(batches)
             x = to_pixels(batch["image"].to(device))  # (B, 3, H, W) in [-1, 1]
-            label = batch["label"].to(device)         # (B,)
+            label = batch["label"].to(device)  # (B,)
             with common.autocast(precision, device):
                 logits = network(x)  # (B, classes)
-            # Summed over parts and processes: the mean over the global batch
             part_loss = F.cross_entropy(logits.float(), label, reduction="sum") / args.batch_size
             scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()

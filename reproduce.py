@@ -1,22 +1,19 @@
 """Run and print the tables of the paper, and a small comparison on the toy data.
 
-    python reproduce.py                                   # the comparison on the toy data
-    python reproduce.py list                              # all tables, with the results so far
+    python reproduce.py        # the toy data
+    python reproduce.py list   # all tables, with the results so far
     python reproduce.py table6 --root imagenet21k=DIR pascal_context=DIR
-    CUDA_VISIBLE_DEVICES=2 python reproduce.py table6 --root ... --shard 3/32   # a 32nd of its fine-tunings
 
-A row of a table is how a network is initialised, a column how many labels it is fine-tuned on. Tables share
-the pretrainings. Runs follow one another, each on all GPUs. A run with metrics.json is done: stop at any
-time, the same command goes on.
+A row is how a network is initialised, a column how many labels it is fine-tuned on. Tables share
+the pretrainings. A run with metrics.json is done: the same command goes on after it.
 
-Learning rate and weight decay are chosen as in 5.1: each cell tries a grid of them with seed 100, and the
-best mIoU wins. Seeds 0, 1, ... then give the table. The toy data takes the scripts' defaults.
+As in 5.1 each cell tries a grid of learning rates and weight decays, with seed 100, and the best mIoU wins.
+Seeds 0, 1, ... then give the table. The toy data takes the scripts' defaults.
 PAPER SILENT on the grid and on what a "task" is: here four by four values from 1e-5 to 3e-4 for each cell.
 PAPER SILENT on the images that choose: here the validation images.
 PAPER SILENT on whether repeats share a pretraining (they do) or a subset of Cityscapes (they do not).
 """
 import json
-import os
 import shlex
 import statistics
 import subprocess
@@ -37,7 +34,7 @@ from common import UserError, say
 class Row(NamedTuple):
     init: str           # none, supervised, or flags of pretrain_decoder.py
     paper: str = ""     # mIoU %, for each column. *: see show()
-    network: str = ""   # --width or --encoder, where they are not the paper's x1 and Hybrid-ViT
+    network: str = ""   # --width or --encoder, if not x1 and Hybrid-ViT
     data: str = ""      # where it is not Table.data
 
 
@@ -48,12 +45,11 @@ class Table(NamedTuple):
     rows: dict          # {name: Row}
 
 
-DDEP = "--data imagenet21k --gamma 0.95"  # 100 epochs, batch 512, 224 px: the defaults of stage 2
-# PAPER SILENT on which "all Cityscapes images" (Table 2) are: here fine and coarse, as Table 3 calls them
+DDEP = "--data imagenet21k --gamma 0.95"  # and the defaults of stage 2
+# PAPER SILENT on "all Cityscapes images" (Table 2): here fine and coarse, as in Table 3
 DEP = "--method dep --data cityscapes_coarse --epochs 6000"
 DEP_SIGMA = f"{DEP} --sigma 0.8"  # 3.4. PAPER SILENT on Table 1: as Table 2
-SIMPLE = "--data imagenet21k --sigma 0.2294"  # PAPER SILENT: the same ratio of noise and image as gamma 0.95
-RANDOM = "--data imagenet21k --gamma 0.9 0.95"
+SIMPLE = "--data imagenet21k --sigma 0.2294"  # PAPER SILENT on sigma: that of gamma 0.95
 # PAPER SILENT on which images of VOC: here all in JPEGImages
 VOC, ADE, COARSE = (f"--data {data} --gamma 0.95" for data in ("voc", "ade20k", "cityscapes_coarse"))
 RESNET = "--encoder resnet50"
@@ -68,52 +64,52 @@ def three(prefix, none, supervised, ddep, network=""):
 
 
 TABLES = {
-    "shapes": Table("The toy data", "shapes", ("8 labels", "32 labels"), {
+    "shapes": Table("the toy data", "shapes", ("8 labels", "32 labels"), {
         "No pretraining": Row("none"),
         "Supervised": Row("supervised"),
         "DeP": Row("--method dep --data shapes --gamma 0.95"),
         "DDeP": Row("--data shapes --gamma 0.95")}),
-    "table1": Table("Table 1: predicting the image or the noise; DeP", "cityscapes", CITYSCAPES, {
+    "table1": Table("predicting the image or the noise; DeP", "cityscapes", CITYSCAPES, {
         "predict x": Row(f"{DEP_SIGMA} --target image", "70.44 60.87 55.44 41.40"),
         "predict e": Row(DEP_SIGMA, "75.01* 67.26* 61.94 48.36")}),
-    "table2": Table("Table 2: denoising the whole network", "cityscapes", ("100%", "1/4", "2%", "1%"), {
+    "table2": Table("denoising the whole network", "cityscapes", ("100%", "1/4", "2%", "1%"), {
         "No pretraining": Row("none", "63.47 39.63 21.23 18.52"),
         "Supervised": Row("supervised", "80.36 75.55 41.33 35.51"),
         "DeP": Row(DEP_SIGMA, "77.14* 68.87* 42.79 37.55")}),
-    "figure5": Table("Figure 5 right: simple or scaled noise", "", ("100%", "10%", "5%", "1%"), {
-        "Pascal Context, simple": Row(SIMPLE, "59.64 44.70 39.14 18.05", data="pascal_context"),
-        "Pascal Context, scaled": Row(DDEP, "60.00* 48.27* 41.93* 19.69*", data="pascal_context"),
+    "figure5": Table("at the right: simple or scaled noise", "pascal_context", ("100%", "10%", "5%", "1%"), {
+        "Pascal Context, simple": Row(SIMPLE, "59.64 44.70 39.14 18.05"),
+        "Pascal Context, scaled": Row(DDEP, "60.00* 48.27* 41.93* 19.69*"),
         "ADE20K, simple": Row(SIMPLE, "48.88 34.21 24.07 9.17", data="ade20k"),
         "ADE20K, scaled": Row(DDEP, "48.97* 34.99* 26.86* 10.80*", data="ade20k")}),
-    "table3": Table("Table 3: the images of decoder pretraining", "", ("100%", "10%", "5%"), {
-        "Pascal Context, from Pascal VOC": Row(VOC, "60.13 49.95 44.30", data="pascal_context"),
-        "Pascal Context, from ImageNet-21k": Row(DDEP, "60.57* 50.61* 45.13*", data="pascal_context"),
+    "table3": Table("the images of decoder pretraining", "pascal_context", ("100%", "10%", "5%"), {
+        "Pascal Context, from Pascal VOC": Row(VOC, "60.13 49.95 44.30"),
+        "Pascal Context, from ImageNet-21k": Row(DDEP, "60.57* 50.61* 45.13*"),
         "ADE20K, from ADE20K": Row(ADE, "48.92 36.14 28.49", data="ade20k"),
         "ADE20K, from ImageNet-21k": Row(DDEP, "49.37* 37.14* 29.74*", data="ade20k"),
         "Cityscapes, from fine and coarse": Row(COARSE, "80.53 72.67 62.23", data="cityscapes"),
         "Cityscapes, from ImageNet-21k": Row(DDEP, "80.72 73.21 66.51", data="cityscapes")}),
-    "table4": Table("Table 4: fixed or random gamma; x3", "pascal_context", ("100%", "20%", "10%"), {
-        "gamma in U(0.9, 0.95)": Row(RANDOM, "59.71 52.53 49.23", "--width 3"),
+    "table4": Table("fixed or random gamma; x3", "pascal_context", ("100%", "20%", "10%"), {
+        "gamma in U(0.9, 0.95)": Row("--data imagenet21k --gamma 0.9 0.95", "59.71 52.53 49.23", "--width 3"),
         "gamma = 0.95": Row(DDEP, "59.97* 53.36* 49.84*", "--width 3")}),
     # PAPER SILENT on DeP here but for scaled noise: gamma 0.95, the images and the length of Table 2
-    "figure6": Table("Figure 6: Cityscapes", "cityscapes", CITYSCAPES, {
+    "figure6": Table("Cityscapes", "cityscapes", CITYSCAPES, {
         **three("x1 ", "63.47 39.63 34.74 25.79", "80.36 75.55 72.56 54.72", "80.72 76.38 73.21 64.48"),
         "x1 DeP": Row(f"{DEP} --gamma 0.95", "79.07 74.68 70.36 61.79"),
         **three("x2 ", "62.25 37.72 33.73 24.93", "80.50 75.57 72.84 60.36",
                 "80.91 76.86 73.81 64.75", "--width 2")}),
-    "table5": Table("Table 5: the row of this paper", "cityscapes", CITYSCAPES, {
+    "table5": Table("the row of this paper", "cityscapes", CITYSCAPES, {
         "x2 DDeP": Row(DDEP, "80.91 76.86 73.81 64.75", "--width 2")}),
-    "table6": Table("Table 6 and Figure 1: Pascal Context", "pascal_context", FIVE, {
+    "table6": Table("Pascal Context, with Figure 1", "pascal_context", FIVE, {
         **three("x1 ", "16.78 7.21 5.69 4.53 2.57", "59.74 42.15 36.28 30.86 12.45",
                 "60.95* 52.81 48.64* 42.20* 19.90*"),
         **three("x3 ", "17.22 7.32 6.16 4.97 2.95", "61.25 51.49 44.71 37.52 12.53",
                 "62.04* 55.28* 51.55* 46.29 24.69", "--width 3")}),
-    "figure7": Table("Figure 7: ADE20K", "ade20k", FIVE, {
+    "figure7": Table("ADE20K", "ade20k", FIVE, {
         **three("x1 ", "19.43 5.26 4.07 2.80 1.87", "48.92 40.77 23.05 10.84 5.14",
                 "49.96* 42.76 35.75* 27.29* 10.77*"),
         **three("x3 ", "16.67 5.88 4.20 2.91 1.90", "49.60 41.65 33.04 16.40 5.31",
                 "50.88 43.26 39.01 32.30 16.30", "--width 3")}),
-    "table7": Table("Table 7: ResNet-50", "pascal_context", FIVE, {
+    "table7": Table("ResNet-50", "pascal_context", FIVE, {
         **three("", "19.01 8.46 6.72 5.30 2.73", "45.21 24.55 19.27 14.97 6.09",
                 "46.07 30.38 26.39 21.12 9.63", RESNET)}),
 }
@@ -131,7 +127,7 @@ REPEATS = {("cityscapes", "1/8"): 6, ("cityscapes", "1/4"): 4, ("pascal_context"
 GRID = [f"--lr {rate} --weight-decay {decay}"
         for rate, decay in product(("1e-5", "3e-5", "1e-4", "3e-4"), repeat=2)]
 SWEEP_SEED = 100
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).parent
 
 
 # ---- Runs
@@ -142,16 +138,13 @@ class Run(NamedTuple):
     out: str     # its folder
     words: list  # its flags, --out too
 
-    def checkpoint(self):
-        return f"{self.out}/last.pt"
-
     def result(self):
-        """The content of metrics.json, None while the run is not finished."""
+        """metrics.json, None while the run is not finished."""
         path = Path(self.out, "metrics.json")
         return json.loads(path.read_text()) if path.exists() else None
 
     def can_start(self):
-        """Whether the pretraining that it starts from is finished."""
+        """Whether the pretraining it starts from is finished."""
         starts = [Path(word) for word in self.words if word.endswith("last.pt")]
         return all(path.with_name("metrics.json").exists() for path in starts)
 
@@ -173,7 +166,7 @@ def runs_of(args, row, data, column, seed, rates=""):
     encoder = "imagenet1k" if row.network == RESNET else "imagenet21k"
     if data == "shapes":
         runs.append(run_of(args, "pretrain_encoder.py", "encoder", ["--data", data]))
-        encoder = runs[-1].checkpoint()
+        encoder = f"{runs[-1].out}/last.pt"
     if init == "supervised":
         init = encoder
         if row.network == RESNET:
@@ -184,7 +177,7 @@ def runs_of(args, row, data, column, seed, rates=""):
         if "--method dep" not in init:
             words += ["--encoder-weights", encoder]
         runs.append(run_of(args, "pretrain_decoder.py", f"pretrain {init} {row.network}", words))
-        init, network = runs[-1].checkpoint(), []
+        init, network = f"{runs[-1].out}/last.pt", []
     words = ["--data", data, *root_of(args, data), "--init", init, *network]
     if column in LABELS[data]:
         words += ["--labels", str(LABELS[data][column])]
@@ -205,7 +198,7 @@ def best_rates(sweep):
 def cells(args):
     """For each cell of the chosen tables: (table's name, row's name, column, its sweep, its repeats).
 
-    Both are lists of the runs of a fine-tuning; there are no repeats while the sweep is not finished.
+    Both are lists of what runs_of returns; there are no repeats while the sweep is not finished.
     """
     for name in args.tables:
         for (key, row), column in product(TABLES[name].rows.items(), TABLES[name].columns):
@@ -223,22 +216,22 @@ def missing_runs(args):
     """The runs that are not finished, each once, pretrainings first; with --shard its fine-tunings alone."""
     every = {run.out: run for *_, sweep, repeats in cells(args) for runs in sweep + repeats for run in runs}
     missing = [run for run in every.values() if run.result() is None]
-    if args.shard:  # by the name of the folder: it stays in its shard whatever else is finished
+    if args.shard:  # by name: a run stays in its shard whatever else is finished
         part, parts = args.shard
         missing = [run for run in missing if run.script == "finetune.py"
-                   and zlib.crc32(os.path.basename(run.out).encode()) % parts == part - 1]
+                   and zlib.crc32(Path(run.out).name.encode()) % parts == part - 1]
     return sorted(missing, key=lambda run: run.script, reverse=True)  # the order of the stages
 
 
 def execute(run):
-    """Run it to its end, its output in output.txt. Returns whether it succeeded."""
+    """Run it, its output in output.txt. Returns whether it succeeded."""
     gpus, output = torch.cuda.device_count(), Path(run.out, "output.txt")
-    start = [sys.executable]
+    command = [sys.executable]
     if gpus > 1 and "shapes" not in run.words:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    os.makedirs(run.out, exist_ok=True)
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    Path(run.out).mkdir(parents=True, exist_ok=True)
     with open(output, "w") as file:
-        command = [*start, f"{HERE}/{run.script}", *run.words]
+        command += [f"{HERE}/{run.script}", *run.words]
         status = subprocess.run(command, stdout=file, stderr=file).returncode
     diverged = status and common.NOT_FINITE in output.read_text(errors="replace")
     if diverged and run.out.endswith(f"seed_{SWEEP_SEED}"):
@@ -255,7 +248,7 @@ def execute(run):
 
 
 def show(args):
-    """Each table with our mean ± standard deviation (number of runs) beside the paper's number."""
+    """Our mean ± standard deviation (number of runs) beside the paper's number."""
     measured = {}
     for name, key, column, _, repeats in cells(args):
         done = [100 * runs[-1].result()["miou"] for runs in repeats if runs[-1].result()]
@@ -263,7 +256,7 @@ def show(args):
             spread = f" ± {statistics.stdev(done):.1f}" if len(done) > 1 else ""
             measured[name, key, column] = f"{statistics.mean(done):.1f}{spread} ({len(done)})"
     if args.tables != ["shapes"]:
-        say("* The paper has several, different numbers for what is one run here (13 runs in all)")
+        say("* The paper has different numbers for what is one run here (13 runs in all)")
     for name in args.tables:
         table = TABLES[name]
         say(f"\n{name}: {table.title}; mIoU %, ours (runs) / the paper's\n")
@@ -298,7 +291,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     args.list, args.roots = args.tables == ["list"], dict(pair.partition("=")[::2] for pair in args.root)
     if args.list and (args.shard or args.dry_run):
-        parser.error("list runs nothing: --shard and --dry-run have no effect; drop them")
+        parser.error("list runs nothing; drop --shard and --dry-run")
     if args.tables in (["all"], ["list"]):
         args.tables = [name for name in TABLES if name != "shapes" or args.list]
     wrong = {*args.tables} - {*TABLES} or {*args.roots} - {*SETS}
@@ -317,7 +310,7 @@ def main():
     while not args.list:
         missing = missing_runs(args)
         todo = [run for run in missing if run.can_start() and run.out not in failed]
-        say(f"{len(missing)} runs are missing, {len(todo)} of them can start")
+        say(f"{len(missing)} runs are missing, {len(todo)} can start")
         if not todo:
             break
         say(f"now {todo[0].out}")

@@ -1,8 +1,8 @@
-"""The embedded data set: pictures of textured shapes, drawn by code.
+"""The toy data: pictures of textured shapes, drawn by code.
 
-A scene shows two to four objects of six classes. Each class has its own texture, outline and hue. These cues
-are faint: 70 % of an object's colour is the background's, and the sensor is noisy. The background holds
-distractors: shapes without texture, of the same outlines and all hues.
+A scene shows two to four objects of six classes, each with its own texture, outline and hue. These cues are
+faint: 70 % of an object's colour is the background's, and the sensor is noisy. Distractors in the background
+have the same outlines and all hues, but no texture.
 
 Picture i of a part depends on (part, i) alone and is the same on every machine: NumPy's RandomState is
 frozen, and the arithmetic is + - * / on float64, which IEEE 754 fixes to the bit.
@@ -18,8 +18,8 @@ PARTS = {"encoder_train": 0, "unlabelled": 2, "train": 3, "val": 4}  # name: its
 def draw(part, index):
     """Picture `index` >= 0 of a part: (image (64, 64, 3) uint8, mask (64, 64) uint8, label).
 
-    The mask holds indices into CLASSES. Pictures of encoder_train show one large object, and the label is its
-    class minus one. The other parts show scenes, and the label is -1.
+    The mask holds indices into CLASSES. Pictures of encoder_train show one large object; the label is its
+    class minus one. The other parts show scenes; the label is -1.
     """
     rng = np.random.RandomState([2022, PARTS[part], index])
     image = _background(rng)
