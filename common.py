@@ -1,4 +1,4 @@
-"""What all scripts share, apart from the method: errors, flags, processes, checkpoints, the log."""
+"""What all scripts share: errors, flags, processes, checkpoints, the log."""
 import argparse
 import hashlib
 import json
@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A user's mistake in one line: the file or flag, its value, what was expected, what to do."""
+    """A user's mistake in one line: file or flag, value, what was expected, what to do."""
 
 
 @contextmanager
 def users_mistakes():
-    """Turn a ValueError, as for weights that do not fit, into a UserError."""
+    """Turn a ValueError, as of model.py, into a UserError."""
     try:
         yield
     except ValueError as error:
@@ -32,14 +32,14 @@ def users_mistakes():
 
 
 MEMORY = "lower --micro-batch, the size of crops or windows, or --width"
-HINTS = {"compiler": "install one, such as g++, or drop --compile",
-         "shared memory": "pass a lower --workers, or start a container with --ipc=host",
+HINTS = {"compiler": "install g++, or drop --compile",
+         "shared memory": "lower --workers, or start a container with --ipc=host",
          "out of memory": MEMORY, "allocate": MEMORY}  # on CUDA, on CPUs
 
 
 def run(main):
-    """Call main(). What a user can fix is one line on stderr and status 2; the rest keeps its traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for file names that a console cannot print
+    """Call main(). What a user can fix is one line and status 2; the rest keeps its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for odd file names
     try:
         main()
     except KeyboardInterrupt:
@@ -64,7 +64,7 @@ def run(main):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and no abbreviated flags. doc: the script's docstring."""
+    """argparse with one-line errors and no abbreviated flags."""
 
     def __init__(self, doc=None, **options):
         super().__init__(description=doc, allow_abbrev=False, **options,
@@ -74,20 +74,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
     def parse(self, recipes, argv=None):
-        """The flags. Their defaults are recipes[--data], or else recipes["paper"]."""
+        """The flags. Defaults: recipes[--data], or else recipes["paper"]."""
         first = Parser(add_help=False)
         for flag in ("--data", "--steps", "--epochs"):
             first.add_argument(flag)
         given = first.parse_known_args(argv)[0]
-        recipe = {**recipes.get(given.data or "shapes", recipes["paper"])}
+        self.set_defaults(**recipes.get(given.data or "shapes", recipes["paper"]))
         if given.steps or given.epochs:  # the given one replaces both defaults
-            recipe.update(steps=None, epochs=None)
-        self.set_defaults(**recipe)
+            self.set_defaults(steps=None, epochs=None)
         return self.parse_args(argv)
 
 
 def refuse(args, flags, why):
-    """UserError if one of `flags` was given; it would have no effect."""
+    """UserError if one of `flags` was given."""
     for flag in flags:
         value = getattr(args, flag, None)
         if value is not None:
@@ -108,9 +107,9 @@ def number(kind, least, most=2 ** 63 - 1):
 
 def add_data_flags(parser, data_sets, default="shapes"):
     add = parser.add_argument
-    add("--data", choices=data_sets, default=default, help="it sets the other defaults (%(default)s)")
-    add("--root", metavar="DIR", help="folder of the data (not for shapes)")
-    add("--images", metavar="PATTERN", help='pictures below --root, such as "imgs/*.jpg" (see README)')
+    add("--data", choices=data_sets, default=default, help="sets the other defaults (%(default)s)")
+    add("--root", metavar="DIR", help="folder of the data")
+    add("--images", metavar="PATTERN", help='pictures below --root, such as "imgs/*.jpg"')
     add("--workers", type=number(int, 0), help="loader processes per process (%(default)s)")
 
 
@@ -118,15 +117,15 @@ def add_training_flags(parser):
     add, length = parser.add_argument, parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1), help="optimiser steps (%(default)s)")
     length.add_argument("--epochs", type=number(float, 0), help="passes over the images (%(default)s)")
-    add("--batch-size", type=number(int, 1), help="images per step, over all processes (%(default)s)")
-    add("--lr", type=number(float, 0), help="peak rate (%(default)s; stage 2: 6e-5, for --width 2 1e-4; §5.1)")
+    add("--batch-size", type=number(int, 1), help="images per step of all processes (%(default)s)")
+    add("--lr", type=number(float, 0), help="peak (%(default)s; stage 2: 6e-5, for --width 2 1e-4; §5.1)")
     add("--warmup", type=number(float, 0, 1),
-        help="share of the steps in which the rate first rises; PAPER SILENT (%(default)s)")
+        help="share of the steps in which the rate rises; PAPER SILENT (%(default)s)")
     add("--weight-decay", type=number(float, 0), help="(%(default)s; §5.1 sweeps it in stage 3)")
     add("--seed", type=number(int, 0), default=0, help="for weights, order, crops, noise and labels (0)")
-    add("--out", metavar="DIR", help="folder of the run; the same command continues it (runs/DATA/STAGE)")
-    add("--micro-batch", type=number(int, 1), help="images at once in a process; fewer need less memory; a "
-        "ResNet-50 without weights normalises over them (%(default)s)")
+    add("--out", metavar="DIR", help="folder; the same command continues the run (runs/DATA/STAGE)")
+    add("--micro-batch", type=number(int, 1), help="images at once in a process; a ResNet-50 without weights "
+        "normalises over them (%(default)s)")
     add("--save-every", type=number(int, 1), help="steps between checkpoints (%(default)s)")
     add_device_flags(parser)
 
@@ -135,12 +134,12 @@ def add_device_flags(parser):
     add = parser.add_argument
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU, if any")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-        help="auto: bf16 on GPUs that have it, fp16 on older ones, else fp32")
-    add("--compile", action="store_true", help="torch.compile the network")
+        help="auto: bf16 on GPUs, fp16 on older ones, else fp32")
+    add("--compile", action="store_true", help="with torch.compile")
 
 
 def network_args(args, made_with, source):
-    """encoder, width, image_size for build_unet: of the flags or else of the weights (`made_with`)."""
+    """encoder, width, image_size for build_unet: of the flags, else of the weights (`made_with`)."""
     chosen = {"image_size": made_with.get("image_size")}
     for name, paper, toy in (("encoder", "hybrid", "hybrid-small"), ("width", 1.0, 0.25)):
         asked, made = getattr(args, name), made_with.get(name)
@@ -154,9 +153,9 @@ def network_args(args, made_with, source):
 
 
 def start_processes(args):
-    """Join torchrun's processes, if any: (rank, number of processes, this one's device, precision)."""
+    """Join torchrun's processes, if any: (rank, their number, device, precision)."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise UserError("srun started tasks that would train alone; start one a machine, with torchrun in it")
+        raise UserError("srun started several tasks; start one a machine, with torchrun in it")
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world, device = int(os.environ.get("WORLD_SIZE", 1)), args.device
     if device == "auto":
@@ -165,8 +164,8 @@ def start_processes(args):
             device = "mps"
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs, expected one per process; "
-                            "start fewer, or pass --device cpu")
+            raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs, expected one a process; start "
+                            "fewer, or use --device cpu")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
@@ -188,11 +187,11 @@ def is_local_first():
 
 @contextmanager
 def local_first():
-    """The first process on a machine runs the block before the others, which then find the file it made."""
+    """A machine's first process runs the block before the others, which find the file it made."""
     if not dist.is_initialized():
         yield
         return
-    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # the usual timeout is minutes
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # by default minutes
     if not is_local_first():
         dist.barrier(waiting)
     yield
@@ -201,14 +200,14 @@ def local_first():
 
 
 def require_same(path, seen):
-    """UserError, in every process, if they see different things at a path."""
+    """UserError, in every process, if they see different things."""
     if not dist.is_initialized():
         return
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, seen)
     for other in everywhere:
         if other != everywhere[0]:
-            raise UserError(f"{path}: a process sees {everywhere[0]}, another {other}; all need the same "
+            raise UserError(f"{path}: a process sees {everywhere[0]}, another {other}; give all the same "
                             "data, weights and --out")
 
 
@@ -218,7 +217,7 @@ def default_workers():
 
 
 def choose_precision(precision, device):
-    """Replace "auto". On CPUs it is fp32: bf16 is slower there."""
+    """Replace "auto". On CPUs bf16 is slower."""
     if precision != "auto":
         return precision
     if device.type != "cuda":
@@ -232,8 +231,7 @@ def autocast(precision, device):
 
 
 def prepare_for_training(model, args, device, world):
-    """The network to call: the model on its device or, with several processes, DDP around it, which averages
-    the gradients over them after each micro-batch."""
+    """The network to call: the model or, with several processes, DDP around it, which averages gradients."""
     model.to(device, memory_format=torch.channels_last).train()
     if args.compile:
         model.compile(dynamic=False)  # in place: parameters keep their names
@@ -241,7 +239,7 @@ def prepare_for_training(model, args, device, world):
 
 
 def progress(items=None, **options):
-    """tqdm, on a machine's first process; once a minute if not on a terminal."""
+    """tqdm, on a machine's first process; once a minute in a file."""
     return tqdm(items, dynamic_ncols=True, disable=not is_local_first(),
                 mininterval=0.1 if sys.stderr.isatty() else 60, **options)
 
@@ -258,7 +256,7 @@ def table(rows):
     return "\n".join("".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-# ---- A run: its length, rate, checkpoints and log
+# ---- A run
 
 
 def number_of_steps(args, images, world):
@@ -269,7 +267,7 @@ def number_of_steps(args, images, world):
 
 
 def cosine_rate(step, steps, peak, warmup):
-    """Rate of `step` (from 0): linear rise for the share `warmup` of the steps, then half a cosine (5.1)."""
+    """Rate of `step` (from 0): a linear rise in the share `warmup` of all, then half a cosine (5.1)."""
     rising = round(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
@@ -282,8 +280,8 @@ NOT_FINITE = "is not finite"
 def optimizer_step(step, loss, optimizer, scaler, rate):
     """After backward: step the optimiser at this rate. Returns the loss, summed over processes, as a float.
 
-    UserError, with the weights unchanged, if the loss or gradient is not finite. But in fp16 such a gradient
-    makes the scaler skip the step and halve its scale, until that is 1.
+    UserError, with the weights unchanged, if the loss or gradient is not finite. In fp16 the scaler first
+    skips steps with such a gradient and halves its scale, until that is 1.
     """
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -291,7 +289,7 @@ def optimizer_step(step, loss, optimizer, scaler, rate):
     loss = total(loss).item()
     if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)):
         raise UserError(f"step {step}: the loss, {loss:g}, or its gradient {NOT_FINITE}; lower --lr, "
-                        "raise --warmup, or pass --precision fp32")
+                        "raise --warmup, or use --precision fp32")
     for group in optimizer.param_groups:
         group["lr"] = rate
     scaler.step(optimizer)
@@ -300,7 +298,7 @@ def optimizer_step(step, loss, optimizer, scaler, rate):
 
 
 def save(path, content):
-    """Write a checkpoint or, by the path's ending, JSON. The old file stays until the new one is on disk."""
+    """Write a checkpoint or JSON (path.json). The old file stays until the new one is on disk."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             if str(path).endswith(".json"):
@@ -311,7 +309,7 @@ def save(path, content):
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
-        raise UserError(f"{path}: cannot be written ({error})") from error
+        raise UserError(f"{path}: not written ({error})") from error
 
 
 def load(path):
@@ -323,7 +321,7 @@ def load(path):
         raise
     except Exception as error:  # damaged files raise errors of all kinds
         reason = str(error).splitlines()[:1]
-        raise UserError(f"{path}: no whole checkpoint {reason}; restore it or start without it") from error
+        raise UserError(f"{path}: no whole checkpoint {reason}; restore or delete it") from error
 
 
 def save_checkpoint(args, step, model, model_args, optimizer, scaler, made_of, **classes):
@@ -337,7 +335,7 @@ FREE = {"out", "root", "workers", "save_every", "device", "compile", "micro_batc
 
 
 def resume(args, **data):
-    """(the checkpoint in --out or None, steps done, what the run is made of). data: descriptions of the data.
+    """(the checkpoint in --out or None, steps done, what the run is made of).
 
     UserError if flags, data or weights were others, or differ between the processes.
     """
@@ -362,14 +360,14 @@ def resume(args, **data):
 
 
 def checksum_of(path):
-    """Of a file's content; None if there is no such file."""
+    """Of a file's content, if there is one."""
     if os.path.isfile(path or ""):
         return "checksum " + hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     return None
 
 
 def restore(checkpoint, optimizer, scaler):
-    """The optimiser's and the scaler's state of a resumed run. Frees the memory of the checkpoint."""
+    """Load the states of a resumed run; free the memory of the checkpoint."""
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -377,9 +375,9 @@ def restore(checkpoint, optimizer, scaler):
 
 
 class Log:
-    """A progress bar; on the first process also log.jsonl and, if installed, TensorBoard's events in `out`.
+    """A progress bar; on the first process also log.jsonl and, if installed, TensorBoard's events.
 
-    start: steps done before. An old log is cut behind them.
+    start: steps done before. An old log is cut after them.
     """
 
     def __init__(self, out, start, steps, rank):

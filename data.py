@@ -3,11 +3,11 @@
     samples = Samples(source, pretraining_transform(224), seed=0)      # samples[epoch, index]
     loader = DataLoader(samples, batch_sampler=Order(len(source), batch_size=512, micro_batch=64, steps=1000))
 
-A source has len(source), source.name(i) and source.read(i), a dictionary of "image" (tv_tensors.Image) and,
-where there is one, "mask" (tv_tensors.Mask) or "label" (int).
+A source has len(source), source.name(i) and source.read(i), a dictionary of "image" (tv_tensors.Image) and
+perhaps "mask" (tv_tensors.Mask) or "label" (int).
 
-The order, crop, flip and noise of a sample depend on (seed, epoch, index) alone: they are the same for any
-number of workers and processes and after a restart, and no state needs to be saved.
+Order, crop, flip and noise of a sample depend on (seed, epoch, index) alone: workers, processes and restarts
+change nothing, and no state is saved.
 
 Images are uint8 (3, H, W) until `to_pixels`. Masks are uint8 (H, W) class indices; 255 is ignored.
 """
@@ -28,7 +28,7 @@ ORDER, CROP, NOISE = 0, 1, 2  # purposes of a seed
 
 
 def to_pixels(images):
-    """uint8 (B, 3, H, W) -> float32 in [-1, 1], channels last. All networks here use this range."""
+    """uint8 (B, 3, H, W) -> float32 in [-1, 1], channels last."""
     return ((images.float() - 127.5) / 127.5).contiguous(memory_format=torch.channels_last)
 
 
@@ -36,11 +36,11 @@ def to_pixels(images):
 
 
 class UnreadableImage(UserError):
-    """A file that does not decode. Pretraining uses another in its place."""
+    """A file that does not decode. Pretraining takes the next."""
 
 
 def open_picture(file, name):
-    """The decoded PIL image of a path or file. Several pages and more than 8 bits a channel are refused."""
+    """The decoded PIL image of a path or file, if it is one page of 8 bits a channel."""
     try:
         picture = Image.open(file)
         bits = bits_of(picture)
@@ -50,13 +50,13 @@ def open_picture(file, name):
         raise UnreadableImage(f"{name}: cannot be read as a picture ({error})") from None
     modes = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
     if bits > 8 or pages > 1 or picture.mode not in modes:
-        raise UserError(f"{name}: {pages} page(s) of mode {picture.mode}, {bits} bits, expected one page of 8 "
-                        "bits a channel; save np.uint8(255 * (x - low) / (high - low))")
+        raise UserError(f"{name}: {pages} page(s), mode {picture.mode}, {bits} bits, expected one of 8 bits "
+                        "a channel; save np.uint8(255 * (x - low) / (high - low))")
     return picture
 
 
 def bits_of(picture):
-    """Bits a channel in the file: Pillow silently keeps 8 of 16."""
+    """Bits a channel in the file: Pillow keeps 8 of 16."""
     if picture.format == "TIFF":
         return np.max(picture.tag_v2.get(258, 1))
     stored = picture.tile[0][3] if picture.tile else ""  # Pillow's name, such as "RGB;16B"
@@ -70,13 +70,13 @@ def read_image(file, name=None):
     picture = open_picture(file, name or file)
     try:
         ImageOps.exif_transpose(picture, in_place=True)
-    except Exception:  # from a broken EXIF block; the picture stays as it is
+    except Exception:  # a broken EXIF block
         pass
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def image_size(path):
-    """((H, W) of read_image(path), whether its EXIF tag turns it), without decoding it."""
+    """((H, W) of read_image(path), whether EXIF turns it), without decoding."""
     with Image.open(path) as picture:
         try:
             turn = picture.getexif().get(0x0112, 1)
@@ -87,16 +87,16 @@ def image_size(path):
 
 
 def read_mask(path, values):
-    """A mask as class indices, uint8 (H, W). Other values than those in `values` are refused.
+    """A mask as class indices, uint8 (H, W).
 
-    values: {value: class index or IGNORE}. Its keys are all colours (R, G, B) or all 0 to 255.
+    values: {value: class index or IGNORE} of all values. They are all colours (R, G, B) or all 0 to 255.
     """
     picture, colours = open_picture(path, path), isinstance(next(iter(values)), tuple)
     if picture.format == "TIFF" and picture.tag_v2.get(262) == 0:
         raise UserError(f"{path}: stores white as zero (TIFF tag 262), which Pillow inverts; save it as PNG")
     if picture.format == "JPEG" or not (colours or picture.mode in ("1", "L", "P")):
         raise UserError(f"{path}: a {picture.format} of mode {picture.mode}, expected a PNG of 8-bit indices "
-                        "or, where classes.txt has lines `R G B name`, of colours")
+                        "or, for lines `R G B name` in classes.txt, of colours")
     if colours:
         found = np.array(picture.convert("RGB"))
         codes, mask = found @ np.array([65536, 256, 1]), np.full(found.shape[:2], -1, np.int16)
@@ -108,16 +108,16 @@ def read_mask(path, values):
         mask = class_of[found]
     if mask.min() < 0:
         wrong = found[mask < 0][0].tolist()
-        raise UserError(f"{path}: mask value {wrong}, expected those of classes.txt or of the data set, "
-                        f"{', '.join(map(str, values))}")
+        expected = ", ".join(map(str, values))
+        raise UserError(f"{path}: mask value {wrong}, expected {expected}; see classes.txt")
     return torch.from_numpy(mask.astype(np.uint8))
 
 
-# ---- Crops and flips of image and mask together
+# ---- Crops and flips
 
 
 def pretraining_transform(size, min_area=0.08):
-    """Inception-style crop (§6) of min_area to all of the image, aspect ratio 3/4 to 4/3; flip."""
+    """Inception-style crop (§6), min_area to all of the image, sides 3/4 to 4/3; flip."""
     return v2.Compose([v2.RandomResizedCrop(size, scale=(min_area, 1.0), antialias=True),
                        v2.RandomHorizontalFlip()])
 
@@ -125,8 +125,8 @@ def pretraining_transform(size, min_area=0.08):
 def segmentation_transform(size, min_area=None):
     """Crop image and mask to size x size and flip them.
 
-    PAPER SILENT on which crop. min_area None: a random window ("random cropping ... to a fixed size", 5.1);
-    smaller pictures are padded, masks with IGNORE. Else: inception-style (§6).
+    PAPER SILENT on which. min_area None: a random window ("random cropping ... to a fixed size", 5.1), with
+    padding (masks: IGNORE) around smaller pictures. Else: inception-style (§6).
     """
     if min_area is not None:
         return pretraining_transform(size, min_area)
@@ -134,7 +134,7 @@ def segmentation_transform(size, min_area=None):
     return v2.Compose([v2.RandomCrop(size, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip()])
 
 
-# ---- Samples, their order, their batches
+# ---- Samples and their order
 
 
 def sample_seed(seed, epoch, index, purpose):
@@ -146,7 +146,7 @@ def sample_seed(seed, epoch, index, purpose):
 class Samples(Dataset):
     """samples[epoch, index] -> what source.read(index) returns, cropped and flipped, and its "noise_seed".
 
-    replace: use the next picture in place of one that does not decode, and say so on stderr.
+    replace: put the next picture in place of one that does not decode, and say so on stderr.
     """
 
     def __init__(self, source, transform, seed=0, replace=False):
@@ -160,12 +160,12 @@ class Samples(Dataset):
         return {**sample, "noise_seed": sample_seed(self.seed, epoch, index, NOISE)}
 
     def read(self, index):
-        for i in range(100 if self.replace else 1):
+        if not self.replace:
+            return self.source.read(index)
+        for i in range(index, index + 100):
             try:
-                return self.source.read((index + i) % len(self.source))
+                return self.source.read(i % len(self.source))
             except UnreadableImage as error:
-                if not self.replace:
-                    raise
                 print(f"{error}; the next picture takes its place", file=sys.stderr)
         raise UserError(f"{self.source.name(index)} and the 99 pictures after it cannot be read")
 
@@ -174,8 +174,8 @@ class Order(Sampler):
     """Yield micro-batches, lists of keys (epoch, index), for the steps from `start` to `steps`.
 
     The samples of a run are one sequence, epoch after epoch, each in its own order. Step s takes batch_size
-    of them from s * batch_size on. Process `rank` of `world` takes its share of these, in `parts`
-    micro-batches of nearly equal size, at most micro_batch.
+    of them from s * batch_size on, and process `rank` of `world` its share of these, in `parts` micro-batches
+    of nearly equal size, at most micro_batch.
     """
 
     def __init__(self, count, batch_size, micro_batch, steps, seed=0, start=0, rank=0, world=1):

@@ -1,7 +1,7 @@
-"""Where each named data set lies, the toy pictures, and what labelled.py and unlabelled.py share.
+"""The named data sets, the toy pictures, and what labelled.py and unlabelled.py share.
 
-A pattern is a path below a root folder, with "/" on every system. Each `*` stands for any text, "/" included;
-at the end it needs the ending of a picture. An image and its mask have the same text for each `*`.
+A pattern is a path below a root folder. Each `*` stands for any text, "/" included; at the end it needs the
+ending of a picture. An image and its mask have the same text for each `*`.
 """
 import dataclasses
 import hashlib
@@ -26,14 +26,14 @@ from common import UserError
 class DataSet(NamedTuple):
     images: str  # pattern; {part} is train or val
     masks: str  # pattern
-    places: tuple = ("",)  # where the set may lie below --root
+    places: tuple = ("",)  # where it may lie below --root
     words: tuple = ("train", "val")  # what stands for {part}
-    lists: str = ""  # text files that list the images of a part
+    lists: str = ""  # text files of the images of a part
 
 
 CONTEXT = DataSet("JPEGImages/*.jpg", "SegmentationClassContext/*.png", ("", "VOC2010", "VOCdevkit/VOC2010"),
                   lists="ImageSets/SegmentationContext/{part}.txt")
-DATA_SETS = {  # the classes and mask values of a named set are in classes/
+DATA_SETS = {  # their classes and mask values are in classes/
     "folder": DataSet("images/{part}/*", "masks/{part}/*"),
     "cityscapes": DataSet("leftImg8bit/{part}/*_leftImg8bit.png", "gtFine/{part}/*_gtFine_labelIds.png"),
     "pascal_context": CONTEXT,  # PAPER SILENT on 59 classes (no background) or 60
@@ -43,9 +43,9 @@ DATA_SETS = {  # the classes and mask values of a named set are in classes/
     "voc": DataSet("JPEGImages/*.jpg", "SegmentationClass/*.png", ("", "VOC20??", "VOCdevkit/VOC20??"),
                    lists="ImageSets/Segmentation/{part}.txt"),  # PAPER SILENT on evaluation on VOC
 }
-LABELLED = ("shapes", *DATA_SETS)  # for stage 3 and evaluation
-UNLABELLED = (*LABELLED, "cityscapes_coarse", "imagenet21k")  # for stage 2
-CLASSIFIED = ("shapes", "folder", "imagenet21k")  # for stage 1
+LABELLED = ("shapes", *DATA_SETS)  # stage 3
+UNLABELLED = (*LABELLED, "cityscapes_coarse", "imagenet21k")  # stage 2
+CLASSIFIED = ("shapes", "folder", "imagenet21k")  # stage 1
 SHAPES_COUNTS = {"encoder_train": 4000, "unlabelled": 4000, "train": 512, "val": 250}
 DATA_FLAGS = ("root", "images", "masks", "train_list", "val_list", "val_fraction")  # what to read
 
@@ -55,7 +55,7 @@ DATA_FLAGS = ("root", "images", "masks", "train_list", "val_list", "val_fraction
 
 @dataclasses.dataclass
 class Source:
-    """Pictures by number. A subclass adds name(i) and read(i); see data.py."""
+    """Pictures by number. Subclasses add name(i) and read(i); see data.py."""
     rows: list
     note: str       # what was found
     folders: tuple  # where the files lie
@@ -64,7 +64,7 @@ class Source:
         return len(self.rows)
 
     def __str__(self):
-        """What a run compares when it goes on; the checksum is that of all names (of masks, too) in order."""
+        """What a run compares when it goes on. The checksum is of all names in order, of masks too."""
         rows = self.rows if isinstance(self.rows, np.ndarray) else repr(self.rows).encode()
         checksum = hashlib.sha256(rows).hexdigest()[:12]
         return f"{len(self)} images, {self.name(0)} to {self.name(len(self) - 1)}, checksum {checksum}"
@@ -73,10 +73,10 @@ class Source:
         return dataclasses.replace(self, rows=[self.rows[i] for i in chosen])
 
     def keep_out(self, flag, path):
-        """UserError if an output would lie among these pictures, where the next run would read it."""
+        """UserError if an output would lie among these pictures."""
         for folder in self.folders:
             if Path(path).resolve().is_relative_to(Path(folder).resolve()):
-                raise UserError(f"{flag} {path}: lies among the pictures in {folder}; pass a folder outside")
+                raise UserError(f"{flag} {path}: lies among the pictures in {folder}; pass one outside")
 
 
 draw = cache(shapes.draw)
@@ -108,7 +108,7 @@ def all_shapes(args, part):
 # ---- Finding files
 
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-HIDDEN = ("__MACOSX", "lost+found")  # and all names that begin with "." or "@"
+HIDDEN = ("__MACOSX", "lost+found")  # and names that begin with "." or "@"
 
 
 def home(args, places=("",), folder=""):
@@ -120,27 +120,30 @@ def home(args, places=("",), folder=""):
     if not found:
         raise UserError(f"--root {args.root}: no folder {folder or '.'}; see --root, --images, --masks")
     if len(found) > 1:
-        raise UserError(f"--root {args.root}: holds {', '.join(found)}; pass one of them")
+        raise UserError(f"--root {args.root}: holds {', '.join(found)}; pass one")
     return found[0]
 
 
 def files_below(root, folder):
     """Yield (folder, its file names) for root/folder ("" or ending with "/") and all folders in it, sorted,
     without hidden ones. Links are followed."""
-    with os.scandir(Path(root, folder)) as entries:
-        entries = [entry for entry in entries if entry.name[0] not in ".@" and entry.name not in HIDDEN]
-    entries.sort(key=lambda entry: entry.name)
-    for entry in entries:
+    names, folders = [], []
+    for entry in sorted(os.scandir(Path(root, folder)), key=lambda entry: entry.name):
+        if entry.name[0] in ".@" or entry.name in HIDDEN:
+            continue
         if entry.is_symlink() and not os.path.exists(entry.path):
-            raise UserError(f"{entry.path}: a link that leads nowhere; repair or delete it")
-    yield folder, [entry.name for entry in entries if not entry.is_dir()]
-    for entry in entries:
+            raise UserError(f"{entry.path}: a link that leads nowhere; delete it")
         if entry.is_dir():
-            yield from files_below(root, f"{folder}{entry.name}/")
+            folders.append(f"{folder}{entry.name}/")
+        else:
+            names.append(entry.name)
+    yield folder, names
+    for inner in folders:
+        yield from files_below(root, inner)
 
 
 def plain(path):
-    """A path in one spelling: "ü" may be one character or two."""
+    """A path in one spelling: "ü" can be one character or two."""
     return unicodedata.normalize("NFC", path.replace("\\", "/").removeprefix("./"))
 
 
@@ -153,11 +156,11 @@ def form_of(pattern):
     """A regular expression with a group for each `*`."""
     parts = [re.escape(part) for part in pattern.split("*")]
     if len(parts) == 1:
-        raise UserError(f"{pattern}: expected a pattern with a *, such as images/*.jpg")
+        raise UserError(f"{pattern}: expected a *, such as in images/*.jpg")
     parts[-1] = parts[-1] or f"(?i:{'|'.join(map(re.escape, PICTURES))})"
     return re.compile("(.*)".join(parts))
 
 
 def left_out(count, example):
-    """A note on the files beside the pictures that do not match."""
+    """A note on the files that do not match."""
     return f"; left out {count} other files, such as {example}" if count else ""

@@ -1,14 +1,14 @@
 """Evaluation: the mIoU of a fine-tuned network (sections 2 and 5.1).
 
-    python evaluate.py --checkpoint last.pt                              # the training's validation images
-    python evaluate.py --checkpoint last.pt --data folder --root other   # other images
+    python evaluate.py --checkpoint last.pt        # on the training's validation images
+    python evaluate.py --checkpoint last.pt --data folder --root others
     torchrun --nproc_per_node=8 evaluate.py --checkpoint last.pt --flip --scales 0.5 0.75 1 1.25 1.5 1.75
 
-Input: last.pt of finetune.py. Output: metrics.json in --out, scores from 0 to 1. --save-predictions gets
+Input: last.pt of finetune.py. Output in --out: metrics.json, scores from 0 to 1; in --save-predictions:
 index/, PNGs with the values of the training masks, and overlay/, class colours over the images.
 
-ONE confusion matrix counts the pixels of all images, without ignored ones (255). The IoU of a class is
-TP / (TP + FP + FN). mIoU is the mean over the classes that occur in the truth or in a prediction.
+ONE confusion matrix counts the pixels of all images but ignored ones (255). The IoU of a class is
+TP / (TP + FP + FN), mIoU the mean over the classes that occur in the truth or in a prediction.
 """
 import argparse
 import json
@@ -34,7 +34,7 @@ from unlabelled import PictureList, pretraining_images
 
 
 def confusion_matrix(prediction, truth, num_classes):
-    """int64 (N, N): entry [t, p] is the number of pixels of class t that are predicted as p."""
+    """int64 (N, N): entry [t, p] counts the pixels of class t that are predicted as p."""
     counted = truth != IGNORE
     pairs = truth[counted].long() * num_classes + prediction[counted].long()
     return torch.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
@@ -43,7 +43,7 @@ def confusion_matrix(prediction, truth, num_classes):
 def scores(confusion, names):
     """IoU, accuracy (TP / (TP + FN)) and Dice of each class, their means, and pixel accuracy.
 
-    A score of the form 0 / 0 is None. PAPER SILENT on classes that do not occur: the means leave None out.
+    0 / 0 is None. PAPER SILENT on classes that do not occur: the means leave None out.
     """
     confusion = confusion.double()
     hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
@@ -61,7 +61,7 @@ def scores(confusion, names):
 
 
 def as_text(metrics):
-    """The scores as a table, in percent."""
+    """A table, in percent."""
     kinds = {"iou": "miou", "accuracy": "mean_accuracy", "dice": "mean_dice"}
     rows = [(name, *[metrics[kind][name] for kind in kinds]) for name in metrics["iou"]]
     rows.append(("mean (mIoU)", *[metrics[mean] for mean in kinds.values()]))
@@ -90,8 +90,8 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
 
 
 def in_windows(model, x, window, stride):
-    """Logits of square windows, one every `stride` pixels (default: `window`) and one at the edge, their mean
-    where they overlap. 0: the whole image. 1024: the two patches of Cityscapes (5.1)."""
+    """Logits of square windows, one every `stride` pixels (default: `window`) and one at the edge, or their
+    mean. window 0: the whole image; 1024: the two patches of Cityscapes (5.1)."""
     height, width = x.shape[-2:]
     stride = min(stride or window, window)
     if not window or window >= max(height, width):
@@ -112,7 +112,7 @@ def in_windows(model, x, window, stride):
 
 @torch.inference_mode()
 def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", workers=0, write=None, **how):
-    """The scores of `model` on `source`. how: arguments of predict.
+    """Scores. how: arguments of predict.
 
     write: called with (index, image (3, H, W) uint8, prediction (H, W) uint8).
     """
@@ -126,7 +126,7 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
             logits = predict(model, to_pixels(batch["image"].to(device)), **how)[0]  # (C, H, W)
         if not logits.isfinite().all():  # argmax would make NaN a class
             raise UserError(f"{source.name(index)}: a logit {common.NOT_FINITE}; train with a lower --lr, or "
-                            "pass --precision fp32")
+                            "use --precision fp32")
         prediction = logits.argmax(0)
         if "mask" in batch:
             confusion += confusion_matrix(prediction, batch["mask"][0].to(device), len(names))
@@ -139,7 +139,7 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
 def protocol(data, encoder, crop_size):
     """Arguments of predict for a data set (5.1).
 
-    PAPER SILENT on windows but for Cityscapes (here as large as the training crops) and on flips in Table 7.
+    PAPER SILENT on windows but for Cityscapes (here of the size of training crops) and on flips in Table 7.
     """
     if data == "shapes":
         return dict(scales=[1.0], flip=False, window=0, stride=None)
@@ -154,23 +154,23 @@ def protocol(data, encoder, crop_size):
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", metavar="PATH", required=True, help="last.pt of finetune.py")
+    add("--checkpoint", metavar="PATH", required=True)
     common.add_data_flags(parser, LABELLED, default=None)
-    add("--masks", metavar="PATTERN", help='where the masks are, such as "labels/*_mask.png"')
-    add("--val-list", metavar="FILE", help="text file with an image per line")
+    add("--masks", metavar="PATTERN", help='such as "labels/*_mask.png"')
+    add("--val-list", metavar="FILE", help="text file, an image a line")
     add("--scales", type=common.number(float, 0.01), nargs="+", help="to average over")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
-    add("--window", type=common.number(int, 0), help="side of the windows; 0: the whole image")
+    add("--window", type=common.number(int, 0), help="their side; 0: the whole image")
     add("--stride", type=common.number(int, 1), help="step between windows (their side)")
-    add("--out", metavar="DIR", help="(evaluate_val or, with --data, evaluate_DATA beside the checkpoint)")
+    add("--out", metavar="DIR", help="(evaluate_val or evaluate_DATA beside the checkpoint)")
     add("--save-predictions", metavar="DIR", help="works without masks too")
     common.add_device_flags(parser)
     return parser.parse({"paper": {"workers": common.default_workers()}}, argv)
 
 
 def choose_source(args, trained, classes):
-    """Pairs, or the PictureList of a --data folder without masks. Without --data, flags that are not given
-    are those of the training."""
+    """Pairs, or the PictureList of a --data folder without masks. Without --data the flags are those of the
+    training, unless given."""
     flags = dict.fromkeys(DATA_FLAGS) if args.data else dict(trained)
     flags.update({name: value for name, value in vars(args).items() if value is not None})
     flags = argparse.Namespace(**flags)
@@ -183,15 +183,14 @@ def choose_source(args, trained, classes):
             raise UserError(f"--data {args.data}: classes {', '.join(own.names[:4])} ..., expected "
                             f"{', '.join(classes.names[:4])} ...")
         classes = own
-    if flags.val_fraction is not None and not args.val_list:  # a share of the training images
+    if flags.val_fraction is not None and not args.val_list:
         source = labelled(flags, classes).get("val")
     elif args.data == "folder" and args.images and "{part}" not in args.images and not args.val_list:
-        source = images_of(flags, classes, "train")  # there are no parts: all images
+        source = images_of(flags, classes, "train")  # all: there are no parts
     else:
         source = images_of(flags, classes, "val")
     if source is None:
-        raise UserError(f"{flags.root}: no validation images; pass --val-list, or --data with --images and "
-                        "--masks")
+        raise UserError(f"{flags.root}: no validation images; see --val-list, --data, --images, --masks")
     return source
 
 
@@ -223,18 +222,18 @@ def main():
     out = args.out or f"{os.path.dirname(args.checkpoint) or '.'}/evaluate_{args.data or 'val'}"
     if has_masks and os.path.exists(f"{out}/metrics.json"):
         before = json.loads(Path(out, "metrics.json").read_text())
-        for key in ("checkpoint", "data", "protocol"):  # other scores are not overwritten
+        for key in ("checkpoint", "data", "protocol"):
             if before.get(key) != found[key]:
-                raise UserError(f"{out}: has scores of {before.get(key)}, not {found[key]}; pass another --out")
+                raise UserError(f"{out}: scores of {before.get(key)}, not {found[key]}; pass another --out")
     if args.save_predictions:
         source.keep_out("--save-predictions", args.save_predictions)
         is_used = os.path.exists(f"{args.save_predictions}/index")
         common.require_same(args.save_predictions, is_used)  # before one process writes
         if is_used:
-            raise UserError(f"--save-predictions {args.save_predictions}: holds some; pass a new folder")
+            raise UserError(f"--save-predictions {args.save_predictions}: holds some; pass another")
         write = writer(args.save_predictions, source, classes)
     elif not has_masks:
-        raise UserError(f"{args.root}: no masks to compare with; pass --masks or --save-predictions DIR")
+        raise UserError(f"{args.root}: no masks; pass --masks or --save-predictions")
     say(f"{args.checkpoint} on {source.note}: {len(source)} images of {data}, {how}", rank)
     metrics = evaluate(model, source, names, device, rank, world, precision, args.workers, write, **how)
     if has_masks and rank == 0:

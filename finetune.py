@@ -1,15 +1,14 @@
 """Stage 3: fine-tune the whole network on labelled images (5.1).
 
-    python finetune.py --init runs/shapes/pretrain_decoder_ddep/last.pt --labels 32      # toy data, on a CPU
-    python finetune.py --data folder --root my_data --init ddep.pt                       # one GPU
+    python finetune.py --init runs/shapes/pretrain_decoder_ddep/last.pt --labels 32   # toy data, on a CPU
+    python finetune.py --data folder --root my_data --init ddep.pt                    # one GPU
     torchrun --nproc_per_node=8 finetune.py --data cityscapes --root cityscapes --init ddep.pt --labels 372
 
-    --init                           loads             name in the paper
+    --init                           loads             in the paper
     last.pt of stage 2               all but the head  DDeP, DeP
     last.pt of stage 1, imagenet21k  the encoder       Supervised
     none                             nothing           No Pretraining
-
-last.pt of this stage loads its head, too, if the names of the classes are the same.
+    last.pt of this stage            all; the head only for equal class names
 
 Input: pairs of image and mask. Output in --out: last.pt, for evaluate.py; log.jsonl; metrics.json;
 predictions.png.
@@ -41,19 +40,19 @@ RECIPES = {
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("--init", default="none", metavar="PATH", help="or imagenet21k, imagenet1k, none (%(default)s)")
+    add("--init", default="none", metavar="PATH", help="or imagenet21k, imagenet1k (%(default)s)")
     add("--encoder", choices=ENCODERS, help="(as in --init, else hybrid; shapes: hybrid-small)")
     add("--width", type=common.number(float, 1 / 64), metavar="W",
         help="decoder of [1024, 512, 256, 128, 64] * W (as in --init, else 1; shapes: 1/4; §4.3)")
-    add("--labels", type=common.number(int, 1), help="number of labelled images, drawn by --seed (all)")
+    add("--labels", type=common.number(int, 1), help="how many images, drawn by --seed (all)")
     common.add_data_flags(parser, LABELLED)
-    add("--masks", metavar="PATTERN", help='where the masks are, such as "labels/*_mask.png"')
-    add("--train-list", metavar="FILE", help="text file with a training image per line")
+    add("--masks", metavar="PATTERN", help='such as "labels/*_mask.png"')
+    add("--train-list", metavar="FILE", help="text file, an image a line")
     add("--val-list", metavar="FILE", help="the same for validation")
-    add("--val-fraction", type=common.number(float, 0, 1), help="share of the images to validate on")
-    add("--crop-size", type=common.number(int, 32), help="side of the crops (%(default)s; §5.1)")
+    add("--val-fraction", type=common.number(float, 0, 1), help="share to validate on")
+    add("--crop-size", type=common.number(int, 32), help="their side (%(default)s; §5.1)")
     add("--min-area", type=common.number(float, 0, 1),
-        help="random resized crops of at least this share (§6; default: windows of fixed size, §5.1)")
+        help="crops of at least this share, resized (§6; default: windows, §5.1)")
     common.add_training_flags(parser)
     args = parser.parse(RECIPES, argv)
     args.out = args.out or f"runs/{args.data}/finetune"
@@ -94,7 +93,7 @@ def main():
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:
         model, model_args = segmentation_network(args, classes)
-    with common.local_first():  # after the weights, since a look at the masks takes longer
+    with common.local_first():  # after the weights: it takes longer
         if args.data != "shapes" and start == 0 and rank == 0:
             say(survey({"train": train, "val": val} if val else {"train": train}, classes))
     if args.init == "none":  # a new ResNet-50 has no BatchNorm statistics
@@ -116,9 +115,9 @@ def main():
     for step in range(start + 1, steps + 1):
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        # Micro-batches, whose gradients add up: only one must fit in memory
+        # Micro-batches: gradients add up, and only one must fit in memory
         parts = [next(batches) for _ in range(order.parts)]
-        # The loss is the mean over the labelled pixels of the GLOBAL batch, over all processes and parts
+        # The loss is the mean over the labelled pixels of the GLOBAL batch: all processes and parts
         labelled = common.total(sum((part["mask"] != IGNORE).sum() for part in parts).to(device)).clamp(min=1)
         for part in parts:
             x = to_pixels(part["image"].to(device))  # (B, 3, H, W) in [-1, 1]
@@ -137,7 +136,7 @@ def main():
                 class_colours=classes.colours, mask_values=classes.values)
     log.close()
 
-    # PAPER SILENT on which weights are scored: the last, not the best on validation data
+    # PAPER SILENT on which weights are scored: the last, not the best
     metrics = {"step": steps}
     if val:
         how = protocol(args.data, model_args["encoder"], args.crop_size)
@@ -152,7 +151,7 @@ def main():
 
 @torch.inference_mode()
 def draw_predictions(model, source, classes, device, precision, window):
-    """predictions.png: image, truth and prediction of six images."""
+    """Six images, truths and predictions."""
     page = []
     for i in sorted({row * len(source) // 6 for row in range(6)}):
         image, mask = source.read(i).values()

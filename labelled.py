@@ -1,10 +1,10 @@
-"""Pairs of an image and its mask for stage 3 and evaluation: which files, what their values mean, subsets."""
+"""Pairs of image and mask for stage 3 and evaluation: which files, what their values mean, subsets."""
 import dataclasses
 import hashlib
 import re
 from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from datasets import DATA_SETS, Source, all_shapes, files_below, folder_of, form
 
 @dataclasses.dataclass
 class Pairs(Source):
-    """Images with masks; a row is (image, mask), paths below root. values: see read_mask."""
+    """A row is (image, mask), paths below root. values: see read_mask."""
     root: str
     values: dict
 
@@ -39,16 +39,28 @@ class Pairs(Source):
             raise UserError(f"{path}: {tuple(mask.shape)} (H, W), expected its image's {tuple(size)}")
         return mask
 
+    def look(self, i):
+        """(path of the mask, its pixels by class, whether EXIF turns the image, {value: colour})."""
+        image, path = (Path(self.root, path) for path in self.rows[i])
+        size, is_turned = image_size(image)
+        pixels = np.bincount(self.mask(i, size).flatten(), minlength=256)
+        colours = {}
+        with Image.open(path) as picture:
+            if picture.mode == "P" and not isinstance(next(iter(self.values)), tuple):
+                table = picture.getpalette("RGB")
+                colours = {value: table[3 * value:3 * value + 3] for _, value in picture.getcolors()}
+        return path, pixels, is_turned, colours
+
 
 def training_and_validation(args, classes):
-    """(train, val or None), with --labels of the training images. args: flags of finetune.py."""
+    """(train, val or None), with --labels of the training images."""
     sources = labelled(args, classes)
     train, val = sources.get("train"), sources.get("val")
     if not train:
-        raise UserError(f"{args.root}: no training images; pass another --root, or --images and --masks")
+        raise UserError(f"{args.root}: no training images; see --root, --images, --masks")
     both = {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val or []))}
     if both:
-        raise UserError(f"{min(both)}: both a training and a validation image; put it in one list")
+        raise UserError(f"{min(both)}: is a training and a validation image; put it in one list")
     if args.labels is not None:
         if args.labels > len(train):
             raise UserError(f"--labels {args.labels}: there are {len(train)} labelled images")
@@ -57,10 +69,8 @@ def training_and_validation(args, classes):
 
 
 def labelled(args, classes):
-    """{"train": source, "val": source}, without a part that has no images.
-
-    The training images lose those of --val-list, if that is the only list, or a --val-fraction.
-    """
+    """{"train": source, "val": source}, without empty ones. Training images lose those of --val-list, if that
+    is the only list, or a --val-fraction."""
     sources = {part: images_of(args, classes, part) for part in ("train", "val")}
     train, val = sources["train"], sources["val"]
     if train and args.val_list and not args.train_list:
@@ -79,11 +89,8 @@ def labelled(args, classes):
 
 
 def images_of(args, classes, part):
-    """The images of a part, train or val: those that its list names, from the folders of both parts; without
-    a list those in its own folder. None if there are none.
-
-    Patterns without {part} mean one folder, for training.
-    """
+    """The Pairs of a part, train or val, None if there are none: those that its list names, in the folders of
+    both parts; without a list those in its own. Patterns without {part} mean one folder, for training."""
     if args.data == "shapes":
         return all_shapes(args, part)
     row = DATA_SETS[args.data]
@@ -95,20 +102,18 @@ def images_of(args, classes, part):
         list_file = f"{root}/{row.lists}".replace("{part}", part)
 
     words = {"train": row.words[0], "val": row.words[1]} if "{part}" in images else {"train": ""}
+    pairs, others = [], []
     if list_file:
         found = {name: find_pairs(root, images, masks, word)[0] for name, word in words.items()}
-        pairs, others = select(list_file, found.get(part, []), sum(found.values(), [])), []
+        pairs = select(list_file, found.get(part, []), sum(found.values(), []))
     elif part in words:
         pairs, others = find_pairs(root, images, masks, words[part])
-    else:
-        pairs, others = [], []
     if not pairs:
         return None
     alone = [pair.image or pair.mask for pair in pairs if None in pair]
     if alone:
-        raise UserError(f"{Path(root, alone[0])}: {len(alone)} without a partner; expected {images} and "
-                        f"{masks} with equal text for *; pass other patterns, or list the images that have "
-                        "masks in --train-list and --val-list")
+        raise UserError(f"{Path(root, alone[0])}: {len(alone)} without a partner, expected {images} and "
+                        f"{masks} with equal text for *; pass others, or --train-list and --val-list")
     rows = [(pair.image, pair.mask) for pair in pairs]
     note = f"{len(rows)} pairs{left_out(len(others), min(others, default=''))}"
     return Pairs(rows, note, [f"{root}/{folder}" for folder in folders], root, classes.values)
@@ -124,14 +129,14 @@ class Pair(NamedTuple):
 
 
 def find_pairs(root, images, masks, word):
-    """([Pair, ...], other files in the folder of the images). word: what stands for {part}."""
+    """([Pair, ...], other files beside the images). word: what stands for {part}."""
     mask_of, _ = matches(root, masks.replace("{part}", word))
     image_of, others = matches(root, images.replace("{part}", word), without={*mask_of.values()})
     return [Pair(star, image_of.get(star), mask_of.get(star)) for star in {**image_of, **mask_of}], others
 
 
 def matches(root, pattern, without=()):
-    """({text for the `*`: path}, other files in the folder), both empty if there is no folder."""
+    """({text for the `*`: path}, other files in the folder)."""
     start, form = folder_of(pattern), form_of(pattern)
     found, others = {}, []
     if not Path(root, start).is_dir():
@@ -144,7 +149,7 @@ def matches(root, pattern, without=()):
                 continue
             star = "/".join(match.groups())
             if star in found:
-                raise UserError(f"{root}/{path} and {found[star]}: both match {pattern}; delete one")
+                raise UserError(f"{root}/{path} and {found[star]} match {pattern}; delete one")
             found[star] = path
     return found, others
 
@@ -152,14 +157,15 @@ def matches(root, pattern, without=()):
 def select(list_file, own, pairs):
     """The pairs that a text file lists, in its order.
 
-    A line names an image by its path (after any other folders) or by its text for `*`; if both parts have an
-    image of this text, by the one in `own`. Its mask may follow, named in the same way, after a tab or space.
+    A line names an image by its path (after any other folders) or by its text for `*`; if both parts have one
+    of this text, that in `own` is meant. Its mask may follow, named alike, after a tab or space.
     """
     pairs = [pair for pair in pairs if pair.image]
     by_path = {plain(pair.image): pair for pair in pairs}
     by_star = {pair.star: pair for pair in [*pairs, *own] if pair.image}
-    chosen = {}  # {pair: None}, which is searched fast
-    for number, line in enumerate(read_text(list_file, "surrogateescape").splitlines(), start=1):
+    chosen = {}  # {pair: None}, a set in order
+    lines = Path(list_file).read_text("utf-8-sig", "surrogateescape").splitlines()
+    for number, line in enumerate(lines, start=1):
         line = plain(line.strip())
         if not line:
             continue
@@ -168,12 +174,12 @@ def select(list_file, own, pairs):
         if pair is None:
             problem = "names no image"
         elif mask and mask != pair.star and plain(pair.mask or "") not in ends_of(mask):
-            problem = f"names another mask than --masks finds, {pair.mask}"
+            problem = f"names another mask than --masks has, {pair.mask}"
         elif pair in chosen:
             problem = "is there again"
         if problem:
             raise UserError(f"{list_file}, line {number}: {line!r} {problem}; expected each image once, by "
-                            "its path below --root or its text for *, alone or with its mask")
+                            "its path or its text for *, alone or with its mask")
         chosen[pair] = None
     if not chosen:
         raise UserError(f"{list_file}: empty; expected one image per line")
@@ -181,7 +187,7 @@ def select(list_file, own, pairs):
 
 
 def parts_of(line, by_path, by_star):
-    """(the pair whose image a line names, the text after it). Names may hold spaces: the longest is meant."""
+    """(the pair whose image a line names, the text after it). Names may hold spaces; the longest wins."""
     gaps = [gap.start() for gap in re.finditer(r"\s+", line)]
     for end in (len(line), *reversed(gaps)):
         name, rest = line[:end], line[end:].strip()
@@ -199,10 +205,6 @@ def ends_of(path):
     return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
-def read_text(path, errors="strict"):
-    return Path(path).read_text("utf-8-sig", errors)
-
-
 # ---- Classes
 
 
@@ -213,13 +215,13 @@ class Classes(NamedTuple):
 
 
 def palette(count):
-    """`count` colours (R, G, B): black for class 0, then hues a golden section apart."""
+    """`count` colours (R, G, B): black, then hues a golden section apart."""
     hues = [hsv_to_rgb(i * 0.618034 % 1, 0.8, (235, 175)[i // 7 % 2]) for i in range(1, count)]
-    return [(0, 0, 0), *(tuple(map(round, hue)) for hue in hues)][:count]
+    return [(0, 0, 0), *(tuple(map(round, hue)) for hue in hues)]
 
 
 def classes_of(args):
-    """The Classes of --data, from a text file that README.md describes."""
+    """The Classes of --data."""
     if args.data == "shapes":
         names = [*shapes.CLASSES]
         return Classes(names, palette(len(names)), {i: i for i in range(len(names))})
@@ -232,16 +234,16 @@ def classes_of(args):
 
 
 FORM = ("2 to 255 classes in UTF-8, all lines `name` (line n is value n, from 0), `value name`, `R G B name` "
-        "or `value R G B name`; each value once, up to 255; each word of a name begins with a letter")
-# No word begins with a digit, as in `sky 1` and `sky (0 0 0)`, and no sign is one of YAML, JSON or CSV
+        "or `value R G B name`; values to 255, each once; words that begin with letters")
+# No word begins with a digit, as in `sky 1`, `sky (0 0 0)`; no sign is one of YAML, JSON or CSV
 NAME = re.compile(r"""(?!.*[ (]\W*\d)[^\W\d_][^!"#$%*,:;<=>?@\[\\\]^`{|}~]*""")
 
 
 def read_classes(path):
-    """The Classes of a text file. The form is strict, as lines of another would become classes."""
+    """The Classes of a text file (see README.md). Lines of another form would become classes."""
     names, colours, values = [], [], {}
     try:
-        lines = read_text(path).rstrip().split("\n")
+        lines = Path(path).read_text("utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {error}; expected {FORM}") from None
     for i, line in enumerate(lines):
@@ -256,8 +258,8 @@ def read_classes(path):
             key = numbers[0]
         if i == 0:
             form = len(numbers)
-        if i == form == 0:
-            values[IGNORE] = IGNORE
+            if form == 0:
+                values[IGNORE] = IGNORE
         if (len(numbers) != form or form not in (0, 1, 3, 4) or max(numbers, default=0) > 255 or key in values
                 or not NAME.fullmatch(name) or not name.isprintable()):
             raise UserError(f"{path}, line {i + 1}: {line!r}; expected {FORM}")
@@ -273,11 +275,11 @@ def read_classes(path):
     return Classes(names, colours if form >= 3 else palette(len(names)), values)
 
 
-# ---- Subsets and the look at the masks before training
+# ---- Subsets and survey
 
 
 def ranking(source, seed):
-    """Indices of a source, sorted by a hash of seed and name, so that smaller subsets lie in larger ones.
+    """Indices of a source, sorted by a hash of seed and name: smaller subsets lie in larger ones.
 
     PAPER SILENT on how subsets of the labels are drawn.
     """
@@ -289,44 +291,32 @@ def ranking(source, seed):
 def survey(parts, classes):
     """A table of the share of each class in up to 500 masks of each part in {part: Pairs}, and remarks.
 
-    UserError for an unknown value, a size other than the image's, a value that has two colours (some programs
-    make a palette per file), and fewer than two classes.
+    UserError for unknown values, another size than the image's, a value of two colours (palettes may be
+    a file's own), fewer than two classes.
     """
-    def look(source, i):
-        image, path = (Path(source.root, path) for path in source.rows[i])
-        size, is_turned = image_size(image)
-        pixels = np.bincount(source.mask(i, size).flatten(), minlength=256)
-        with Image.open(path) as picture:
-            if picture.mode != "P" or isinstance(next(iter(classes.values)), tuple):
-                return path, pixels, is_turned, {}
-            table = picture.getpalette("RGB")
-            colours = {value: table[3 * value:3 * value + 3] for _, value in picture.getcolors()}
-            return path, pixels, is_turned, colours
-
     shares, seen, turned, looked_at = {}, {}, 0, 0  # seen: {mask value: (its colour, the file)}
     for part, source in parts.items():
         pixels, some = np.zeros(256), np.unique(np.linspace(0, len(source) - 1, 500).astype(int))
         with ThreadPoolExecutor(8) as pool:
-            for path, counts, is_turned, colours in pool.map(look, repeat(source), some):
+            for path, counts, is_turned, colours in pool.map(source.look, some):
                 pixels += counts
                 turned += is_turned
                 for value, colour in colours.items():
                     first, where = seen.setdefault(value, (colour, path))
                     if colour != first:
                         raise UserError(f"{path}: value {value} is {colour} in its palette, but {first} in "
-                                        f"{where}; write `R G B name` lines to classes.txt")
+                                        f"{where}; write `R G B name` in classes.txt")
         looked_at += len(some)
         shares[part] = pixels[[*range(len(classes.names)), IGNORE]] / pixels.sum()
     if (shares["train"][:-1] > 0).sum() < 2:
         raise UserError(f"{parts['train'].root}: the training masks hold fewer than two of "
-                        f"{', '.join(classes.names[:8])}; in a classes.txt of names alone line n is value n, "
-                        "and 255 is ignored")
+                        f"{', '.join(classes.names[:8])}; in a classes.txt of names line n is value n")
     rows = [(name, *[f"{share[k]:.2%}" for share in shares.values()])
             for k, name in enumerate([*classes.names, "ignored"])]
     text = common.table([("of the pixels", *shares), *rows])
     if turned:
-        text += f"\n{turned} of {looked_at} images are turned upright by their EXIF tag, masks never"
+        text += f"\n{turned} of {looked_at} images are turned upright by EXIF, masks never"
     for name in classes.names:
         if re.search("void|unlabel|ignore", name, re.IGNORECASE):
-            text += f"\n{name} is a class that is trained and scored; a class called ignore is not"
+            text += f"\n{name} is trained and scored; a class called ignore is not"
     return text

@@ -1,4 +1,4 @@
-"""Pictures to look at: coloured masks, a table with a legend, predictions on disk."""
+"""Pictures to look at: coloured masks, a table, predictions on disk."""
 import math
 import os
 
@@ -9,7 +9,7 @@ from data import IGNORE
 
 
 def colour_mask(mask, colours):
-    """Class indices (H, W) in `colours` (N, 3) as uint8 (H, W, 3). Ignored pixels, 255, are hatched."""
+    """Class indices (H, W) in `colours` (N, 3) as uint8 (H, W, 3). 255, ignored, is hatched."""
     mask = np.asarray(mask)
     colour_of = np.full((256, 3), 255, np.uint8)
     colour_of[:len(colours)] = colours
@@ -37,7 +37,8 @@ def picture_table(rows, titles, names=(), colours=(), width=160):
             page.paste(Image.fromarray(row[column]).resize((width, height), Image.Resampling.BOX), (x, y))
             y += height + 6
     for i, (k, name) in enumerate(entries):
-        x, y = 6 + (width + 6) * (i % len(titles)), legend + 20 * (i // len(titles))
+        row, column = divmod(i, len(titles))
+        x, y = 6 + (width + 6) * column, legend + 20 * row
         draw.rectangle([x, y + 1, x + 13, y + 14], outline="black")
         page.paste(Image.fromarray(colour_mask(np.full((12, 12), k), colours)), (x + 1, y + 2))
         draw.text((x + 19, y), name, "black", font)

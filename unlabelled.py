@@ -1,8 +1,7 @@
-"""Pictures for stages 1 and 2, in folders or .tar files: millions, by a list in one file.
+"""Pictures for stages 1 and 2, in folders or .tar files: millions, by a list.
 
-The list is an array of records, one per picture. It is mapped into memory: as str, the names would take
-gigabytes in every process. The first process of a machine makes it, in torch.hub's cache folder; the others
-read it.
+The list, in torch.hub's cache folder, is an array of records, one per picture. It is mapped into memory: as
+str, the names would take gigabytes in every process.
 """
 import hashlib
 import os
@@ -39,7 +38,7 @@ def pretraining_images(args):
     if args.data == "folder" and args.images is None:
         pattern = "images/*" if os.path.isdir(f"{args.root}/images") else "*"
     patterns = [pattern.replace("{part}", row.words[0])]
-    if args.data == "cityscapes_coarse":  # both, as in Table 3: "fine & coarse"
+    if args.data == "cityscapes_coarse":  # Table 3: "fine & coarse"
         patterns.append(pattern.replace("{part}", "train_extra"))
     return picture_list(home(args, row.places, folder_of(patterns[0])), patterns)
 
@@ -51,26 +50,26 @@ def classification_images(args):
     source, tars = in_classes(args)
     if tars:
         names = [Path(tar).stem for tar in tars]
-        others = [name for name in names if not re.fullmatch(r"n\d+", name)]  # such as shards of all classes
+        others = [name for name in names if not re.fullmatch(r"n\d+", name)]  # such as shards
         if others:
             raise UserError(f"{source.root}/{others[0]}.tar: expected nXXXXXXXX.tar, a class each; unpack "
                             "others into a folder a class")
     else:
         start = folder_of(plain(args.images or "*"))
-        _, firsts = np.unique(source.rows["label"], return_index=True)  # the first picture of each class
+        _, firsts = np.unique(source.rows["label"], return_index=True)  # of each class
         names = [class_of(source.name(i), start) for i in firsts]
         if "" in names or SPLITS & {name.lower() for name in names}:
             shown = ", ".join(name or "." for name in names[:8])
-            raise UserError(f"{source.root}: its pictures lie in {shown}; expected a folder for each class; "
-                            "pass the --root of those")
+            raise UserError(f"{source.root}: its pictures lie in {shown}, expected a folder a class; pass "
+                            "their --root")
     if len(names) < 2:
-        raise UserError(f"{source.root}: {len(names)} class, {names[0]}; expected two or more")
+        raise UserError(f"{source.root}: one class, {names[0]}, expected two or more")
     return source, names
 
 
 def in_classes(args):
-    """(source, names of .tar files): in ImageNet-21k a class is a .tar file, if there are any, else a folder,
-    in --root or in train/ below it."""
+    """(source, names of .tar files): a class is a folder or, in ImageNet-21k, a .tar file, in --root or in
+    train/ below it."""
     root = home(args)
     if os.path.isdir(f"{root}/train"):
         root += "/train"
@@ -85,18 +84,19 @@ def in_classes(args):
 
 
 class PictureList(Source):
-    """Pictures by the records in a file. A record is (path below root as bytes, offset, size, label).
+    """Pictures by records in a file: (path below root as bytes, offset, size, label).
 
-    size: -1 if the picture is a file, else its bytes in a .tar file, from offset on. label: the number of the
-    .tar file, or of the folder right below the pattern's.
+    size: -1 for a file, else bytes in a .tar file, from offset on. label: the number of the .tar file, or of
+    the folder right below the pattern's.
     """
 
-    def __init__(self, npy, note, root, folders):
-        super().__init__(np.load(npy, mmap_mode="r"), note, folders)
+    def __init__(self, npy, root, folders, note=""):
+        rows = np.load(npy, mmap_mode="r")
+        super().__init__(rows, f"{len(rows)} pictures in {root}{note}", folders)
         self.npy, self.root = npy, root
 
-    def __reduce__(self):  # a loader worker that is not forked gets the path of the list
-        return PictureList, (self.npy, self.note, self.root, self.folders)
+    def __reduce__(self):  # a worker that is not forked gets the path
+        return PictureList, (self.npy, self.root, self.folders)
 
     def name(self, i):
         path, offset, size, _ = self.rows[i].tolist()
@@ -104,17 +104,17 @@ class PictureList(Source):
 
     def read(self, i):
         path, offset, size, label = self.rows[i].tolist()
-        path = Path(self.root, os.fsdecode(path))
-        if size < 0:
-            return {"image": tv_tensors.Image(read_image(path)), "label": label}
-        with open(path, "rb") as tar:
-            tar.seek(offset)
-            content = BytesIO(tar.read(size))
-        return {"image": tv_tensors.Image(read_image(content, self.name(i))), "label": label}
+        file = Path(self.root, os.fsdecode(path))
+        if size >= 0:
+            with open(file, "rb") as tar:
+                tar.seek(offset)
+                file = BytesIO(tar.read(size))
+        image = read_image(file, Path(self.root, self.name(i)))
+        return {"image": tv_tensors.Image(image), "label": label}
 
 
 def picture_list(root, patterns, tars=()):
-    """A PictureList of all pictures below root that match a pattern, or of those in .tar files."""
+    """A PictureList of what matches a pattern below root, or is in .tar files."""
     known = [os.path.abspath(root), patterns]
     for tar in tars:
         status = os.stat(f"{root}/{tar}")
@@ -122,17 +122,15 @@ def picture_list(root, patterns, tars=()):
     digest = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
     cache, note = torch.hub.get_dir(), ""
     npy = f"{cache}/pictures_{digest}.npy"
-    # Folders are listed in each run, since files in them may be new
+    # Folders are listed in each run: files may be new
     if not os.path.exists(npy) or (not tars and common.is_local_first()):
         os.makedirs(cache, exist_ok=True)
-        with TemporaryDirectory(dir=cache) as folder:  # before the listing, in case the cache is read-only
+        with TemporaryDirectory(dir=cache) as folder:  # first, in case the cache is read-only
             rows, note = list_tars(root, tars) if tars else list_folders(root, patterns)
             np.save(f"{folder}/rows.npy", rows)
             os.replace(f"{folder}/rows.npy", npy)
     folders = () if tars else tuple(f"{root}/{folder_of(pattern)}" for pattern in patterns)
-    source = PictureList(npy, "", root, folders)
-    source.note = f"{len(source)} pictures in {root}{note}"
-    return source
+    return PictureList(npy, root, folders, note)
 
 
 def records(paths, offset, size, label):
@@ -142,7 +140,7 @@ def records(paths, offset, size, label):
 
 
 def list_folders(root, patterns):
-    """(records, a note that says where they lie and what is left out)."""
+    """(records, a note on them)."""
     chunks, labels, shown, others, example = [], {}, [], 0, ""
     for pattern in patterns:
         start, form = folder_of(pattern), form_of(pattern)
@@ -157,21 +155,21 @@ def list_folders(root, patterns):
                 others += len(files) - len(names)
                 example = example or folder + min({*files} - {*names})
     if not chunks:
-        raise UserError(f"{root}: no pictures match {' and '.join(patterns)}{left_out(others, example)}; see "
-                        "--root and --images")
+        raise UserError(f"{root}: no pictures match {', '.join(patterns)}{left_out(others, example)}; see "
+                        "--root, --images")
     largest = "; ".join(text for _, text in sorted(shown)[:8])
     more = "; ..." if len(shown) > 8 else ""
     return np.concatenate(chunks), f" ({largest}{more}){left_out(others, example)}"
 
 
 def class_of(path, start):
-    """The folder right below `start` on the path of a picture, "" if there is none."""
+    """The folder right below `start` on a picture's path, "" if there is none."""
     folder, slash, _ = path.removeprefix(start).partition("/")
     return folder if slash else ""
 
 
 def list_tars(root, tars):
-    with ProcessPoolExecutor(16) as pool:  # one process would wait for the disk, threads for each other
+    with ProcessPoolExecutor(16) as pool:  # one would wait for the disk, threads for each other
         found = pool.map(tar_members, [f"{root}/{tar}" for tar in tars])
         found = list(common.progress(found, total=len(tars), unit=" .tar", delay=1))
     chunks = [records(np.full(len(members), os.fsencode(tar)), *members.T, label)
@@ -180,18 +178,18 @@ def list_tars(root, tars):
 
 
 def tar_members(path):
-    """An array (N, 2): offset and size in bytes of each picture in a .tar file."""
+    """An array (N, 2): offset and size in bytes of each picture."""
     try:
         with tarfile.open(path, "r:") as tar:
             files = [member for member in tar if member.isreg()]
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):  # tarfile stops at a broken header as at the end
+            if tar.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
                 raise tarfile.ReadError("its end is missing")
     except tarfile.TarError as error:
         raise UserError(f"{path}: not a whole .tar file ({error}); download it again") from None
     pictures = [(file.offset_data, file.size) for file in files if is_picture(file.name)]
     if not pictures:
-        raise UserError(f"{path}: no pictures in it; expected those of one class")
+        raise UserError(f"{path}: no pictures, expected those of a class")
     return np.array(pictures)
 
 
