@@ -3,7 +3,7 @@
     python benchmark.py                       # some minutes on two cores
     python benchmark.py --only step --peers   # beside segmentation_models_pytorch's U-Net of the same widths
 
-The cases of a group take turns, since machines are slow for a while. Compare the lines of one run.
+Cases take turns, since machines are slow for a while: compare the lines of one run.
 """
 import argparse
 import os

@@ -1,8 +1,5 @@
 """Read, crop and flip one sample; the order of samples.
 
-    samples = Samples(source, pretraining_transform(224), seed=0)      # samples[epoch, index]
-    loader = DataLoader(samples, batch_sampler=Order(len(source), batch_size=512, micro_batch=64, steps=1000))
-
 A source has len(source), source.name(i) and source.read(i), a dictionary of "image" (tv_tensors.Image) and
 perhaps "mask" (tv_tensors.Mask) or "label" (int).
 

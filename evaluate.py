@@ -7,8 +7,8 @@
 Input: last.pt of finetune.py. Output in --out: metrics.json, scores from 0 to 1; in --save-predictions:
 index/, PNGs with the values of the training masks, and overlay/, class colours over the images.
 
-ONE confusion matrix counts the pixels of all images but ignored ones (255). The IoU of a class is
-TP / (TP + FP + FN), mIoU the mean over the classes that occur in the truth or in a prediction.
+ONE confusion matrix counts the pixels of all images but the ignored (255). The IoU of a class is
+TP / (TP + FP + FN), and mIoU their mean.
 """
 import argparse
 import json
@@ -121,7 +121,7 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
     indices = range(rank, len(source), world)
     loader = DataLoader(Samples(source, v2.Identity()), batch_size=1, sampler=[(0, i) for i in indices],
                         num_workers=workers)
-    for index, batch in zip(indices, common.progress(loader, unit="image")):
+    for batch, index in zip(common.progress(loader, unit="image"), indices):
         with common.autocast(precision, device):
             logits = predict(model, to_pixels(batch["image"].to(device)), **how)[0]  # (C, H, W)
         if not logits.isfinite().all():  # argmax would make NaN a class
@@ -160,8 +160,8 @@ def parse_arguments(argv=None):
     add("--val-list", metavar="FILE", help="text file, an image a line")
     add("--scales", type=common.number(float, 0.01), nargs="+", help="to average over")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
-    add("--window", type=common.number(int, 0), help="their side; 0: the whole image")
-    add("--stride", type=common.number(int, 1), help="step between windows (their side)")
+    add("--window", type=common.number(int, 0), help="side; 0: the whole image")
+    add("--stride", type=common.number(int, 1), help="step between windows (the window)")
     add("--out", metavar="DIR", help="(evaluate_val or evaluate_DATA beside the checkpoint)")
     add("--save-predictions", metavar="DIR", help="works without masks too")
     common.add_device_flags(parser)
@@ -177,11 +177,11 @@ def choose_source(args, trained, classes):
     if args.data == "folder" and not args.masks and not os.path.isdir(f"{args.root}/masks"):
         common.refuse(args, ("val_list", "out"), "on pictures without masks")
         return pretraining_images(args)
-    if args.data and (args.data != "folder" or os.path.exists(f"{args.root}/classes.txt")):
+    if flags.data != "folder" or os.path.exists(f"{flags.root}/classes.txt"):
         own = classes_of(flags)  # mask values may differ from the training
         if own.names != classes.names:
-            raise UserError(f"--data {args.data}: classes {', '.join(own.names[:4])} ..., expected "
-                            f"{', '.join(classes.names[:4])} ...")
+            raise UserError(f"--data {flags.data}: classes {', '.join(own.names)}, expected "
+                            f"{', '.join(classes.names)}")
         classes = own
     if flags.val_fraction is not None and not args.val_list:
         source = labelled(flags, classes).get("val")
@@ -220,20 +220,20 @@ def main():
              "data": f"{data}{place}: {source}", "protocol": how}
     has_masks, write = not isinstance(source, PictureList), None
     out = args.out or f"{os.path.dirname(args.checkpoint) or '.'}/evaluate_{args.data or 'val'}"
-    if has_masks and os.path.exists(f"{out}/metrics.json"):
-        before = json.loads(Path(out, "metrics.json").read_text())
-        for key in ("checkpoint", "data", "protocol"):
-            if before.get(key) != found[key]:
-                raise UserError(f"{out}: scores of {before.get(key)}, not {found[key]}; pass another --out")
     if args.save_predictions:
         source.keep_out("--save-predictions", args.save_predictions)
         is_used = os.path.exists(f"{args.save_predictions}/index")
         common.require_same(args.save_predictions, is_used)  # before one process writes
         if is_used:
-            raise UserError(f"--save-predictions {args.save_predictions}: holds some; pass another")
+            raise UserError(f"--save-predictions {args.save_predictions}: holds some; pass a new folder")
         write = writer(args.save_predictions, source, classes)
     elif not has_masks:
         raise UserError(f"{args.root}: no masks; pass --masks or --save-predictions")
+    if has_masks and os.path.exists(f"{out}/metrics.json"):
+        before = json.loads(Path(out, "metrics.json").read_text())
+        for key in ("checkpoint", "data", "protocol"):
+            if before.get(key) != found[key]:
+                raise UserError(f"{out}: scores of {before.get(key)}, not {found[key]}; pass another --out")
     say(f"{args.checkpoint} on {source.note}: {len(source)} images of {data}, {how}", rank)
     metrics = evaluate(model, source, names, device, rank, world, precision, args.workers, write, **how)
     if has_masks and rank == 0:

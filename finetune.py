@@ -48,7 +48,7 @@ def parse_arguments(argv=None):
     common.add_data_flags(parser, LABELLED)
     add("--masks", metavar="PATTERN", help='such as "labels/*_mask.png"')
     add("--train-list", metavar="FILE", help="text file, an image a line")
-    add("--val-list", metavar="FILE", help="the same for validation")
+    add("--val-list", metavar="FILE", help="of the validation images")
     add("--val-fraction", type=common.number(float, 0, 1), help="share to validate on")
     add("--crop-size", type=common.number(int, 32), help="their side (%(default)s; §5.1)")
     add("--min-area", type=common.number(float, 0, 1),
@@ -93,7 +93,7 @@ def main():
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:
         model, model_args = segmentation_network(args, classes)
-    with common.local_first():  # after the weights: it takes longer
+    with common.local_first():  # after the weights, whose errors show sooner
         if args.data != "shapes" and start == 0 and rank == 0:
             say(survey({"train": train, "val": val} if val else {"train": train}, classes))
     if args.init == "none":  # a new ResNet-50 has no BatchNorm statistics
@@ -115,7 +115,7 @@ def main():
     for step in range(start + 1, steps + 1):
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        # Micro-batches: gradients add up, and only one must fit in memory
+        # Micro-batches, whose gradients add up: one at a time on the GPU
         parts = [next(batches) for _ in range(order.parts)]
         # The loss is the mean over the labelled pixels of the GLOBAL batch: all processes and parts
         labelled = common.total(sum((part["mask"] != IGNORE).sum() for part in parts).to(device)).clamp(min=1)

@@ -1,6 +1,7 @@
 """Pairs of image and mask for stage 3 and evaluation: which files, what their values mean, subsets."""
 import dataclasses
 import hashlib
+import os
 import re
 from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
@@ -69,14 +70,11 @@ def training_and_validation(args, classes):
 
 
 def labelled(args, classes):
-    """{"train": source, "val": source}, without empty ones. Training images lose those of --val-list, if that
-    is the only list, or a --val-fraction."""
+    """{"train": source, "val": source}, without empty ones. Images of a --val-list alone or of --val-fraction
+    are not trained on."""
     sources = {part: images_of(args, classes, part) for part in ("train", "val")}
     train, val = sources["train"], sources["val"]
-    if train and args.val_list and not args.train_list:
-        held_out = {*val.rows}
-        sources["train"] = train.subset([i for i, row in enumerate(train.rows) if row not in held_out])
-    elif train and args.val_fraction is not None:
+    if train and args.val_fraction is not None:
         if val:
             raise UserError(f"--val-fraction {args.val_fraction}: there are validation images; drop it")
         count = round(args.val_fraction * len(train))
@@ -85,12 +83,15 @@ def labelled(args, classes):
         ranked = ranking(train, "validation")
         sources["train"] = train.subset(sorted(ranked[count:]))
         sources["val"] = train.subset(sorted(ranked[:count]))
+    elif train and args.val_list and not args.train_list:
+        held_out = {*val.rows}
+        sources["train"] = train.subset([i for i, row in enumerate(train.rows) if row not in held_out])
     return {part: source for part, source in sources.items() if source}
 
 
 def images_of(args, classes, part):
-    """The Pairs of a part, train or val, None if there are none: those that its list names, in the folders of
-    both parts; without a list those in its own. Patterns without {part} mean one folder, for training."""
+    """The Pairs of a part, train or val, or None. A list may name images of both parts; without a list a part
+    has those of its folder. Patterns without {part} mean one folder, for training."""
     if args.data == "shapes":
         return all_shapes(args, part)
     row = DATA_SETS[args.data]
@@ -105,18 +106,19 @@ def images_of(args, classes, part):
     pairs, others = [], []
     if list_file:
         found = {name: find_pairs(root, images, masks, word)[0] for name, word in words.items()}
-        pairs = select(list_file, found.get(part, []), sum(found.values(), []))
+        pairs = select(list_file, root, found.get(part, []), sum(found.values(), []))
     elif part in words:
         pairs, others = find_pairs(root, images, masks, words[part])
     if not pairs:
         return None
+    note = left_out(len(others), min(others, default=""))
     alone = [pair.image or pair.mask for pair in pairs if None in pair]
     if alone:
-        raise UserError(f"{Path(root, alone[0])}: {len(alone)} without a partner, expected {images} and "
-                        f"{masks} with equal text for *; pass others, or --train-list and --val-list")
+        raise UserError(f"{Path(root, alone[0])}: {len(alone)} without a partner{note}; expected {images}, "
+                        f"{masks} with equal text for *; pass others, --train-list or --val-list")
     rows = [(pair.image, pair.mask) for pair in pairs]
-    note = f"{len(rows)} pairs{left_out(len(others), min(others, default=''))}"
-    return Pairs(rows, note, [f"{root}/{folder}" for folder in folders], root, classes.values)
+    folders = [Path(root, folder) for folder in folders]
+    return Pairs(rows, f"{len(rows)} pairs{note}", folders, root, classes.values)
 
 
 # ---- Images and their masks
@@ -130,7 +132,7 @@ class Pair(NamedTuple):
 
 def find_pairs(root, images, masks, word):
     """([Pair, ...], other files beside the images). word: what stands for {part}."""
-    mask_of, _ = matches(root, masks.replace("{part}", word))
+    mask_of, _ = matches(root, masks.replace("{part}", word).replace("//", "/"))
     image_of, others = matches(root, images.replace("{part}", word), without={*mask_of.values()})
     return [Pair(star, image_of.get(star), mask_of.get(star)) for star in {**image_of, **mask_of}], others
 
@@ -154,7 +156,7 @@ def matches(root, pattern, without=()):
     return found, others
 
 
-def select(list_file, own, pairs):
+def select(list_file, root, own, pairs):
     """The pairs that a text file lists, in its order.
 
     A line names an image by its path (after any other folders) or by its text for `*`; if both parts have one
@@ -169,12 +171,14 @@ def select(list_file, own, pairs):
         line = plain(line.strip())
         if not line:
             continue
-        pair, mask = parts_of(line, by_path, by_star)
+        pair, image, mask = parts_of(line, by_path, by_star)
         problem = None
         if pair is None:
             problem = "names no image"
         elif mask and mask != pair.star and plain(pair.mask or "") not in ends_of(mask):
-            problem = f"names another mask than --masks has, {pair.mask}"
+            problem = f"names another mask than --masks, {pair.mask}"
+        elif is_another(image, Path(root, pair.image)) or mask and is_another(mask, Path(root, pair.mask)):
+            problem = "is another file"
         elif pair in chosen:
             problem = "is there again"
         if problem:
@@ -187,16 +191,22 @@ def select(list_file, own, pairs):
 
 
 def parts_of(line, by_path, by_star):
-    """(the pair whose image a line names, the text after it). Names may hold spaces; the longest wins."""
-    gaps = [gap.start() for gap in re.finditer(r"\s+", line)]
-    for end in (len(line), *reversed(gaps)):
-        name, rest = line[:end], line[end:].strip()
-        for path in ends_of(name):
+    """(the pair whose image a line names or None, this name, the text after it). Names may hold spaces."""
+    ends = [*[gap.start() for gap in re.finditer(r"\s+", line)], len(line)]
+    for end in reversed(ends):  # the longest name
+        pair = by_path.get(line[:end]) or by_star.get(line[:end])
+        if pair:
+            return pair, line[:end], line[end:].strip()
+    for end in ends:  # the shortest after other folders
+        for path in ends_of(line[:end]):
             if path in by_path:
-                return by_path[path], rest
-        if name in by_star:
-            return by_star[name], rest
-    return None, ""
+                return by_path[path], line[:end], line[end:].strip()
+    return None, line, ""
+
+
+def is_another(file, path):
+    """Whether `file` is an absolute path to another file than the one at `path`."""
+    return os.path.isabs(file) and os.path.exists(file) and not os.path.samefile(file, path)
 
 
 def ends_of(path):
@@ -235,7 +245,7 @@ def classes_of(args):
 
 FORM = ("2 to 255 classes in UTF-8, all lines `name` (line n is value n, from 0), `value name`, `R G B name` "
         "or `value R G B name`; values to 255, each once; words that begin with letters")
-# No word begins with a digit, as in `sky 1`, `sky (0 0 0)`; no sign is one of YAML, JSON or CSV
+# A letter first, no word with a digit first, as in `sky 1` or `sky (0 0 0)`, no sign of YAML, JSON, CSV
 NAME = re.compile(r"""(?!.*[ (]\W*\d)[^\W\d_][^!"#$%*,:;<=>?@\[\\\]^`{|}~]*""")
 
 

@@ -29,7 +29,7 @@ from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet
 from pictures import picture_table
 from unlabelled import pretraining_images
 
-# "paper": section 5.1. PAPER SILENT on DeP but for Table 2 (6000 epochs, sigma 0.8): as DDeP
+# "paper": section 5.1. PAPER SILENT on DeP but for Table 2 (6000 epochs, sigma 0.8) and Eq. 5 (5.2): as DDeP
 # PAPER SILENT on weight decay and warm-up in pretraining: none on real data
 # PAPER SILENT on where Adam and a cosine are used (5.1): here in stages 2 and 3
 RECIPES = {
@@ -192,7 +192,7 @@ def look_at(args, model, samples, device):
     if loss >= loss_of_multiple:
         say("WARNING: the network is no better; raise --steps or change --lr")
 
-    # If the loss does not rise, the decoder ignores this map, and blocks that see only it learn little
+    # Each map is replaced by its mean. If the loss does not rise, the decoder ignores the map
     rises = {}
     for i, stride in enumerate(model.encoder.strides):
         changed = list(maps)

@@ -5,6 +5,7 @@ str, the names would take gigabytes in every process.
 """
 import hashlib
 import os
+import platform
 import re
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +25,7 @@ from data import read_image
 from datasets import (DATA_SETS, PICTURES, Source, all_shapes, files_below, folder_of, form_of, home,
                       left_out, plain)
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled", "unlabelled"}
+NO_CLASSES = {"images", "masks", "train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def pretraining_images(args):
@@ -58,7 +59,7 @@ def classification_images(args):
         start = folder_of(plain(args.images or "*"))
         _, firsts = np.unique(source.rows["label"], return_index=True)  # of each class
         names = [class_of(source.name(i), start) for i in firsts]
-        if "" in names or SPLITS & {name.lower() for name in names}:
+        if "" in names or NO_CLASSES & {name.lower() for name in names}:
             shown = ", ".join(name or "." for name in names[:8])
             raise UserError(f"{source.root}: its pictures lie in {shown}, expected a folder a class; pass "
                             "their --root")
@@ -115,7 +116,7 @@ class PictureList(Source):
 
 def picture_list(root, patterns, tars=()):
     """A PictureList of what matches a pattern below root, or is in .tar files."""
-    known = [os.path.abspath(root), patterns]
+    known = [platform.node(), os.path.abspath(root), patterns]  # machines may share the cache
     for tar in tars:
         status = os.stat(f"{root}/{tar}")
         known.append((tar, status.st_size, status.st_mtime_ns))
@@ -129,7 +130,7 @@ def picture_list(root, patterns, tars=()):
             rows, note = list_tars(root, tars) if tars else list_folders(root, patterns)
             np.save(f"{folder}/rows.npy", rows)
             os.replace(f"{folder}/rows.npy", npy)
-    folders = () if tars else tuple(f"{root}/{folder_of(pattern)}" for pattern in patterns)
+    folders = () if tars else tuple(Path(root, folder_of(pattern)) for pattern in patterns)
     return PictureList(npy, root, folders, note)
 
 
