@@ -79,7 +79,7 @@ def image_size(path):
             turn = picture.getexif().get(0x0112, 1)
         except Exception:
             turn = 1
-        size = picture.size if turn > 4 else picture.size[::-1]
+        size = picture.size if 5 <= turn <= 8 else picture.size[::-1]
         return size, 2 <= turn <= 8
 
 

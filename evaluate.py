@@ -7,8 +7,8 @@
 Input: last.pt of finetune.py. Output in --out: metrics.json, scores from 0 to 1; in --save-predictions:
 index/, PNGs with the values of the training masks, and overlay/, class colours over the images.
 
-ONE confusion matrix counts the pixels of all images but the ignored (255). The IoU of a class is
-TP / (TP + FP + FN), and mIoU their mean.
+ONE confusion matrix counts the pixels of all images but the ignored (255). A class's IoU is TP / (TP + FP +
+FN), mIoU the mean.
 """
 import argparse
 import json
@@ -210,7 +210,7 @@ def main():
     with common.local_first():
         source = choose_source(args, trained, classes)
     data = args.data or trained["data"]
-    common.require_same(data, str(source))
+    common.require_same(data, [str(source), common.checksum_of(args.checkpoint)])
     how = protocol(data, checkpoint["model_args"]["encoder"], trained["crop_size"])
     how.update({key: getattr(args, key) for key in how if getattr(args, key) is not None})
     if not how["window"]:

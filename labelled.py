@@ -205,7 +205,7 @@ def parts_of(line, by_path, by_star):
 
 
 def is_another(file, path):
-    """Whether `file` is an absolute path to another file than the one at `path`."""
+    """Whether `file` is an absolute path to another file than `path`."""
     return os.path.isabs(file) and os.path.exists(file) and not os.path.samefile(file, path)
 
 
@@ -245,21 +245,20 @@ def classes_of(args):
 
 FORM = ("2 to 255 classes in UTF-8, all lines `name` (line n is value n, from 0), `value name`, `R G B name` "
         "or `value R G B name`; values to 255, each once; words that begin with letters")
-# A letter first, no word with a digit first, as in `sky 1` or `sky (0 0 0)`, no sign of YAML, JSON, CSV
+# No word begins with a digit, as in `sky 1` or `sky (0 0 0)`; no sign is of YAML, JSON or CSV
 NAME = re.compile(r"""(?!.*[ (]\W*\d)[^\W\d_][^!"#$%*,:;<=>?@\[\\\]^`{|}~]*""")
 
 
 def read_classes(path):
-    """The Classes of a text file (see README.md). Lines of another form would become classes."""
+    """The Classes of a text file (see README.md); lines of other forms are refused."""
     names, colours, values = [], [], {}
     try:
         lines = Path(path).read_text("utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {error}; expected {FORM}") from None
     for i, line in enumerate(lines):
-        words = line.split()
-        numbers = tuple(map(int, takewhile(str.isdecimal, words)))
-        name = " ".join(words[len(numbers):])
+        numbers = tuple(map(int, takewhile(str.isdecimal, line.split())))
+        name = "".join(line.split(maxsplit=len(numbers))[len(numbers):]).strip()
         if len(numbers) == 0:
             key = i
         elif len(numbers) == 3:
@@ -299,10 +298,10 @@ def ranking(source, seed):
 
 
 def survey(parts, classes):
-    """A table of the share of each class in up to 500 masks of each part in {part: Pairs}, and remarks.
+    """The share of each class in up to 500 masks of each part, as a table, and remarks.
 
-    UserError for unknown values, another size than the image's, a value of two colours (palettes may be
-    a file's own), fewer than two classes.
+    UserError for unknown values, another size than the image's, a value of two colours (a palette may be its
+    file's own), fewer than two classes.
     """
     shares, seen, turned, looked_at = {}, {}, 0, 0  # seen: {mask value: (its colour, the file)}
     for part, source in parts.items():

@@ -1,10 +1,10 @@
 """Shared by the tests: scripts run in this process or in processes that can be killed, and data."""
+import argparse
 import importlib
 import io
 import json
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import tarfile
@@ -21,36 +21,38 @@ torch.set_num_threads(1)  # the networks are tiny: threads would wait for each o
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for CUDA spoils no process that forks
 
 import common  # noqa: E402
+import datasets  # noqa: E402
+import labelled  # noqa: E402
+import model  # noqa: E402
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+SMALL = ["--steps", "4", "--batch-size", "4", "--device", "cpu"]
 TINY = {  # flags that make a stage as small as it can be, on toy data
-    "pretrain_encoder": ["--steps", "4", "--batch-size", "4", "--image-size", "32", "--device", "cpu"],
-    "pretrain_decoder": ["--steps", "4", "--batch-size", "4", "--image-size", "32", "--width", "0.03125",
-                         "--device", "cpu"],
-    "finetune": ["--steps", "4", "--batch-size", "4", "--crop-size", "32", "--width", "0.03125",
-                 "--labels", "6", "--device", "cpu"],
-}
+    "pretrain_encoder": [*SMALL, "--image-size", "32"],
+    "pretrain_decoder": [*SMALL, "--image-size", "32", "--width", "0.03125"],
+    "finetune": [*SMALL, "--crop-size", "32", "--width", "0.03125", "--labels", "6"]}
 STAGES = list(TINY)
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path, monkeypatch):
+    """torch.hub's cache folder, where the lists of pictures lie, is the test's own."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: f"{tmp_path}_hub")
 
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
     """The path of a checkpoint of stage 1, of fresh weights."""
-    import model
-
     torch.manual_seed(0)
     classifier = model.Classifier(model.build_encoder("hybrid-small"), 6)
     path = tmp_path_factory.mktemp("encoder") / "last.pt"
-    model_args = {"encoder": "hybrid-small", "num_classes": 6}
-    common.save(path, {"model": classifier.state_dict(), "model_args": model_args, "args": {}, "step": 0})
+    common.save(path, dict(model=classifier.state_dict(), model_args={"encoder": "hybrid-small"}, step=0))
     return str(path)
 
 
 @pytest.fixture
 def few(monkeypatch):
     """The toy data, cut to a dozen pictures a part."""
-    import datasets
-
     monkeypatch.setattr(datasets, "SHAPES_COUNTS", {part: 12 for part in datasets.SHAPES_COUNTS})
 
 
@@ -59,8 +61,7 @@ def script(monkeypatch, capsys):
     """script("finetune", "--steps", 4, ...) runs finetune.py in this process -> (status, stdout, stderr)."""
     def call(name, *flags):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-        status = 0
-        capsys.readouterr()
+        status, _ = 0, capsys.readouterr()
         try:
             common.run(importlib.import_module(name).main)
         except SystemExit as end:
@@ -88,6 +89,12 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
+def one_line(ended, *words):
+    """Whether a script ended with status 2 and one line of stderr that has all `words`."""
+    status, _, err = ended
+    return status == 2 and err.count("\n") == 1 and all(str(word) in err for word in words)
+
+
 def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -109,7 +116,7 @@ class Forked:
             port = free.getsockname()[1]
         self.output = tmp_path / f"output_{port}.txt"
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes,
-                 "LOCAL_WORLD_SIZE": processes}
+                 "LOCAL_WORLD_SIZE": processes, "TORCH_HOME": f"{tmp_path}_home"}
         self.ranks = [FORK.Process(target=_stage, args=(
             name, [*map(str, flags)], {**group, "RANK": rank, "LOCAL_RANK": rank}, str(self.output), before))
             for rank in range(processes)]
@@ -120,15 +127,12 @@ class Forked:
         """The exit statuses, rank by rank; -9 for a killed one."""
         for rank in self.ranks:
             rank.join(300)
-            if rank.exitcode is None:  # hangs: end it, so that the test fails instead
-                rank.kill()
-                rank.join()
+            rank.kill()  # if it hangs, the test fails instead
+            rank.join()
         return [rank.exitcode for rank in self.ranks]
 
 
 def _stage(name, flags, environment, output, before):
-    import datasets
-
     file = open(output, "a", buffering=1)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
@@ -142,11 +146,13 @@ def _stage(name, flags, environment, output, before):
     common.run(importlib.import_module(name).main)
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+# ---------------------------------------- Data in its exact form, and what reads it
 
 
-# ---------------------------------------- Data in its exact form
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
 
 
 def write_image(path, height=40, width=56, seed=0):
@@ -160,14 +166,29 @@ def write_mask(path, mask):
     Image.fromarray(np.asarray(mask, np.uint8)).save(path)
 
 
+def write_pairs(root, *paths, values=(0, 1)):
+    """Images and masks, in turn, at these paths, each pair of a size of its own, and classes.txt."""
+    for i, (image, mask) in enumerate(zip(paths[::2], paths[1::2])):
+        write_image(root / image, 33 + i, 40, seed=i)
+        write_mask(root / mask, np.array(values)[np.indices((33 + i, 40)).sum(0) % len(values)])
+    (root / "classes.txt").write_text("sky\nsea\n")
+
+
+def pixels(path, mode=None):
+    image = Image.open(path)
+    return np.array(image.convert(mode) if mode else image)
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """A user's own data, images/ and masks/ with train/ and val/: three classes, odd sizes, odd names."""
+    """A user's own data: three classes, odd sizes, odd names, very different numbers of ignored pixels."""
     root, rng = tmp_path / "my data", np.random.RandomState(0)
-    for part, names in (("train", ["a", "b ö", "c", "sub/d"]), ("val", ["e", "f"])):
+    for part, names in (("train", ["a", "b ö", "c", "sub/d"]), ("val", ["e", "f", "g"])):
         for i, name in enumerate(names):
             write_image(root / "images" / part / f"{name}.{('jpg', 'png')[i % 2]}", 41 + i, 57 - i, seed=i)
-            write_mask(root / "masks" / part / f"{name}.png", rng.choice([0, 1, 2, 255], (41 + i, 57 - i)))
+            mask = rng.choice([0, 1, 2, 255], (41 + i, 57 - i))
+            mask[:(0, 31, 14, 26)[i]] = 255
+            write_mask(root / "masks" / part / f"{name}.png", mask)
     (root / "classes.txt").write_text("sky\nsea\nsand\n")
     return root
 
@@ -179,20 +200,35 @@ def jpeg(seed, mode="RGB"):
     return file.getvalue()
 
 
-def write_tar(path, members):
+def write_tar(path, members, form=tarfile.PAX_FORMAT):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", format=form) as tar:
         for name, content in members.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
 
 
-def imagenet21k(root):
-    """Two synsets as they are distributed: six pictures, one of which does not decode, and other files."""
+def imagenet21k(root, *form):
+    """Two synsets as they are distributed: five pictures, one of which does not decode, and other files."""
     write_tar(root / "n00000001.tar", {
         "n00000001_1.JPEG": jpeg(1), "README": b"no image", "n00000001_2.JPEG": jpeg(2, "L"),
-        "._n00000001_1.JPEG": b"resource fork", "n00000001_" + "x" * 120 + ".JPEG": jpeg(3, "CMYK")})
-    write_tar(root / "n00000002.tar", {"n00000002_9.JPEG": jpeg(4)[:150], "n00000002_10.JPEG": jpeg(5)})
+        "._n00000001_1.JPEG": b"resource fork", f"{'x' * 90}/{'y' * 60}.JPEG": jpeg(3, "CMYK")}, *form)
+    write_tar(root / "n00000002.tar", {"n00000002_9.JPEG": jpeg(4)[:150], "ü.JPEG": jpeg(5)}, *form)
     (root / "LICENSE.txt").write_text("not a synset")
     return root
+
+
+def flags(data, root, **more):
+    """What a stage hands to the modules that read data."""
+    usual = dict.fromkeys((*datasets.DATA_FLAGS, "labels"))
+    return argparse.Namespace(**{**usual, "seed": 0, "data": data, "root": root and str(root), **more})
+
+
+def pairs(data, root, part="train", **more):
+    given = flags(data, root, **more)
+    return labelled.labelled(given, labelled.classes_of(given)).get(part)
+
+
+def names(source):
+    return [source.name(i) for i in range(len(source or []))]

@@ -10,21 +10,18 @@ import numpy as np
 
 def key_shapes():
     """{name: shape} of the published file."""
-    shapes = {"conv_root/kernel": (7, 7, 3, 64), "gn_root/scale": (1, 1, 1, 64),
-              "gn_root/bias": (1, 1, 1, 64), "embedding/kernel": (1, 1, 1024, 768), "embedding/bias": (768,),
-              "cls": (1, 1, 768), "Transformer/posembed_input/pos_embedding": (1, 197, 768)}
-    inputs = 64
+    shapes = {"conv_root/kernel": (7, 7, 3, 64), "embedding/kernel": (1, 1, 1024, 768), "cls": (1, 1, 768),
+              "embedding/bias": (768,), "Transformer/posembed_input/pos_embedding": (1, 197, 768)}
+    inputs, group_norms = 64, {"gn_root": 64}
     for block, (units, width) in enumerate(((3, 64), (4, 128), (9, 256)), start=1):
         for unit in range(1, units + 1):
-            name, outputs = f"block{block}/unit{unit}", 4 * width
-            kernels = {"conv1": (1, 1, inputs, width), "conv2": (3, 3, width, width)}
-            kernels["conv3"] = (1, 1, width, outputs)
-            norms = {"gn1": width, "gn2": width, "gn3": outputs}
+            outputs = 4 * width
+            kernels = {"1": (1, inputs, width), "2": (3, width, width), "3": (1, width, outputs)}
             if unit == 1:
-                kernels["conv_proj"], norms["gn_proj"] = (1, 1, inputs, outputs), outputs
-            shapes.update({f"{name}/{conv}/kernel": shape for conv, shape in kernels.items()})
-            shapes.update({f"{name}/{norm}/{part}": (1, 1, 1, n) for norm, n in norms.items()
-                           for part in ("scale", "bias")})
+                kernels["_proj"] = (1, inputs, outputs)
+            for name, (side, *channels) in kernels.items():
+                shapes[f"block{block}/unit{unit}/conv{name}/kernel"] = (side, side, *channels)
+                group_norms[f"block{block}/unit{unit}/gn{name}"] = channels[1]
             inputs = outputs
     norms = ["Transformer/encoder_norm"]
     for layer in range(12):
@@ -37,7 +34,10 @@ def key_shapes():
             f"{attention}/out/kernel": (12, 64, 768), f"{attention}/out/bias": (768,),
             f"{name}/MlpBlock_3/Dense_0/kernel": (768, 3072), f"{name}/MlpBlock_3/Dense_0/bias": (3072,),
             f"{name}/MlpBlock_3/Dense_1/kernel": (3072, 768), f"{name}/MlpBlock_3/Dense_1/bias": (768,)})
-    return {**shapes, **{f"{norm}/{part}": (768,) for norm in norms for part in ("scale", "bias")}}
+    for part in ("scale", "bias"):
+        shapes.update({f"{norm}/{part}": (768,) for norm in norms})
+        shapes.update({f"{norm}/{part}": (1, 1, 1, count) for norm, count in group_norms.items()})
+    return shapes
 
 
 def make_weights(seed):

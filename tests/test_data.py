@@ -1,7 +1,7 @@
 """data.py: reading, crops, the order of samples."""
+import runpy
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from torchvision import tv_tensors
 import data
 import datasets
 from common import UserError
-from conftest import jpeg, write_image, write_mask
+from conftest import ROOT, jpeg, write_image, write_mask
+from unlabelled import picture_list
 
 COLOURS = np.random.RandomState(0).randint(0, 256, (5, 7, 3), dtype=np.uint8)
 GREYS = COLOURS[..., :1].repeat(3, 2)
@@ -44,6 +45,7 @@ def test_pictures_are_turned_upright(tag, upright, tmp_path):
     RGB.save(tmp_path / "a.jpg", exif=exif)
     wanted = upright(np.array(Image.open(tmp_path / "a.jpg")))  # Pillow itself does not turn it
     assert np.array_equal(data.read_image(tmp_path / "a.jpg").permute(1, 2, 0), wanted)
+    assert data.image_size(tmp_path / "a.jpg") == (wanted.shape[:2], tag > 1)
 
 
 def png16(path, kind, channels):
@@ -80,11 +82,16 @@ def test_more_than_8_bits_and_several_pages_are_refused_and_no_broken_picture_wh
         assert isinstance(caught.value, data.UnreadableImage) == broken, caught.value
 
 
-def test_a_broken_exif_block_ends_no_run(tmp_path):
-    broken = Path(__file__).with_name("broken_exif.jpg")
+def test_neither_a_broken_exif_block_nor_more_pixels_than_pillow_allows_end_a_run(tmp_path, monkeypatch):
+    broken = ROOT / "tests" / "broken_exif.jpg"
     with pytest.raises(Exception), Image.open(broken) as picture:
         ImageOps.exif_transpose(picture)
-    assert data.read_image(broken).shape[1:] == data.image_size(broken) == (24, 16)
+    assert data.image_size(broken) == (data.read_image(broken).shape[1:], True) == ((24, 16), True)
+    RGB.save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)  # twice as many are an error of Pillow's
+    fresh = runpy.run_path(data.__file__)
+    assert fresh["image_size"](tmp_path / "a.png") == ((5, 7), False)
+    assert np.array_equal(fresh["read_image"](tmp_path / "a.png").permute(1, 2, 0), COLOURS)
 
 
 INDICES = np.array([[0, 1, 2], [200, 2, 0]], np.uint8)
@@ -119,6 +126,18 @@ def test_other_values_and_jpegs_are_no_mask_and_are_named(name, mask, values, wr
         data.read_mask(tmp_path / name, values)
 
 
+@pytest.mark.parametrize("high, mode, values", [
+    (255, "L", {0: 0, 255: 1}), (1, "L", {0: 0, 1: 1, 254: 0, 255: 1}), (255, "1", {0: 0, 1: 1}),
+    (255, "L", {(0, 0, 0): 0, (255, 255, 255): 1})])
+def test_a_tiff_that_stores_white_as_zero_is_no_mask(high, mode, values, tmp_path):
+    for photometric in (1, 0):
+        mask = Image.fromarray(np.array([[0, high]], np.uint8)).convert(mode)
+        mask.save(tmp_path / f"{photometric}.tif", tiffinfo={262: photometric})
+    assert data.read_mask(tmp_path / "1.tif", values).tolist() == [[0, 1]]
+    with pytest.raises(UserError, match="0.tif"):
+        data.read_mask(tmp_path / "0.tif", values)
+
+
 def places(height, width):
     """An image whose pixels say where they are, (y, x, 0), and its mask, (y + 3 x) % 250."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -133,14 +152,13 @@ def crops(transform, source):
 
 
 def test_a_window_moves_and_flips_image_and_mask_together():
-    flips, tops, lefts = set(), set(), set()
+    seen = []
     for out in crops(data.segmentation_transform(24), places(50, 90)):
         (y, x, _), mask = out["image"].long(), out["mask"].long()
         assert mask.shape == (24, 24) and torch.equal(mask, (y + 3 * x) % 250)
         assert (y.diff(dim=0) == 1).all() and (y.diff(dim=1) == 0).all() and (x.diff(dim=1).abs() == 1).all()
-        flips.add(x.diff(dim=1).unique().item())
-        tops.add(y.min().item())
-        lefts.add(x.min().item())
+        seen.append((x.diff(dim=1).unique().item(), y.min().item(), x.min().item()))
+    flips, tops, lefts = map(set, zip(*seen))
     assert flips == {1, -1} and len(tops) > 6 and len(lefts) > 6 and max(lefts) > 26
 
 
@@ -192,37 +210,33 @@ def test_processes_share_one_batch_in_few_equal_parts_and_a_restart_continues_it
     assert [sum(share, []) for share in zip(*shares)] == order(batch_size=24)[start:]
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-
-
 def test_a_sample_depends_on_seed_epoch_and_index_alone(few):
     def samples(seed):
-        source = datasets.Toy([("train", i) for i in range(512)], "")
+        source = datasets.Shapes([("train", i) for i in range(512)], "", ())
         return data.Samples(source, data.segmentation_transform(32), seed)
 
     wanted = samples(5)[2, 7]
     again = samples(5)
     torch.manual_seed(123)
-    assert same(again[2, 7], wanted) and same(samples(5)[2, 7], wanted)
+    for sample in (again[2, 7], samples(5)[2, 7]):
+        assert [*sample] == [*wanted] and all(np.array_equal(sample[key], wanted[key]) for key in wanted)
     for other in (again[3, 7], samples(6)[2, 7]):
         assert not any(np.array_equal(other[key], wanted[key]) for key in ("image", "noise_seed"))
     seeds = {int(again[epoch, i]["noise_seed"]) for epoch in range(3) for i in range(12)}
     assert len(seeds) == 36 and all(0 <= seed < 2 ** 63 for seed in seeds)
 
 
-def photos(tmp_path, broken):
-    for i in range(4):
-        write_image(tmp_path / f"{i}.png", 32, 32, seed=i)
-    for i in broken:
-        (tmp_path / f"{i}.png").write_text("broken")
-    return datasets.files_of(str(tmp_path), ["*"])
-
-
 @pytest.mark.parametrize("broken, index, shown", [([1], 1, 2), ([1, 2], 1, 3), ([3], 3, 0), ([1], 0, 0)])
 def test_an_undecodable_picture_is_replaced_by_the_next_and_named_or_an_error(
         broken, index, shown, tmp_path, capsys):
-    samples = data.Samples(photos(tmp_path, broken), torch.nn.Identity(), replace=True)
+    def photos(broken):
+        for i in range(4):
+            write_image(tmp_path / f"{i}.png", 32, 32, seed=i)
+        for i in broken:
+            (tmp_path / f"{i}.png").write_text("broken")
+        return picture_list(str(tmp_path), ["*"])
+
+    samples = data.Samples(photos(broken), torch.nn.Identity(), replace=True)
     assert torch.equal(samples[0, index]["image"], data.read_image(tmp_path / f"{shown}.png"))
     err = capsys.readouterr().err
     assert all((f"{i}.png" in err) == (index != shown) for i in broken)
@@ -230,4 +244,4 @@ def test_an_undecodable_picture_is_replaced_by_the_next_and_named_or_an_error(
     with pytest.raises(data.UnreadableImage, match=f"{broken[0]}.png"):
         samples[0, broken[0]]
     with pytest.raises(UserError, match="2.png"):  # nothing decodes
-        data.Samples(photos(tmp_path, range(4)), torch.nn.Identity(), replace=True)[0, 2]
+        data.Samples(photos(range(4)), torch.nn.Identity(), replace=True)[0, 2]

@@ -1,5 +1,6 @@
 """evaluate.py: the scores by hand, the windows one by one, the script from end to end."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,8 +12,7 @@ from PIL import Image
 import datasets
 import evaluate
 from common import UserError
-from conftest import TINY, Forked, load, write_image, write_mask
-from test_datasets import pairs, pixels
+from conftest import TINY, Forked, load, one_line, pairs, pixels, write_image, write_mask, write_pairs
 
 
 class Mixed(nn.Module):
@@ -39,19 +39,18 @@ def test_logits_that_are_not_finite_are_an_error_with_the_image(few, monkeypatch
     factors = iter([1, float("nan"), 1])
     monkeypatch.setattr(evaluate, "predict", lambda model, x: x * next(factors))
     with pytest.raises(UserError, match="val-00001"):
-        source = datasets.Toy([("val", i) for i in range(3)], "")
+        source = datasets.Shapes([("val", i) for i in range(3)], "", ())
         evaluate.evaluate(Mixed(), source, list("abcdefg"), torch.device("cpu"))
-
-
-def starts(side, window, stride):
-    """Where windows start: every `stride` pixels while they fit, the last one at the edge."""
-    return [at for at in range(0, side, stride) if at + window < side] + [max(0, side - window)]
 
 
 @pytest.mark.parametrize("height, width", [(11, 14), (7, 22), (1, 9), (22, 7), (8, 16)])
 @pytest.mark.parametrize("window, stride", [(8, 5), (8, None), (40, None), (0, None)])
 @pytest.mark.parametrize("scales, flip", [((1.0,), False), ((0.5, 1.0, 1.75), True)])
 def test_windows_flips_and_scales_are_what_a_slow_loop_computes(height, width, window, stride, scales, flip):
+    def starts(side, window, stride):
+        """Where windows start: every `stride` pixels while they fit, the last one at the edge."""
+        return [at for at in range(0, side, stride) if at + window < side] + [max(0, side - window)]
+
     x, views, side = torch.randn(2, 3, height, width), [], window or 99
     for scale in scales:
         size = [max(1, round(scale * length)) for length in (height, width)]
@@ -88,65 +87,81 @@ def scores_in(out):
     return json.loads((out / "metrics.json").read_text())
 
 
-def one_line(ended, word):
-    """Whether a call ended with one line of stderr that names `word`."""
-    status, err = ended
-    return status == 2 and err.count("\n") == 1 and word in err
-
-
 @pytest.fixture
 def tuned(done, folder, tmp_path):
     """A run of finetune.py on own data, three images to validate on; it and its scores."""
-    write_image(folder / "images" / "val" / "g.png", 30, 35, seed=9)
-    write_mask(folder / "masks" / "val" / "g.png", np.random.RandomState(9).choice(3, (30, 35)))
     done("finetune", *TINY["finetune"], *OWN, "--root", folder, "--steps", 1, "--out", tmp_path / "tuned")
     return tmp_path / "tuned"
 
 
 @pytest.fixture
 def again(script, tuned, tmp_path):
-    """again(flag, ...) -> the scores of evaluate.py, None without masks, or (status, its error)."""
+    """again(flag, ...) -> the scores of evaluate.py, None without masks, or how it ended with an error."""
     def call(*flags):
         for path in tuned.glob("evaluate_*/metrics.json"):
             path.unlink()
-        status, _, err = script("evaluate", "--checkpoint", tuned / "last.pt", "--workers", 0, *flags)
+        ended = script("evaluate", "--checkpoint", tuned / "last.pt", "--workers", 0, *flags)
         found = [scores_in(path.parent) for path in tuned.glob("evaluate_*/metrics.json")]
-        return (status, err) if status else found[0] if found else None
+        return ended if ended[0] else found[0] if found else None
     return call
 
 
-def test_other_images_are_scored(again, tuned, folder, tmp_path):
-    wanted, flat = scores_in(tuned)["iou"], ["--images", "images/test/*", "--masks", "masks/test/*"]
+def test_other_images_are_scored_if_their_classes_are_the_same(again, tuned, folder, tmp_path, monkeypatch):
+    wanted, own = scores_in(tuned), ["--data", "folder", "--root"]
+    assert one_line(again("--data", "shapes"), "shapes")
+    (folder / "classes.txt").write_text("sky\nsea\nrocks\n")
+    assert one_line(again(*own, folder), "rocks")
+    (folder / "classes.txt").write_text("10 sky\n11 sea\n12 sand\n255 ignore\n")
+    for path in (folder / "masks" / "val").iterdir():
+        mask = pixels(path).astype(int)
+        write_mask(path, np.where(mask == 255, 255, mask + 10))
+    assert again()["iou"] == again(*own, folder)["iou"] == wanted["iou"]
     for kind in ("images", "masks"):
         (folder / kind / "val").rename(folder / kind / "test")
     assert one_line(again(), str(folder))
     folder = folder.rename(tmp_path / "elsewhere")
-    assert again("--root", folder, "--images", "images/train/*", "--masks", "masks/train/*",
-                 "--data", "folder")["images"] == 4
-    other = ["--data", "folder", "--root", folder, *flat]
-    assert again(*other)["iou"] == wanted
-    assert again(*other, "--scales", 0.5, "--no-flip", "--window", 16)["iou"] != wanted
-
-
-def test_other_classes_are_refused_and_the_same_may_have_other_values(again, tuned, folder, monkeypatch):
-    assert one_line(again("--data", "shapes"), "shapes")
-    (folder / "classes.txt").write_text("sky\nsea\nrocks\n")
-    assert one_line(again("--data", "folder", "--root", folder), "rocks")
-    (folder / "classes.txt").write_text("10 sky\n11 sea\n12 sand\n255 ignore\n")
-    for path in (folder / "masks" / "val").iterdir():
-        mask = np.array(Image.open(path)).astype(int)
-        write_mask(path, np.where(mask == 255, 255, mask + 10))
-    assert again("--data", "folder", "--root", folder).items() <= scores_in(tuned).items()
+    other = [*own, folder, "--images", "images/test/*", "--masks", "masks/test/*"]
+    assert again(*other)["iou"] == wanted["iou"]
+    assert again(*other, "--scales", 0.5, "--no-flip", "--window", 16)["iou"] != wanted["iou"]
+    (folder / "classes.txt").unlink()  # the values of the training
+    assert again(*own, folder, "--images", "images/train/*", "--masks", "masks/train/*")["images"] == 4
     monkeypatch.chdir(folder)
     assert one_line(again("--data", "folder"), "--root")
+
+
+def test_scores_and_predictions_say_what_they_are_of_and_are_not_mixed_with_others(
+        script, done, tuned, folder, tmp_path):
+    out, save, val, order = (tmp_path / name for name in ("o", "p", "val.txt", "order.txt"))
+    command = ["evaluate", "--checkpoint", tuned / "last.pt", "--workers", 0, "--out", out]
+    done(*command, "--save-predictions", save)
+    before, found = (out / "metrics.json").read_bytes(), scores_in(out)
+    how = {"scales": [1.0], "flip": True, "window": 32, "stride": None}
+    assert found.items() >= dict(checkpoint=str(tuned / "last.pt"), step=1, images=3, precision="fp32",
+                                 protocol=how).items()
+    assert all(part in found["data"] for part in (str(folder), "images/val/e.jpg", "images/val/g.jpg"))
+    val.write_text("e\nf\ng\n")
+    order.write_text("f\ne\ng\n")
+    other, own = shutil.copytree(folder, tmp_path / "other"), ["--data", "folder", "--root"]
+    for more in (["--no-flip"], ["--scales", 1, 0.5], ["--window", 24], [*own, other], ["--val-list", order],
+                 ["--checkpoint", shutil.copy(tuned / "last.pt", other)],
+                 [*own, folder, "--images", "images/train/*", "--masks", "masks/train/*"]):
+        assert one_line(script(*command, *more), out) and (out / "metrics.json").read_bytes() == before, more
+    (out / "metrics.json").write_text(json.dumps({**found, "miou": -1}))
+    done(*command, "--val-list", val, "--window", 32)  # the same in other words
+    assert scores_in(out) == found
+    written = {file: file.stat().st_mtime_ns for file in save.rglob("*.png")}
+    for place in (save, folder / "images" / "p", folder / "masks" / "val"):
+        assert one_line(script(*command, "--save-predictions", place), place)
+    assert written == {file: file.stat().st_mtime_ns for file in save.rglob("*.png")} and len(written) == 6
+    assert len([*folder.rglob("*.*g")]) == 2 * (4 + 3)
 
 
 @pytest.mark.parametrize("stage", [1, 2, None])
 def test_what_is_no_checkpoint_of_this_kind_is_refused(stage, script, done, encoder, few, tmp_path):
     if stage == 2:
         done("pretrain_decoder", *TINY["pretrain_decoder"], "--encoder-weights", encoder, "--out", tmp_path)
-    status, _, err = script("evaluate", "--checkpoint", encoder if stage == 1 else tmp_path / "last.pt")
-    assert one_line((status, err), "last.pt")
+    checkpoint = encoder if stage == 1 else tmp_path / "last.pt"
+    assert one_line(script("evaluate", "--checkpoint", checkpoint), "last.pt")
 
 
 def test_a_folder_without_masks_is_predicted_and_never_its_own_predictions(again, tmp_path):
@@ -168,16 +183,14 @@ def test_a_folder_without_masks_is_predicted_and_never_its_own_predictions(again
 def test_what_a_run_was_validated_on_is_scored_by_any_number_of_processes_as_in_a_recount(
         part, own, processes, done, tmp_path):
     root, out = tmp_path / "d", tmp_path / "o"
-    for i in range(7):
-        place = root / ("val" if i < 2 else "train") / "s"
-        write_image(place / "img" / f"{i}.png", 33 + i, 40, seed=i)
-        write_mask(place / "gt" / f"{i}.png", np.random.RandomState(i).choice([0, 1, 255], (33 + i, 40)))
-    (root / "classes.txt").write_text("sky\nsea\n")
+    write_pairs(root, *[f"{'train' if i > 1 else 'val'}/s/{kind}/{i}.png" for i in range(7)
+                        for kind in ("img", "gt")], values=(0, 1, 255))
     (tmp_path / "val.txt").write_text("val/s/img/0.png\nval/s/1\n")
-    flags = ["--images", f"{part}*/img/*.png", "--masks", f"{part}*/gt/*.png", "--device", "cpu",
+    flags = ["--images", f"{part}*/img/*.png", "--masks", f"{part}*/gt/*.png",
              *[tmp_path / flag if flag == "val.txt" else flag for flag in own]]
-    done("finetune", *TINY["finetune"][:-4], *OWN[:-2], "--root", root, *flags, "--out", out)
-    assert load(out)["data"].startswith("5 images") and Image.open(out / "predictions.png").width > 300
+    done("finetune", *TINY["finetune"][:-2], *OWN[:-2], "--root", root, *flags, "--out", out)
+    assert load(out)["made_of"]["training_images"].startswith("5 images")
+    assert Image.open(out / "predictions.png").width > 300
     run = Forked(tmp_path, "evaluate", "--checkpoint", out / "last.pt", "--workers", 0, "--device", "cpu",
                  "--save-predictions", tmp_path / "p", "--out", tmp_path / "scores", processes=processes)
     assert run.wait() == [0] * processes, run.output.read_text()
@@ -193,16 +206,8 @@ def test_what_a_run_was_validated_on_is_scored_by_any_number_of_processes_as_in_
 
 def test_flags_without_an_effect_are_refused(again, script, few, tmp_path):
     assert one_line(again("--stride", 4, "--window", 0), "--stride")
-    (tmp_path / "list.txt").write_text("f\n")
-    assert again("--val-list", tmp_path / "list.txt")["images"] == 1
     for flags in (["--root", "x"], ["--images", "*.png"], ["--masks", "*.png"], ["--val-fraction", 0.5]):
-        status, _, err = script("finetune", *flags, "--out", tmp_path / "shapes")
-        assert one_line((status, err), flags[0])
-
-
-def bright(model, x, **how):
-    """Instead of the network's, logits by brightness: dark pixels are class 0, bright ones class 1."""
-    return F.one_hot((x.mean(1) >= 0).long(), 2).permute(0, 3, 1, 2).float()
+        assert one_line(script("finetune", *flags, "--out", tmp_path / "shapes"), flags[0])
 
 
 @pytest.mark.parametrize("classes, values", [
@@ -210,10 +215,13 @@ def bright(model, x, **how):
     ("0 0 0 road\n255 0 10 car\n9 9 9 road\n", [(0, 0, 0), (255, 0, 10)])])
 def test_predictions_have_the_values_of_the_training_masks_and_can_serve_as_masks(
         classes, values, done, tmp_path, monkeypatch):
+    def bright(model, x, **how):
+        """Instead of the network's, logits by brightness: dark pixels are class 0, bright ones class 1."""
+        return F.one_hot((x.mean(1) >= 0).long(), 2).permute(0, 3, 1, 2).float()
+
     root, out = tmp_path / "data", tmp_path / "o"
-    for name in ("sub/0.png", "sub/1.png"):
-        write_image(root / "images" / "train" / name, 40, 56, seed=ord(name[4]))
-        write_mask(root / "masks" / "train" / name, np.array(values)[np.arange(40 * 56).reshape(40, 56) % 2])
+    paths = [f"{kind}/train/sub/{i}.png" for i in range(2) for kind in ("images", "masks")]
+    write_pairs(root, *paths, values=values)
     (root / "classes.txt").write_text(classes)
     monkeypatch.setattr(evaluate, "predict", bright)
     flags = [*TINY["finetune"], *OWN, "--root", root, "--labels", 2, "--steps", 1]
@@ -228,43 +236,3 @@ def test_predictions_have_the_values_of_the_training_masks_and_can_serve_as_mask
         assert (said == np.array(values)[wanted.astype(int)]).mean() > 0.99
         assert (source.read(i)["mask"].numpy() == wanted).mean() > 0.99  # but for rounding
     done("finetune", *flags, "--masks", masks, "--out", tmp_path / "again")
-
-
-def test_a_mask_has_its_colours_and_ignored_pixels_are_hatched():
-    mask = np.full((16, 24), 255, np.uint8)
-    mask[2, 3], mask[2, 4], mask[15, 23] = 0, 1, 1
-    page = evaluate.colour_mask(mask, [[200, 0, 0], [0, 0, 200]])
-    assert page.shape == (16, 24, 3) and page.dtype == np.uint8
-    assert page[[2, 2, 15], [3, 4, 23]].tolist() == [[200, 0, 0], [0, 0, 200], [0, 0, 200]]
-    ignored = page[mask == 255]
-    light, dark = ((ignored == grey).all(-1) for grey in (255, 150))
-    assert (light | dark).all() and 0.2 < dark.mean() < 0.3
-
-
-def test_a_table_shows_every_picture_whole_and_equally_wide_below_its_title():
-    rng = np.random.RandomState(0)
-    heights = (20, 10, 40)  # square, wide and tall
-    rows = [[rng.randint(0, 256, (height, 20, 3), dtype=np.uint8) for _ in range(2)] for height in heights]
-    page = np.asarray(evaluate.picture_table(rows, ["a", "b"], width=20))
-    assert page.shape == (24 + sum(heights) + 3 * 6, 6 + 2 * 26, 3)
-    for row, top, height in zip(rows, (24, 50, 66), heights):
-        assert np.array_equal(page[top:top + height, 6:26], row[0])
-        assert np.array_equal(page[top:top + height, 32:52], row[1])
-    assert (page[5:20, 6:26] < 128).any() and (page[5:20, 32:52] < 128).any()  # the titles
-    enlarged = np.asarray(evaluate.picture_table([[rows[0][0]]], [""], width=40))
-    assert np.array_equal(enlarged[24:64, 6:46], rows[0][0].repeat(2, 0).repeat(2, 1))
-
-
-def test_a_legend_shows_every_class_in_its_colour_what_is_ignored_and_long_texts_whole():
-    names = [f"{'a long name ' * 4}{k}" for k in range(19)]
-    colours = np.array([[12 * k, 255 - 12 * k, 7] for k in range(19)], np.uint8)
-    for titles in (["image"], ["image", "truth", "a title " * 9]):
-        row = [np.zeros((20, 40, 3), np.uint8)] * len(titles)
-        page = np.asarray(evaluate.picture_table([row], titles, names, colours, 40))
-        assert (page[:, -6:] == 255).all()  # nothing reaches the page's edge
-        column = (page.shape[1] - 6) // len(titles)
-        legend = page[-20 * -(-20 // len(titles)):]
-        assert all((legend == colour).all(-1).sum() == 12 * 12 for colour in colours)  # whole, in its frame
-        assert (legend == 150).all(-1).sum() > 10  # hatched
-        for right in range(column, page.shape[1], column):  # nor the next column
-            assert (legend[:, right:right + 6] == 255).all()

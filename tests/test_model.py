@@ -6,7 +6,6 @@ import pickle
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +48,7 @@ def published(tmp_path_factory):
 @torch.no_grad()
 def test_hybrid_vit_answers_what_the_original_jax_model_answers(published, device):
     """At stride 16 the float32 features of JAX lie 2.65e-5 from the exact ones: no port can come closer."""
-    expected = np.load(Path(__file__).with_name("jax_hybrid_vit_b16.npz"))
+    expected = np.load(ROOT / "tests" / "jax_hybrid_vit_b16.npz")
     maps = published.to(device)(torch.from_numpy(jax_reference.make_image(0)).to(device))
     parts = (np.s_[:, ::8, ::7, ::7], np.s_[:, ::8, ::5, ::5], np.s_[:, ::8, ::3, ::3], np.s_[:, ::4])
     for stride, ours, part, limit in zip((2, 4, 8, 16), maps, parts, (1e-6, 4e-6, 1.2e-5, 3e-5)):
@@ -245,7 +244,7 @@ def as_timm(state):
 
 UNET = {"encoder": "hybrid-small", "width": 1 / 32, "out_channels": 3, "image_size": 384}  # its grid: 24x24
 KINDS = ["torchvision", "stage 1", "stage 2", "timm", "timm in model", "timm in state_dict", "timm of DDP",
-         "timm and Namespace", "timm.safetensors"]
+         "timm and Namespace", "timm.safetensors", "model and model_ema", "state_dict and state_dict_ema"]
 
 
 def write(kind, path):
@@ -262,7 +261,9 @@ def write(kind, path):
     contents = {"timm": timm, "timm in model": {"model": timm, "epoch": 3},
                 "timm in state_dict": {"state_dict": timm},
                 "timm of DDP": {f"module.{name}": value for name, value in timm.items()},
-                "timm and Namespace": {"model": timm, "args": argparse.Namespace(lr=0.1)}}
+                "timm and Namespace": {"model": timm, "args": argparse.Namespace(lr=0.1)},
+                **{f"{name} and {name}_ema": {f"{name}_ema": {k: v + 1 for k, v in timm.items()}, name: timm}
+                   for name in ("model", "state_dict")}}
     if kind == "timm.safetensors":
         pytest.importorskip("safetensors.torch").save_file(timm, path)
     else:
@@ -271,10 +272,12 @@ def write(kind, path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_of_every_kind_are_taken_whole(kind, tmp_path):
+def test_weights_of_every_kind_are_taken_whole_and_of_two_in_a_file_the_raw_ones(kind, tmp_path, capsys):
     path = tmp_path / kind
     state, made_with = write(kind, path)
     assert model.read_weights(str(path))[1].items() >= made_with.items()
+    lines = capsys.readouterr().out.splitlines()  # says so
+    assert [all(name in line for name in kind.split(" and ")) for line in lines] == [True] * ("ema" in kind)
     encoder = build_encoder(SMALL[kind == "torchvision"], made_with.get("image_size"))
     model.load_encoder_weights(encoder, str(path))
     assert same_tensors(encoder.state_dict(), state)

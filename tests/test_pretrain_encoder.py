@@ -1,25 +1,23 @@
 """pretrain_encoder.py: its data and loss; what all stages promise is in test_pretrain_decoder.py."""
 import numpy as np
 import torch
-from conftest import TINY, load, losses, write_image
+from conftest import TINY, flags, load, losses, write_image
 
 import data
-import datasets
 import model
-import pretrain_encoder
-
-SMALL = [*TINY["pretrain_encoder"], "--encoder", "hybrid-small", "--workers", 0]
+from unlabelled import classification_images
 
 
 def test_folders_are_classes_the_loss_is_the_cross_entropy_and_a_broken_picture_is_replaced(done, tmp_path):
     for i, name in enumerate(("dog", "cat", "cat", "dog", "emu")):
         write_image(tmp_path / "data" / "train" / name / f"{i}.png", 40, 40 + i, seed=i)
     (tmp_path / "data" / "train" / "cat" / "9.png").write_text("broken")
-    root = ["--data", "folder", "--root", tmp_path / "data"]
-    err = done("pretrain_encoder", *SMALL, *root, "--micro-batch", 3, "--out", tmp_path / "o")
+    more = ["--encoder", "hybrid-small", "--workers", 0, "--data", "folder", "--root", tmp_path / "data"]
+    more += ["--micro-batch", 3, "--out", tmp_path / "o"]
+    err = done("pretrain_encoder", *TINY["pretrain_encoder"], *more)
     checkpoint = load(tmp_path / "o")
     assert checkpoint["class_names"] == ["cat", "dog", "emu"] and "9.png" in err
-    source, _ = datasets.classification_images(pretrain_encoder.parse_arguments([*map(str, root)]))
+    source, _ = classification_images(flags("folder", tmp_path / "data"))
     samples = data.Samples(source, data.pretraining_transform(32, 0.08), 0, replace=True)
     torch.manual_seed(0)
     network, by_hand = model.Classifier(model.build_encoder("hybrid-small"), 3), []
@@ -32,5 +30,4 @@ def test_folders_are_classes_the_loss_is_the_cross_entropy_and_a_broken_picture_
 
 def test_it_learns(done, few, tmp_path):
     done("pretrain_encoder", *TINY["pretrain_encoder"], "--steps", 30, "--lr", 2e-3, "--out", tmp_path)
-    values = losses(tmp_path)
-    assert np.mean(values[-5:]) < 0.7 * np.mean(values[:5])
+    assert np.mean(losses(tmp_path)[-5:]) < 0.7 * np.mean(losses(tmp_path)[:5])

@@ -22,11 +22,8 @@ def test_a_picture_is_a_function_of_part_and_index_alone(part, index, sha256):
     assert digest(part, index) == sha256
 
 
-def test_no_two_pictures_of_the_parts_are_alike():
+def test_no_two_pictures_are_alike_and_masks_agree_with_labels_and_with_the_classes():
     assert len({digest(part, i) for part in shapes.PARTS for i in range(30)}) == 30 * len(shapes.PARTS)
-
-
-def test_masks_agree_with_labels_and_with_the_classes():
     assert len(shapes.CLASSES) == 7
     labels, values = set(), set()
     for i in range(40):
