@@ -177,7 +177,7 @@ def select(list_file, root, own, pairs):
             problem = "names no image"
         elif mask and mask != pair.star and plain(pair.mask or "") not in ends_of(mask):
             problem = f"names another mask than --masks, {pair.mask}"
-        elif is_another(image, Path(root, pair.image)) or mask and is_another(mask, Path(root, pair.mask)):
+        elif is_another(image, root, pair.image) or is_another(mask, root, pair.mask):
             problem = "is another file"
         elif pair in chosen:
             problem = "is there again"
@@ -204,9 +204,9 @@ def parts_of(line, by_path, by_star):
     return None, line, ""
 
 
-def is_another(file, path):
-    """Whether `file` is an absolute path to another file than `path`."""
-    return os.path.isabs(file) and os.path.exists(file) and not os.path.samefile(file, path)
+def is_another(file, root, path):
+    """Whether `file` is an absolute path to another file than root/path."""
+    return os.path.isabs(file) and os.path.isfile(file) and not os.path.samefile(file, Path(root, path))
 
 
 def ends_of(path):
