@@ -256,7 +256,7 @@ def table(rows):
     return "\n".join("".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-# ---- A run
+# ---- Runs
 
 
 def number_of_steps(args, images, world):
@@ -330,7 +330,7 @@ def save_checkpoint(args, step, model, model_args, optimizer, scaler, made_of, *
         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **classes))
 
 
-# What may change on resume
+# May change on resume
 FREE = {"out", "root", "workers", "save_every", "device", "compile", "micro_batch", "processes"}
 
 
@@ -349,7 +349,8 @@ def resume(args, **data):
     if checkpoint:
         before = checkpoint.get("made_of", {})
         made_of["weights"] = made_of["weights"] or before.get("weights")  # the file may be gone
-        then, now, free = {**checkpoint["args"], **before}, {**vars(args), **made_of}, FREE
+        then, now = {**checkpoint["args"], **before}, {**vars(args), **made_of}
+        free = FREE
         if checkpoint["model_args"]["encoder"] == "resnet50" and weights in (None, "none"):
             free = FREE - {"micro_batch", "processes"}  # it normalises over the micro-batch
         changed = [f"{key.replace('_', '-')} {then.get(key)} then, {now.get(key)} now"

@@ -149,7 +149,8 @@ def plain(path):
 
 def folder_of(pattern):
     """The folder of all matches: "" or ending with "/"."""
-    return "".join(pattern.partition("*")[0].rpartition("/")[:2])
+    start = pattern.partition("*")[0]
+    return start[:start.rfind("/") + 1]
 
 
 def form_of(pattern):
@@ -157,7 +158,8 @@ def form_of(pattern):
     parts = [re.escape(part) for part in pattern.split("*")]
     if len(parts) == 1:
         raise UserError(f"{pattern}: expected a *, such as in images/*.jpg")
-    parts[-1] = parts[-1] or f"(?i:{'|'.join(map(re.escape, PICTURES))})"
+    if parts[-1] == "":
+        parts[-1] = f"(?i:{'|'.join(map(re.escape, PICTURES))})"
     return re.compile("(.*)".join(parts))
 
 

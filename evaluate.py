@@ -156,8 +156,8 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--checkpoint", metavar="PATH", required=True)
     common.add_data_flags(parser, LABELLED, default=None)
-    add("--masks", metavar="PATTERN", help='such as "labels/*_mask.png"')
-    add("--val-list", metavar="FILE", help="text file, an image a line")
+    add("--masks", metavar="PATTERN", help="as of finetune.py")
+    add("--val-list", metavar="FILE", help="as of finetune.py")
     add("--scales", type=common.number(float, 0.01), nargs="+", help="to average over")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with the mirror image")
     add("--window", type=common.number(int, 0), help="side; 0: the whole image")
@@ -218,7 +218,7 @@ def main():
     place = "" if data == "shapes" else f" in {os.path.abspath(source.root)}"
     found = {"checkpoint": os.path.abspath(args.checkpoint), "step": checkpoint["step"],
              "data": f"{data}{place}: {source}", "protocol": how}
-    has_masks, write = not isinstance(source, PictureList), None
+    write, has_masks = None, not isinstance(source, PictureList)
     out = args.out or f"{os.path.dirname(args.checkpoint) or '.'}/evaluate_{args.data or 'val'}"
     if args.save_predictions:
         source.keep_out("--save-predictions", args.save_predictions)

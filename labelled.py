@@ -102,7 +102,9 @@ def images_of(args, classes, part):
     if list_file is None and row.lists:
         list_file = f"{root}/{row.lists}".replace("{part}", part)
 
-    words = {"train": row.words[0], "val": row.words[1]} if "{part}" in images else {"train": ""}
+    words = {"train": ""}
+    if "{part}" in images:
+        words = {"train": row.words[0], "val": row.words[1]}
     pairs, others = [], []
     if list_file:
         found = {name: find_pairs(root, images, masks, word)[0] for name, word in words.items()}

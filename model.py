@@ -226,7 +226,7 @@ class ResNet50(nn.Module):
 class UpsampledConv2d(nn.Conv2d):
     """Upsample x by 2, concatenate the skip, convolve: (B, I, H, W), (B, S, 2H, 2W) -> (B, O, 2H, 2W).
 
-    forward(x, skip) computes the same as these two lines, which can replace it:
+    These two lines do the same and can replace forward(x, skip):
 
         x = torch.cat([F.interpolate(x, scale_factor=2), skip], dim=1)
         return F.conv2d(x, self.weight, padding=1)
@@ -267,7 +267,7 @@ def sum_taps(products, dim):
 
 def upsample_conv_fine(x, weight):
     """16 multiply-adds: a 4x4 transposed convolution, whose kernel is the sum of four shifted copies of the
-    3x3 kernel. On CPUs the faster one where channels are few."""
+    3x3 kernel."""
     kernel = weight.flip(2, 3).transpose(0, 1)  # (I, O, 3, 3)
     kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # (I, O, 4, 3)
     kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # (I, O, 4, 4)

@@ -202,7 +202,8 @@ def cells(args):
     """
     for name in args.tables:
         for (key, row), column in product(TABLES[name].rows.items(), TABLES[name].columns):
-            data, sweep, rates, repeats = row.data or TABLES[name].data, [], "", []
+            data = row.data or TABLES[name].data
+            sweep, repeats, rates = [], [], ""
             if args.sweep and name != "shapes":
                 sweep = [runs_of(args, row, data, column, SWEEP_SEED, candidate) for candidate in GRID]
                 rates = best_rates(sweep)
