@@ -32,9 +32,10 @@ def users_mistakes():
 
 
 MEMORY = "lower --micro-batch, the size of crops or windows, or --width"
-HINTS = {"compiler": "install g++, or drop --compile",
+HINTS = {" compiler": "install g++, or drop --compile",
          "shared memory": "lower --workers, or start a container with --ipc=host",
-         "out of memory": MEMORY, "allocate": MEMORY}  # on CUDA, on CPUs
+         "out of memory": MEMORY, "allocate": MEMORY,  # on CUDA, on CPUs
+         "more than 1 value per channel": "raise --micro-batch or the size of crops"}
 
 
 def run(main):
@@ -337,7 +338,7 @@ FREE = {"out", "root", "workers", "save_every", "device", "compile", "micro_batc
 def resume(args, **data):
     """(the checkpoint in --out or None, steps done, what the run is made of).
 
-    UserError if flags, data or weights were others, or differ between the processes.
+    UserError if flags, data or weights were others, or the last two differ between processes.
     """
     path, checkpoint, step = f"{args.out}/last.pt", None, 0
     if os.path.exists(path):

@@ -59,7 +59,7 @@ def bits_of(picture):
     stored = picture.tile[0][3] if picture.tile else ""  # Pillow's name, such as "RGB;16B"
     if picture.format == "PPM" and isinstance(stored, tuple):
         return stored[1].bit_length()  # of the largest value
-    return 16 if ";16" in str(stored) else 8
+    return 16 if ";16B" in str(stored) else 8
 
 
 def read_image(file, name=None):
@@ -79,8 +79,8 @@ def image_size(path):
             turn = picture.getexif().get(0x0112, 1)
         except Exception:
             turn = 1
-        size = picture.size if 5 <= turn <= 8 else picture.size[::-1]
-        return size, 2 <= turn <= 8
+        size = picture.size if turn in range(5, 9) else picture.size[::-1]
+        return size, turn in range(2, 9)
 
 
 def read_mask(path, values):

@@ -210,13 +210,14 @@ def main():
     with common.local_first():
         source = choose_source(args, trained, classes)
     data = args.data or trained["data"]
-    common.require_same(data, [str(source), common.checksum_of(args.checkpoint)])
+    weights = common.checksum_of(args.checkpoint)
+    common.require_same(data, [str(source), weights])
     how = protocol(data, checkpoint["model_args"]["encoder"], trained["crop_size"])
     how.update({key: getattr(args, key) for key in how if getattr(args, key) is not None})
     if not how["window"]:
         common.refuse(args, ["stride"], "without windows")
     place = "" if data == "shapes" else f" in {os.path.abspath(source.root)}"
-    found = {"checkpoint": os.path.abspath(args.checkpoint), "step": checkpoint["step"],
+    found = {"checkpoint": os.path.abspath(args.checkpoint), "step": checkpoint["step"], "weights": weights,
              "data": f"{data}{place}: {source}", "protocol": how}
     write, has_masks = None, not isinstance(source, PictureList)
     out = args.out or f"{os.path.dirname(args.checkpoint) or '.'}/evaluate_{args.data or 'val'}"
@@ -225,15 +226,15 @@ def main():
         is_used = os.path.exists(f"{args.save_predictions}/index")
         common.require_same(args.save_predictions, is_used)  # before one process writes
         if is_used:
-            raise UserError(f"--save-predictions {args.save_predictions}: holds some; pass a new folder")
+            raise UserError(f"--save-predictions {args.save_predictions}: holds some; pass another")
         write = writer(args.save_predictions, source, classes)
     elif not has_masks:
         raise UserError(f"{args.root}: no masks; pass --masks or --save-predictions")
     if has_masks and os.path.exists(f"{out}/metrics.json"):
         before = json.loads(Path(out, "metrics.json").read_text())
-        for key in ("checkpoint", "data", "protocol"):
+        for key in ("weights", "data", "protocol"):
             if before.get(key) != found[key]:
-                raise UserError(f"{out}: scores of {before.get(key)}, not {found[key]}; pass another --out")
+                raise UserError(f"{out}: scores of other {key}, {before.get(key)}; pass another --out")
     say(f"{args.checkpoint} on {source.note}: {len(source)} images of {data}, {how}", rank)
     metrics = evaluate(model, source, names, device, rank, world, precision, args.workers, write, **how)
     if has_masks and rank == 0:

@@ -93,7 +93,7 @@ def main():
         model, model_args = unet_of(checkpoint), checkpoint["model_args"]
     else:
         model, model_args = segmentation_network(args, classes)
-    with common.local_first():  # after the weights, whose errors show sooner
+    with common.local_first():
         if args.data != "shapes" and start == 0 and rank == 0:
             say(survey({"train": train, "val": val} if val else {"train": train}, classes))
     if args.init == "none":  # a new ResNet-50 has no BatchNorm statistics

@@ -22,7 +22,7 @@ from datasets import DATA_SETS, Source, all_shapes, files_below, folder_of, form
 
 @dataclasses.dataclass
 class Pairs(Source):
-    """A row is (image, mask), paths below root. values: see read_mask."""
+    """A row is (image, mask), paths below root; values: see read_mask."""
     root: str
     values: dict
 

@@ -3,9 +3,9 @@
 x and e (`eps`) are (B, C, H, W); results have x's dtype. gamma in [0, 1] and sigma >= 0 are floats, or
 tensors (B,) with a value per image.
 
-PAPER SILENT on the pixel range, to which gamma and sigma refer (Figure 4 is drawn in [0, 1]). Here x lies in
-[-1, 1], as the published encoder expects: x = (value - 127.5) / 127.5 for 8-bit values. Noisy images are
-never clipped. Eq. 5 keeps the variance at 1 only if that of x is 1; photographs have about 0.25.
+PAPER SILENT on the pixel range, to which gamma and sigma refer. Here x lies in [-1, 1], as the published
+encoder expects: x = (value - 127.5) / 127.5 for 8-bit values. Noisy images are never clipped. Eq. 5 keeps
+the variance at 1 only if that of x is 1; photographs have about 0.25.
 
 Eqs. 1 and 5 differ by a factor: sqrt(gamma) x + sqrt(1 - gamma) e = (x + sigma e) / sqrt(1 + sigma^2), with
 

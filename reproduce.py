@@ -5,10 +5,10 @@
     python reproduce.py table6 --root imagenet21k=DIR pascal_context=DIR
 
 A row is how a network is initialised, a column how many labels it is fine-tuned on. Tables share
-the pretrainings. A run with metrics.json is done: the same command goes on after it.
+the pretrainings.
 
 As in 5.1 each cell tries a grid of learning rates and weight decays, with seed 100, and the best mIoU wins.
-Seeds 0, 1, ... then give the table. The toy data takes the scripts' defaults.
+Seeds 0, 1, ... then give the table; the toy data has no grid.
 PAPER SILENT on the grid and on what a "task" is: here four by four values from 1e-5 to 3e-4 for each cell.
 PAPER SILENT on the images that choose: here the validation images.
 PAPER SILENT on whether repeats share a pretraining (they do) or a subset of Cityscapes (they do not).

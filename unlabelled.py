@@ -59,7 +59,7 @@ def classification_images(args):
         start = folder_of(plain(args.images or "*"))
         _, firsts = np.unique(source.rows["label"], return_index=True)  # of each class
         names = [class_of(source.name(i), start) for i in firsts]
-        if "" in names or NO_CLASSES & {name.lower() for name in names}:
+        if "" in names or NO_CLASSES & {re.sub("[^a-z]", "", name.lower()) for name in names}:
             shown = ", ".join(name or "." for name in names[:8])
             raise UserError(f"{source.root}: its pictures lie in {shown}, expected a folder a class; pass "
                             "their --root")

@@ -59,7 +59,7 @@ def test_class_folders_are_labelled_by_their_names_also_with_the_word_of_a_split
 @pytest.mark.parametrize("paths", [
     "Train/cat/1.png Val/cat/1.png", "cat/1.png cat/2.png", "1.png 2.png", "cat/1.png test/1.png",
     "cat/1.png 1.png", "cat/1.png VALIDATION/1.png", "Masks/a/1.png cat/1.png", "00000.tar 00001.tar",
-    "shard-000.tar shard-001.tar", "n01.tar cats.tar", "n01.tar"])
+    "shard-000.tar shard-001.tar", "n01.tar cats.tar", "n01.tar", "train2017/1.png val2017/1.png"])
 def test_splits_loose_pictures_and_shards_are_pictures_and_not_taken_for_classes(paths, tmp_path):
     data = "imagenet21k" if "tar" in paths else "folder"
     for path in paths.split():
