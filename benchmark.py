@@ -84,6 +84,7 @@ def main():
     parser.add_argument("--only", choices=groups, nargs="+", default=groups, help="groups (all)")
     parser.add_argument("--rounds", type=common.number(int, 1), default=5, help="of each case (%(default)s)")
     parser.add_argument("--peers", action="store_true", help="time other libraries, too")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
     common.add_device_flags(parser)
     args = parser.parse_args()
     *_, device, precision = common.start_processes(args)

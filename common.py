@@ -128,6 +128,7 @@ def add_training_flags(parser):
     add("--micro-batch", type=number(int, 1), help="images at once in a process; a ResNet-50 without weights "
         "normalises over them (%(default)s)")
     add("--save-every", type=number(int, 1), help="steps between checkpoints (%(default)s)")
+    add("--compile", action="store_true", help="train with torch.compile")
     add_device_flags(parser)
 
 
@@ -136,7 +137,6 @@ def add_device_flags(parser):
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: a GPU, if any")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
         help="auto: bf16 on GPUs, fp16 on older ones, else fp32")
-    add("--compile", action="store_true", help="with torch.compile")
 
 
 def network_args(args, made_with, source):
@@ -234,9 +234,9 @@ def autocast(precision, device):
 def prepare_for_training(model, args, device, world):
     """The network to call: the model or, with several processes, DDP around it, which averages gradients."""
     model.to(device, memory_format=torch.channels_last).train()
-    if args.compile:
-        model.compile(dynamic=False)  # in place: parameters keep their names
-    return DistributedDataParallel(model) if world > 1 else model
+    torch.backends.cudnn.benchmark = True  # all crops have one size
+    network = torch.compile(model, dynamic=False) if args.compile else model
+    return DistributedDataParallel(network) if world > 1 else network
 
 
 def progress(items=None, **options):
@@ -286,8 +286,8 @@ def optimizer_step(step, loss, optimizer, scaler, rate):
     """
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
-    loss = total(loss).item()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    loss, norm = torch.stack([total(loss), norm]).tolist()  # one wait for the GPU
     if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)):
         raise UserError(f"step {step}: the loss, {loss:g}, or its gradient {NOT_FINITE}; lower --lr, "
                         "raise --warmup, or use --precision fp32")
@@ -372,7 +372,10 @@ def restore(checkpoint, optimizer, scaler):
     """Load the states of a resumed run; free the memory of the checkpoint."""
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # none in bf16, fp32
+            scaler.load_state_dict(checkpoint["scaler"])
+        elif scaler.is_enabled() and is_local_first():
+            say("in fp16 from here on, with a new scaler")
         checkpoint.clear()
 
 

@@ -77,15 +77,17 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
 
     PAPER SILENT on what "average the results" averages: here logits, resized to H x W (bilinear).
     """
-    total = 0
+    total = None
     for scale in scales:
         size = [max(1, round(scale * side)) for side in x.shape[-2:]]
         scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", antialias=True)
         for mirrored in range(1 + flip):
             logits = in_windows(model, scaled.flip(3) if mirrored else scaled, window, stride)
+            logits = logits.to(room_for(logits, x.shape[-2:]))
             if scale != 1:
                 logits = F.interpolate(logits, x.shape[-2:], mode="bilinear")
-            total += logits.flip(3) if mirrored else logits
+            logits = logits.flip(3) if mirrored else logits
+            total = logits if total is None else total + logits.to(total.device)
     return total / (len(scales) * (1 + flip))
 
 
@@ -98,16 +100,23 @@ def in_windows(model, x, window, stride):
         return model(x).float()
     tops, lefts = ({*range(0, max(1, side - window), stride), max(0, side - window)}
                    for side in (height, width))
-    total, count = None, torch.zeros(height, width, device=x.device)
+    total = None
     for top in tops:
         for left in lefts:
             part = ..., slice(top, top + window), slice(left, left + window)
             logits = model(x[part]).float()
             if total is None:
-                total = logits.new_zeros(*logits.shape[:2], height, width)
-            total[part] += logits
+                room = room_for(logits, (height, width))
+                total = torch.zeros(*logits.shape[:2], height, width, device=room)
+                count = torch.zeros(height, width, device=room)
+            total[part] += logits.to(room)
             count[part] += 1
     return total.div_(count)
+
+
+def room_for(logits, size):
+    """The device for logits of this size: from 1 GiB on the CPU, as they could fill a GPU."""
+    return logits.device if math.prod((*logits.shape[:2], *size)) < 2 ** 28 else torch.device("cpu")
 
 
 @torch.inference_mode()
@@ -117,7 +126,8 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
     write: called with (index, image (3, H, W) uint8, prediction (H, W) uint8).
     """
     model.eval()
-    confusion = torch.zeros(len(names), len(names), dtype=torch.int64, device=device)
+    torch.backends.cudnn.benchmark = False  # images differ in size
+    confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
     indices = range(rank, len(source), world)
     loader = DataLoader(Samples(source, v2.Identity()), batch_size=1, sampler=[(0, i) for i in indices],
                         num_workers=workers)
@@ -127,12 +137,12 @@ def evaluate(model, source, names, device, rank=0, world=1, precision="fp32", wo
         if not logits.isfinite().all():  # argmax would make NaN a class
             raise UserError(f"{source.name(index)}: a logit {common.NOT_FINITE}; train with a lower --lr, or "
                             "use --precision fp32")
-        prediction = logits.argmax(0)
+        prediction = logits.argmax(0).byte().cpu()
         if "mask" in batch:
-            confusion += confusion_matrix(prediction, batch["mask"][0].to(device), len(names))
+            confusion += confusion_matrix(prediction, batch["mask"][0], len(names))
         if write:
-            write(index, batch["image"][0], prediction.byte().cpu())
-    return {**scores(common.total(confusion).cpu(), names), "images": len(source), "protocol": how,
+            write(index, batch["image"][0], prediction)
+    return {**scores(common.total(confusion.to(device)).cpu(), names), "images": len(source), "protocol": how,
             "precision": precision}
 
 
@@ -204,8 +214,6 @@ def main():
         model = unet_of(checkpoint).to(device, memory_format=torch.channels_last)
     except (KeyError, TypeError) as error:
         raise UserError(f"{args.checkpoint}: not a checkpoint of finetune.py ({error})") from error
-    if args.compile:
-        model.compile(dynamic=False)
 
     with common.local_first():
         source = choose_source(args, trained, classes)

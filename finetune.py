@@ -120,8 +120,8 @@ def main():
         # The loss is the mean over the labelled pixels of the GLOBAL batch: all processes and parts
         labelled = common.total(sum((part["mask"] != IGNORE).sum() for part in parts).to(device)).clamp(min=1)
         for part in parts:
-            x = to_pixels(part["image"].to(device))  # (B, 3, H, W) in [-1, 1]
-            mask = part["mask"].to(device).long()    # (B, H, W)
+            x = to_pixels(part["image"].to(device, non_blocking=True))  # (B, 3, H, W) in [-1, 1]
+            mask = part["mask"].to(device, non_blocking=True).long()    # (B, H, W)
             with common.autocast(precision, device):
                 logits = network(x)  # (B, classes, H, W)
             part_loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum") / labelled

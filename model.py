@@ -70,12 +70,21 @@ class StdConv2d(nn.Conv2d):
         return F.conv2d(same_padding(x, self.kernel_size[0], self.stride[0]), weight, stride=self.stride)
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm in its input's dtype; its kernel sums in float32. CUDA's autocast would make its output, and
+    all up to the next convolution, float32: twice the memory."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 def group_norm(channels):
     """GroupNorm with gcd(32, channels) groups, 32 as published, but at least two channels each."""
     groups = math.gcd(32, channels)
     if groups == channels > 1:
         groups //= 2
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResidualUnit(nn.Module):
@@ -167,7 +176,7 @@ class HybridViT(nn.Module):
         tokens = torch.cat([self.cls.expand(y.shape[0], -1, -1), tokens], dim=1)
         tokens = tokens + self.position(*y.shape[-2:])  # (B, 1 + N, 768)
         tokens = self.encoder_norm(self.transformer(tokens))
-        stride16 = tokens[:, 1:].transpose(1, 2).reshape(y.shape)
+        stride16 = tokens[:, 1:].transpose(1, 2).reshape(y.shape).to(y.dtype)  # LayerNorm's is float32
         return stride2, stride4, stride8, stride16
 
     def position(self, height, width):
@@ -367,7 +376,8 @@ class UNetDecoder(nn.Module):
         gamma = torch.as_tensor(1.0 if gamma is None else gamma, device=like.device, dtype=torch.float32)
         frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, device=like.device))
         phase = gamma.expand(like.shape[0])[:, None] * frequencies  # (B, 32)
-        return self.gamma_mlp(torch.cat([phase.sin(), phase.cos()], dim=1))
+        waves = torch.cat([phase.sin(), phase.cos()], dim=1)
+        return self.gamma_mlp(waves.to(self.gamma_mlp[0].weight.dtype))
 
 
 class UNet(nn.Module):

@@ -78,6 +78,7 @@ def toy_encoder(args, rank):
     if not os.path.exists(finished):
         say(f"stage 1 trains an encoder first, in {TOY_ENCODER}", rank)
         pretrain_encoder.main(["--out", TOY_ENCODER, "--device", args.device])
+        common.require_same(path, None)  # waits: the first process may still be writing
         common.require_same(path, os.path.exists(path))
     return path
 
@@ -152,7 +153,7 @@ def main():
         loss = torch.zeros((), device=device)
         for _ in range(order.parts):  # micro-batches, whose losses and gradients add up to the global batch's
             batch = next(batches)
-            x = to_pixels(batch["image"].to(device))  # (B, 3, H, W) in [-1, 1]
+            x = to_pixels(batch["image"].to(device, non_blocking=True))  # (B, 3, H, W) in [-1, 1]
             x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])
             with common.autocast(precision, device):
                 prediction = network(x_noisy, gamma)  # (B, 3, H, W)

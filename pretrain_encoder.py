@@ -76,8 +76,8 @@ def main(argv=None):
         loss = torch.zeros((), device=device)
         for _ in range(order.parts):  # micro-batches, whose losses and gradients add up to the global batch's
             batch = next(batches)
-            x = to_pixels(batch["image"].to(device))  # (B, 3, H, W) in [-1, 1]
-            label = batch["label"].to(device)  # (B,)
+            x = to_pixels(batch["image"].to(device, non_blocking=True))  # (B, 3, H, W) in [-1, 1]
+            label = batch["label"].to(device, non_blocking=True)  # (B,)
             with common.autocast(precision, device):
                 logits = network(x)  # (B, classes)
             part_loss = F.cross_entropy(logits.float(), label, reduction="sum") / args.batch_size

@@ -99,6 +99,19 @@ def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Within the test tensors are fake: shapes, dtypes and devices under CUDA's own autocast, no numbers."""
+    fake = pytest.importorskip("torch._subclasses.fake_tensor")
+    common_amp = pytest.importorskip("torch.cuda.amp.common")
+    monkeypatch.setattr(common_amp, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)  # made where it stays
+    with fake.FakeTensorMode(), torch.device("cuda:0"):
+        yield
+
+
 # ---------------------------------------- Processes that can be killed
 
 # They fork from a server that has imported torch once: a run starts in a tenth of a second.

@@ -129,6 +129,16 @@ def test_what_is_not_finite_is_refused_where_no_lower_scale_can_help(loss, gradi
         assert weight.item() == 1
 
 
+@pytest.mark.parametrize("then, now, scale", [("bf16", "fp16", 2), ("fp32", "fp16", 2), ("fp16", "bf16", 1),
+                                              ("fp16", "fp16", 8), ("bf16", "fp32", 1)])
+def test_a_run_goes_on_where_the_gpu_has_another_precision(then, now, scale):
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])
+    before, after = (torch.amp.GradScaler("cpu", init_scale=first, enabled=precision == "fp16")
+                     for first, precision in ((8, then), (2, now)))
+    common.restore({"optimizer": optimizer.state_dict(), "scaler": before.state_dict()}, optimizer, after)
+    assert after.get_scale() == scale and after.is_enabled() == (now == "fp16")
+
+
 @pytest.mark.parametrize("module, name", [(os, "replace"), (os, "fsync"), (torch, "save"), (json, "dumps")])
 def test_a_save_that_is_interrupted_leaves_the_file_before_it(module, name, tmp_path, monkeypatch):
     path = tmp_path / ("a.json" if module is json else "a.pt")

@@ -70,6 +70,13 @@ def test_windows_flips_and_scales_are_what_a_slow_loop_computes(height, width, w
     torch.testing.assert_close(found, torch.stack(views).mean(0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("classes, room", [(19, "cuda"), (150, "cpu")])
+def test_logits_of_large_pictures_are_summed_beside_the_gpu(classes, room, fake_cuda):
+    x = torch.zeros(1, 3, 1536, 2048)  # at scale 1.75 150 classes take 5.8 GB
+    logits = evaluate.predict(lambda x: x[:, :1].expand(-1, classes, -1, -1), x, (0.5, 1, 1.75), True, 1024)
+    assert (logits.shape, logits.device.type) == ((1, classes, 1536, 2048), room)
+
+
 @pytest.mark.parametrize("data, encoder, crop, scales, flip, window", [
     ("cityscapes", "hybrid", 1024, [1], True, 1024), ("folder", "hybrid", 256, [1], True, 256),
     *[(data, "hybrid", 512, [0.5, 0.75, 1, 1.25, 1.5, 1.75], True, 512)

@@ -1,6 +1,7 @@
 """model.py: the networks against JAX, torchvision and torch's own operations, and weights of every kind."""
 import argparse
 import copy
+import itertools
 import math
 import pickle
 import re
@@ -17,6 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import jax_reference
 import model
+import noise
 from conftest import DEVICES, ROOT, same_tensors
 from model import Classifier, HybridViT, ResNet50, UNet, build_encoder, build_unet, freeze
 
@@ -135,15 +137,6 @@ def test_a_block_is_upsample_concatenate_and_twice_conv_norm_relu(upsample_conv)
     for conv in (block.conv1, block.conv2):
         y = F.relu(F.group_norm(F.conv2d(y, conv.weight, padding=1), 4, eps=1e-6))
     torch.testing.assert_close(block(x, skip), y, rtol=1e-4, atol=1e-5)
-
-
-def test_every_convolution_is_called_so_that_hooks_see_it():
-    unet, called = tiny(), set()
-    convolutions = {module for module in unet.modules() if isinstance(module, nn.Conv2d)}
-    for module in convolutions:
-        module.register_forward_hook(lambda module, *_: called.add(module))
-    unet(torch.zeros(1, 3, 32, 32))
-    assert called == convolutions
 
 
 @on_devices
@@ -325,3 +318,34 @@ def test_published_weights_are_fetched_once(tmp_path, monkeypatch):
     assert model.read_weights("imagenet1k")
     there.unlink()
     assert model.read_weights("imagenet1k")[1]["encoder"] == "hybrid-small"
+
+
+def cuda_autocast(dtype):
+    return torch.autocast("cuda", dtype, enabled=dtype != torch.float32)
+
+
+@pytest.mark.parametrize("name, condition", [("hybrid", False), ("hybrid-small", True), ("resnet50", True)])
+def test_on_a_gpu_no_tensor_lies_elsewhere_and_maps_have_the_dtype_of_autocast(name, condition, fake_cuda):
+    network, x, gamma = build_unet(name, 1, 5, condition), torch.rand(2, 3, 96, 64), torch.rand(2)
+    for dtype, training in itertools.product((torch.float32, torch.bfloat16, torch.float16), (True, False)):
+        with cuda_autocast(dtype):
+            maps = network.train(training).encode(x)
+            logits = network.decoder(maps, (96, 64), gamma)
+        assert {(tensor.dtype, tensor.device.type) for tensor in (*maps, logits)} == {(dtype, "cuda")}
+
+
+def test_in_bf16_stage_2_keeps_half_the_memory_of_fp32(fake_cuda):
+    network, x = build_unet("hybrid"), torch.rand(16, 3, 224, 224)
+    freeze(network.encoder)
+    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+
+    def kept(dtype):
+        tensors = {}  # by their storage
+
+        def keep(tensor):
+            tensors[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), cuda_autocast(dtype):
+            noise.denoising_loss(network(x), x)
+        return sum(tensor.untyped_storage().nbytes() for at, tensor in tensors.items() if at not in weights)
+    assert 0.4 < kept(torch.bfloat16) / kept(torch.float32) < 0.55
