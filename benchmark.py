@@ -45,7 +45,7 @@ def measure(title, cases, images, rounds):
 def training_step(network, batch, args, device, precision):
     """A step of stage 2 on a frozen encoder, always on the same pictures."""
     freeze(network.encoder)
-    common.prepare_for_training(network, args, device, world=1)
+    network = common.prepare_for_training(network, args, device, world=1)
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
     images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8)
     level = argparse.Namespace(gamma=[0.95], sigma=None)
@@ -84,7 +84,7 @@ def main():
     parser.add_argument("--only", choices=groups, nargs="+", default=groups, help="groups (all)")
     parser.add_argument("--rounds", type=common.number(int, 1), default=5, help="of each case (%(default)s)")
     parser.add_argument("--peers", action="store_true", help="time other libraries, too")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
     common.add_device_flags(parser)
     args = parser.parse_args()
     *_, device, precision = common.start_processes(args)

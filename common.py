@@ -128,7 +128,7 @@ def add_training_flags(parser):
     add("--micro-batch", type=number(int, 1), help="images at once in a process; a ResNet-50 without weights "
         "normalises over them (%(default)s)")
     add("--save-every", type=number(int, 1), help="steps between checkpoints (%(default)s)")
-    add("--compile", action="store_true", help="train with torch.compile")
+    add("--compile", action="store_true", help="use torch.compile")
     add_device_flags(parser)
 
 
@@ -232,11 +232,11 @@ def autocast(precision, device):
 
 
 def prepare_for_training(model, args, device, world):
-    """The network to call: the model or, with several processes, DDP around it, which averages gradients."""
+    """What to call: the model, compiled if asked; with several processes, DDP around it."""
     model.to(device, memory_format=torch.channels_last).train()
-    torch.backends.cudnn.benchmark = True  # all crops have one size
+    torch.backends.cudnn.benchmark = True  # crops have one size
     network = torch.compile(model, dynamic=False) if args.compile else model
-    return DistributedDataParallel(network) if world > 1 else network
+    return DistributedDataParallel(network, gradient_as_bucket_view=True) if world > 1 else network
 
 
 def progress(items=None, **options):
@@ -372,7 +372,7 @@ def restore(checkpoint, optimizer, scaler):
     """Load the states of a resumed run; free the memory of the checkpoint."""
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # none in bf16, fp32
+        if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         elif scaler.is_enabled() and is_local_first():
             say("in fp16 from here on, with a new scaler")

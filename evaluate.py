@@ -86,7 +86,8 @@ def predict(model, x, scales=(1.0,), flip=False, window=0, stride=None):
             logits = logits.to(room_for(logits, x.shape[-2:]))
             if scale != 1:
                 logits = F.interpolate(logits, x.shape[-2:], mode="bilinear")
-            logits = logits.flip(3) if mirrored else logits
+            if mirrored:
+                logits = logits.flip(3)
             total = logits if total is None else total + logits.to(total.device)
     return total / (len(scales) * (1 + flip))
 
@@ -107,15 +108,15 @@ def in_windows(model, x, window, stride):
             logits = model(x[part]).float()
             if total is None:
                 room = room_for(logits, (height, width))
-                total = torch.zeros(*logits.shape[:2], height, width, device=room)
-                count = torch.zeros(height, width, device=room)
+                total = logits.new_zeros(*logits.shape[:2], height, width, device=room)
+                count = torch.zeros_like(total[0, 0])
             total[part] += logits.to(room)
             count[part] += 1
     return total.div_(count)
 
 
 def room_for(logits, size):
-    """The device for logits of this size: from 1 GiB on the CPU, as they could fill a GPU."""
+    """The device for logits of this size: from 1 GiB on the CPU."""
     return logits.device if math.prod((*logits.shape[:2], *size)) < 2 ** 28 else torch.device("cpu")
 
 

@@ -107,8 +107,8 @@ def main():
 
     samples = Samples(train, segmentation_transform(args.crop_size, args.min_area), args.seed)
     order = Order(len(train), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
-    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
-                              pin_memory=device.type == "cuda"))
+    pinned = device.type == "cuda"
+    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers, pin_memory=pinned))
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 3: --init {args.init}, {model_args}, {train.note}, {len(train)} train, {len(val or [])} val, "
         f"{start} of {steps} steps done, {world} x {device}, {precision}", rank)
@@ -120,8 +120,8 @@ def main():
         # The loss is the mean over the labelled pixels of the GLOBAL batch: all processes and parts
         labelled = common.total(sum((part["mask"] != IGNORE).sum() for part in parts).to(device)).clamp(min=1)
         for part in parts:
-            x = to_pixels(part["image"].to(device, non_blocking=True))  # (B, 3, H, W) in [-1, 1]
-            mask = part["mask"].to(device, non_blocking=True).long()    # (B, H, W)
+            x = to_pixels(part["image"].to(device, non_blocking=pinned))  # (B, 3, H, W) in [-1, 1]
+            mask = part["mask"].to(device, non_blocking=pinned).long()    # (B, H, W)
             with common.autocast(precision, device):
                 logits = network(x)  # (B, classes, H, W)
             part_loss = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE, reduction="sum") / labelled

@@ -75,6 +75,8 @@ class GroupNorm(nn.GroupNorm):
     all up to the next convolution, float32: twice the memory."""
 
     def forward(self, x):
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
@@ -176,7 +178,7 @@ class HybridViT(nn.Module):
         tokens = torch.cat([self.cls.expand(y.shape[0], -1, -1), tokens], dim=1)
         tokens = tokens + self.position(*y.shape[-2:])  # (B, 1 + N, 768)
         tokens = self.encoder_norm(self.transformer(tokens))
-        stride16 = tokens[:, 1:].transpose(1, 2).reshape(y.shape).to(y.dtype)  # LayerNorm's is float32
+        stride16 = tokens[:, 1:].transpose(1, 2).reshape(y.shape).to(y.dtype)
         return stride2, stride4, stride8, stride16
 
     def position(self, height, width):
@@ -377,7 +379,7 @@ class UNetDecoder(nn.Module):
         frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, device=like.device))
         phase = gamma.expand(like.shape[0])[:, None] * frequencies  # (B, 32)
         waves = torch.cat([phase.sin(), phase.cos()], dim=1)
-        return self.gamma_mlp(waves.to(self.gamma_mlp[0].weight.dtype))
+        return self.gamma_mlp(waves.to(self.gamma_mlp[0].weight))
 
 
 class UNet(nn.Module):

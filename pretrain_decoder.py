@@ -103,7 +103,7 @@ def add_noise(args, x, seeds):
     if args.sigma is not None:
         gamma = torch.full((len(x),), noise.sigma_to_gamma(args.sigma), device=x.device)
         return noise.simple_additive_noise(x, eps, args.sigma), eps, gamma  # Eq. 1
-    gamma = noise.sample_gamma(args.gamma[0], args.gamma[-1], seeds).to(x.device)
+    gamma = noise.sample_gamma(args.gamma[0], args.gamma[-1], seeds).to(x.device, non_blocking=x.is_cuda)
     return noise.scaled_additive_noise(x, eps, gamma), eps, gamma  # Eq. 5
 
 
@@ -143,8 +143,8 @@ def main():
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
-    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
-                              pin_memory=device.type == "cuda"))
+    pinned = device.type == "cuda"
+    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers, pin_memory=pinned))
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 2: {args.method}, {model_args}, {images.note}, {start} of {steps} steps done, "
         f"{world} x {device}, {precision}", rank)
@@ -153,7 +153,7 @@ def main():
         loss = torch.zeros((), device=device)
         for _ in range(order.parts):  # micro-batches, whose losses and gradients add up to the global batch's
             batch = next(batches)
-            x = to_pixels(batch["image"].to(device, non_blocking=True))  # (B, 3, H, W) in [-1, 1]
+            x = to_pixels(batch["image"].to(device, non_blocking=pinned))  # (B, 3, H, W) in [-1, 1]
             x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])
             with common.autocast(precision, device):
                 prediction = network(x_noisy, gamma)  # (B, 3, H, W)

@@ -66,8 +66,8 @@ def main(argv=None):
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
-    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers,
-                              pin_memory=device.type == "cuda"))
+    pinned = device.type == "cuda"
+    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers, pin_memory=pinned))
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 1: {args.encoder}, {len(names)} classes ({', '.join(names[:8])} ...), {images.note}, {start} "
         f"of {steps} steps done, {world} x {device}, {precision}", rank)
@@ -76,8 +76,8 @@ def main(argv=None):
         loss = torch.zeros((), device=device)
         for _ in range(order.parts):  # micro-batches, whose losses and gradients add up to the global batch's
             batch = next(batches)
-            x = to_pixels(batch["image"].to(device, non_blocking=True))  # (B, 3, H, W) in [-1, 1]
-            label = batch["label"].to(device, non_blocking=True)  # (B,)
+            x = to_pixels(batch["image"].to(device, non_blocking=pinned))  # (B, 3, H, W) in [-1, 1]
+            label = batch["label"].to(device, non_blocking=pinned)  # (B,)
             with common.autocast(precision, device):
                 logits = network(x)  # (B, classes)
             part_loss = F.cross_entropy(logits.float(), label, reduction="sum") / args.batch_size

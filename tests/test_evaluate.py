@@ -70,11 +70,17 @@ def test_windows_flips_and_scales_are_what_a_slow_loop_computes(height, width, w
     torch.testing.assert_close(found, torch.stack(views).mean(0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("classes, room", [(19, "cuda"), (150, "cpu")])
-def test_logits_of_large_pictures_are_summed_beside_the_gpu(classes, room, fake_cuda):
+@pytest.mark.parametrize("classes, room, room_at_175", [
+    (19, "cuda", "cuda"), (60, "cuda", "cpu"), (150, "cpu", "cpu")])
+def test_logits_of_large_pictures_are_summed_beside_the_gpu(classes, room, room_at_175, fake_cuda):
+    def network(x):
+        return x[:, :1].expand(-1, classes, -1, -1)
+
     x = torch.zeros(1, 3, 1536, 2048)  # at scale 1.75 150 classes take 5.8 GB
-    logits = evaluate.predict(lambda x: x[:, :1].expand(-1, classes, -1, -1), x, (0.5, 1, 1.75), True, 1024)
+    logits = evaluate.predict(network, x, (0.5, 1, 1.75), True, 1024)
     assert (logits.shape, logits.device.type) == ((1, classes, 1536, 2048), room)
+    larger = evaluate.in_windows(network, torch.zeros(1, 3, 2688, 3584), 1024, None)
+    assert larger.device.type == room_at_175
 
 
 @pytest.mark.parametrize("data, encoder, crop, scales, flip, window", [

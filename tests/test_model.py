@@ -139,6 +139,15 @@ def test_a_block_is_upsample_concatenate_and_twice_conv_norm_relu(upsample_conv)
     torch.testing.assert_close(block(x, skip), y, rtol=1e-4, atol=1e-5)
 
 
+def test_every_convolution_is_called_so_that_hooks_see_it():
+    unet, called = tiny(), set()
+    convolutions = {module for module in unet.modules() if isinstance(module, nn.Conv2d)}
+    for module in convolutions:
+        module.register_forward_hook(lambda module, *_: called.add(module))
+    unet(torch.zeros(1, 3, 32, 32))
+    assert called == convolutions
+
+
 @on_devices
 @pytest.mark.parametrize("encoder", SMALL)
 @torch.no_grad()
