@@ -375,7 +375,7 @@ def restore(checkpoint, optimizer, scaler):
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         elif scaler.is_enabled() and is_local_first():
-            say("now in fp16, with a new scaler")
+            say("now fp16, with a new scaler")
         checkpoint.clear()
 
 
