@@ -1,9 +1,9 @@
-"""How fast this code is on your machine, beside what people would use instead.
+"""How fast this code is on your machine.
 
     python benchmark.py                       # some minutes on two cores
-    python benchmark.py --only step --peers   # beside segmentation_models_pytorch's U-Net of the same widths
+    python benchmark.py --only step --peers   # beside another U-Net of the same widths
 
-Cases take turns, since machines are slow for a while: compare the lines of one run.
+Cases take turns: compare the lines of one run.
 """
 import argparse
 import os
@@ -14,8 +14,6 @@ import time
 import numpy as np
 import torch
 from PIL import Image
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 import common
 import noise
@@ -26,7 +24,7 @@ from unlabelled import pretraining_images
 
 
 def measure(title, cases, images, rounds):
-    """Time each of {name: function} once a round; print how many images a second each takes."""
+    """Time each of {name: function} once a round; print images a second."""
     speeds = {name: [] for name in cases}
     for _ in range(1 + rounds):
         for name, function in cases.items():
@@ -43,7 +41,7 @@ def measure(title, cases, images, rounds):
 
 
 def training_step(network, batch, args, device, precision):
-    """A step of stage 2 on a frozen encoder, always on the same pictures."""
+    """A step of stage 2, always on the same pictures."""
     freeze(network.encoder)
     network = common.prepare_for_training(network, args, device, world=1)
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True)
@@ -60,31 +58,26 @@ def training_step(network, batch, args, device, precision):
     return step
 
 
-def loading(root, peers):
-    """Read and crop 64 JPEGs of 500x375, as stage 2 does and as torchvision's users do."""
+def loading(root):
+    """Read and crop 64 JPEGs of 500x375, as stage 2 does."""
     os.makedirs(f"{root}/photos")
     random = np.random.default_rng(1)
-    for i in range(64):  # blocks of 4 pixels, made smooth, take as many bytes as a photograph
+    for i in range(64):
         blocks = random.integers(0, 255, (90, 120, 3), dtype=np.uint8)
         Image.fromarray(blocks).resize((500, 375)).save(f"{root}/photos/{i}.jpg", quality=90)
-    torch.hub.set_dir(f"{root}/hub")  # where the list of pictures goes
+    torch.hub.set_dir(f"{root}/hub")  # for the list of pictures
     source = pretraining_images(argparse.Namespace(data="folder", root=root, images="photos/*"))
     samples = Samples(source, pretraining_transform(224))
-    cases = {"stage 2": lambda: [samples[0, i] for i in range(64)]}
-    if peers:
-        usual = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
-                                    transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
-        folder = ImageFolder(root, usual, allow_empty=True)
-        cases["peer"] = lambda: [folder[i] for i in range(64)]
-    return cases
+    return {"stage 2": lambda: [samples[0, i] for i in range(64)]}
 
 
 def main():
     parser, groups = common.Parser(__doc__), ("step", "data")
-    parser.add_argument("--only", choices=groups, nargs="+", default=groups, help="groups (all)")
-    parser.add_argument("--rounds", type=common.number(int, 1), default=5, help="of each case (%(default)s)")
-    parser.add_argument("--peers", action="store_true", help="time other libraries, too")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    add = parser.add_argument
+    add("--only", choices=groups, nargs="+", default=groups, help="groups (all)")
+    add("--rounds", type=common.number(int, 1), default=5, help="of each case (%(default)s)")
+    add("--peers", action="store_true", help="time segmentation_models_pytorch, too")
+    add("--compile", action="store_true", help="use torch.compile")
     common.add_device_flags(parser)
     args = parser.parse_args()
     *_, device, precision = common.start_processes(args)
@@ -102,7 +95,7 @@ def main():
     if "data" in args.only:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as root:
-            measure("Reading, one core", loading(root, args.peers), 64, args.rounds)
+            measure("Reading, one core", loading(root), 64, args.rounds)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from tempfile import gettempdir
+from textwrap import shorten
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,7 @@ class UserError(Exception):
 
 @contextmanager
 def users_mistakes():
-    """Turn a ValueError, as of model.py, into a UserError."""
+    """Turn a ValueError of model.py into a UserError."""
     try:
         yield
     except ValueError as error:
@@ -35,12 +37,14 @@ MEMORY = "lower --micro-batch, the size of crops or windows, or --width"
 HINTS = {" compiler": "install g++, or drop --compile",
          "shared memory": "lower --workers, or start a container with --ipc=host",
          "out of memory": MEMORY, "allocate": MEMORY,  # on CUDA, on CPUs
+         "/.cache": "set TORCH_HOME to another folder",
          "more than 1 value per channel": "raise --micro-batch or the size of crops"}
 
 
 def run(main):
     """Call main(). What a user can fix is one line and status 2; the rest keeps its traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for odd file names
+    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter
+        sys.stdout.reconfigure(errors="backslashreplace")  # for odd file names
     try:
         main()
     except KeyboardInterrupt:
@@ -50,12 +54,13 @@ def run(main):
         text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
         if isinstance(error, MemoryError):
             text = text or "out of memory"
-        if not isinstance(error, (UserError, OSError)):
+        if not isinstance(error, UserError):
             hint = next((HINTS[part] for part in HINTS if part in text), None)
-            if hint is None:
+            if hint:
+                text = f"{text.splitlines()[0]}; {hint}"
+            elif not isinstance(error, OSError):
                 raise
-            text = f"{text.splitlines()[0]}; {hint}"
-        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+        tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)  # not behind a bar
         sys.exit(2)
     if dist.is_initialized():  # after an error it would wait
         dist.destroy_process_group()
@@ -72,16 +77,16 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
+        raise UserError(f"{shorten(message, 300)} (--help lists the flags; patterns need quotes)")
 
     def parse(self, recipes, argv=None):
-        """The flags. Defaults: recipes[--data], or else recipes["paper"]."""
+        """The flags. Defaults: recipes[--data], or recipes["paper"]."""
         first = Parser(add_help=False)
         for flag in ("--data", "--steps", "--epochs"):
             first.add_argument(flag)
         given = first.parse_known_args(argv)[0]
         self.set_defaults(**recipes.get(given.data or "shapes", recipes["paper"]))
-        if given.steps or given.epochs:  # the given one replaces both defaults
+        if given.steps or given.epochs:  # replaces both defaults
             self.set_defaults(steps=None, epochs=None)
         return self.parse_args(argv)
 
@@ -119,12 +124,12 @@ def add_training_flags(parser):
     length.add_argument("--steps", type=number(int, 1), help="optimiser steps (%(default)s)")
     length.add_argument("--epochs", type=number(float, 0), help="passes over the images (%(default)s)")
     add("--batch-size", type=number(int, 1), help="images per step of all processes (%(default)s)")
-    add("--lr", type=number(float, 0), help="peak (%(default)s; stage 2: 6e-5, for --width 2 1e-4; §5.1)")
+    add("--lr", type=number(float, 0), help="peak (%(default)s; §5.1, stage 2: 6e-5, --width 2: 1e-4)")
     add("--warmup", type=number(float, 0, 1),
         help="share of the steps in which the rate rises; PAPER SILENT (%(default)s)")
     add("--weight-decay", type=number(float, 0), help="(%(default)s; §5.1 sweeps it in stage 3)")
     add("--seed", type=number(int, 0), default=0, help="for weights, order, crops, noise and labels (0)")
-    add("--out", metavar="DIR", help="folder; the same command continues the run (runs/DATA/STAGE)")
+    add("--out", metavar="DIR", help="folder; the same command continues (runs/DATA/STAGE)")
     add("--micro-batch", type=number(int, 1), help="images at once in a process; a ResNet-50 without weights "
         "normalises over them (%(default)s)")
     add("--save-every", type=number(int, 1), help="steps between checkpoints (%(default)s)")
@@ -155,13 +160,13 @@ def network_args(args, made_with, source):
 
 def start_processes(args):
     """Join torchrun's processes, if any: (rank, their number, device, precision)."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise UserError("srun started several tasks; start one a machine, with torchrun in it")
+    if getattr(args, "workers", 0) and len(gettempdir()) > 70:  # for sockets; else workers would hang
+        raise UserError(f"TMPDIR {gettempdir()}: too long for loader workers; set another, or --workers 0")
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world, device = int(os.environ.get("WORLD_SIZE", 1)), args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if torch.backends.mps.is_available() and world == 1:  # MPS works in one process only
+        if torch.backends.mps.is_available() and world == 1:  # MPS takes one process
             device = "mps"
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -188,16 +193,20 @@ def is_local_first():
 
 @contextmanager
 def local_first():
-    """A machine's first process runs the block before the others, which find the file it made."""
-    if not dist.is_initialized():
-        yield
-        return
-    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # by default minutes
+    """A machine's first process runs the block before the others."""
     if not is_local_first():
-        dist.barrier(waiting)
+        wait()
     yield
     if is_local_first():
-        dist.barrier(waiting)
+        wait()
+
+
+def wait():
+    """Wait up to a day for all processes. By default it is minutes."""
+    if dist.is_initialized():
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        dist.barrier(group)
+        dist.destroy_process_group(group)  # frees its threads
 
 
 def require_same(path, seen):
@@ -246,7 +255,7 @@ def progress(items=None, **options):
 
 
 def say(text, rank=0):
-    if rank == 0:
+    if rank == 0 and sys.stdout:  # None where it is closed
         tqdm.write(text)
         sys.stdout.flush()
 
@@ -261,7 +270,7 @@ def table(rows):
 
 
 def number_of_steps(args, images, world):
-    """--steps, or enough for --epochs times `images` images, rounded up."""
+    """--steps, or enough for --epochs of `images` images."""
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {world}, the processes")
     return args.steps or max(1, math.ceil(args.epochs * images / args.batch_size))
@@ -278,23 +287,17 @@ def cosine_rate(step, steps, peak, warmup):
 NOT_FINITE = "is not finite"
 
 
-def optimizer_step(step, loss, optimizer, scaler, rate):
-    """After backward: step the optimiser at this rate. Returns the loss, summed over processes, as a float.
+def finite_loss(step, loss, optimizer, scaler):
+    """The loss, summed over processes, as a float. UserError if it or the unscaled gradient is not finite.
 
-    UserError, with the weights unchanged, if the loss or gradient is not finite. In fp16 the scaler first
-    skips steps with such a gradient and halves its scale, until that is 1.
+    In fp16 such a gradient is no error while the scale is above 1: the scaler skips the step and halves it.
     """
-    scaler.unscale_(optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = optimizer.param_groups[0]["params"]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     loss, norm = torch.stack([total(loss), norm]).tolist()  # one wait for the GPU
     if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)):
         raise UserError(f"step {step}: the loss, {loss:g}, or its gradient {NOT_FINITE}; lower --lr, "
                         "raise --warmup, or use --precision fp32")
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    scaler.step(optimizer)
-    scaler.update()
     return loss
 
 
@@ -320,7 +323,7 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # damaged files raise errors of all kinds
+    except Exception as error:  # damaged files raise all kinds
         reason = str(error).splitlines()[:1]
         raise UserError(f"{path}: no whole checkpoint {reason}; restore or delete it") from error
 
@@ -332,18 +335,17 @@ def save_checkpoint(args, step, model, model_args, optimizer, scaler, made_of, *
 
 
 # May change on resume
-FREE = {"out", "root", "workers", "save_every", "device", "compile", "micro_batch", "processes"}
+FREE = {"out", "root", "workers", "save_every", "eval_every", "device", "compile", "micro_batch", "processes"}
 
 
 def resume(args, **data):
     """(the checkpoint in --out or None, steps done, what the run is made of).
 
-    UserError if flags, data or weights were others, or the last two differ between processes.
+    UserError if flags, data or weights changed, or the last two differ between processes.
     """
-    path, checkpoint, step = f"{args.out}/last.pt", None, 0
-    if os.path.exists(path):
-        checkpoint = load(path)
-        step = checkpoint["step"]
+    path = f"{args.out}/last.pt"
+    checkpoint = load(path) if os.path.exists(path) else None
+    step = checkpoint["step"] if checkpoint else 0
     weights = getattr(args, "init", None) or getattr(args, "encoder_weights", None)
     made_of = {**data, "weights": checksum_of(weights), "processes": int(os.environ.get("WORLD_SIZE", 1))}
     require_same(path, {"step": step, **made_of})
@@ -369,7 +371,7 @@ def checksum_of(path):
 
 
 def restore(checkpoint, optimizer, scaler):
-    """Load the states of a resumed run; free the memory of the checkpoint."""
+    """Load a resumed run's states, then free the checkpoint's memory."""
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:
@@ -380,10 +382,7 @@ def restore(checkpoint, optimizer, scaler):
 
 
 class Log:
-    """A progress bar; on the first process also log.jsonl and, if installed, TensorBoard's events.
-
-    start: steps done before. An old log is cut after them.
-    """
+    """A progress bar; on process 0 log.jsonl, cut after `start` steps, and TensorBoard, if installed."""
 
     def __init__(self, out, start, steps, rank):
         self.bar = progress(total=steps, initial=start, unit="step")
@@ -392,7 +391,7 @@ class Log:
             return
         os.makedirs(out, exist_ok=True)
         if start == steps:
-            say(f"{out}: this run is finished; nothing is trained, its ending is repeated")
+            say(f"{out} is finished; only its ending is repeated")
         if start == 0:
             Path(out, "metrics.json").unlink(missing_ok=True)  # of another run
         self.file = open(f"{out}/log.jsonl", "a+", buffering=1)
@@ -413,7 +412,8 @@ class Log:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.board:
             for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
 
     def close(self):
         for part in filter(None, (self.bar, self.file, self.board)):

@@ -4,7 +4,7 @@ A source has len(source), source.name(i) and source.read(i), a dictionary of "im
 perhaps "mask" (tv_tensors.Mask) or "label" (int).
 
 Order, crop, flip and noise of a sample depend on (seed, epoch, index) alone: workers, processes and restarts
-change nothing, and no state is saved.
+change nothing.
 
 Images are uint8 (3, H, W) until `to_pixels`. Masks are uint8 (H, W) class indices; 255 is ignored.
 """
@@ -21,7 +21,7 @@ from common import UserError
 
 Image.MAX_IMAGE_PIXELS = None  # large pictures are no attack here
 IGNORE = 255
-ORDER, CROP, NOISE = 0, 1, 2  # purposes of a seed
+ORDER, CROP, NOISE = 0, 1, 2
 
 
 def to_pixels(images):
@@ -29,22 +29,22 @@ def to_pixels(images):
     return ((images.float() - 127.5) / 127.5).contiguous(memory_format=torch.channels_last)
 
 
-# ---- Reading one file
+# ---- Files
 
 
 class UnreadableImage(UserError):
-    """A file that does not decode. Pretraining takes the next."""
+    """A file that does not decode."""
 
 
 def open_picture(file, name):
-    """The decoded PIL image of a path or file, if it is one page of 8 bits a channel."""
+    """The decoded PIL image. UserError unless it is one page of 8 bits a channel."""
     try:
         picture = Image.open(file)
         bits = bits_of(picture)
         pages = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # MPO: a phone's JPEG
         picture.load()
     except Exception as error:  # Pillow raises errors of all kinds
-        raise UnreadableImage(f"{name}: cannot be read as a picture ({error})") from None
+        raise UnreadableImage(f"{name}: unreadable ({error})") from None
     modes = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
     if bits > 8 or pages > 1 or picture.mode not in modes:
         raise UserError(f"{name}: {pages} page(s), mode {picture.mode}, {bits} bits, expected one of 8 bits "
@@ -86,7 +86,7 @@ def image_size(path):
 def read_mask(path, values):
     """A mask as class indices, uint8 (H, W).
 
-    values: {value: class index or IGNORE} of all values. They are all colours (R, G, B) or all 0 to 255.
+    values: {value: class index or IGNORE}; all are colours (R, G, B), or all are 0 to 255.
     """
     picture, colours = open_picture(path, path), isinstance(next(iter(values)), tuple)
     if picture.format == "TIFF" and picture.tag_v2.get(262) == 0:
@@ -105,8 +105,7 @@ def read_mask(path, values):
         mask = class_of[found]
     if mask.min() < 0:
         wrong = found[mask < 0][0].tolist()
-        expected = ", ".join(map(str, values))
-        raise UserError(f"{path}: mask value {wrong}, expected {expected}; see classes.txt")
+        raise UserError(f"{path}: mask value {wrong}, expected one of {[*values]}; see classes.txt")
     return torch.from_numpy(mask.astype(np.uint8))
 
 
@@ -122,8 +121,8 @@ def pretraining_transform(size, min_area=0.08):
 def segmentation_transform(size, min_area=None):
     """Crop image and mask to size x size and flip them.
 
-    PAPER SILENT on which. min_area None: a random window ("random cropping ... to a fixed size", 5.1), with
-    padding (masks: IGNORE) around smaller pictures. Else: inception-style (§6).
+    PAPER SILENT on which crop. min_area None: a window ("random cropping ... to a fixed size", 5.1), smaller
+    pictures padded (masks: IGNORE). Else: inception-style (§6).
     """
     if min_area is not None:
         return pretraining_transform(size, min_area)
@@ -131,7 +130,7 @@ def segmentation_transform(size, min_area=None):
     return v2.Compose([v2.RandomCrop(size, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip()])
 
 
-# ---- Samples and their order
+# ---- Samples
 
 
 def sample_seed(seed, epoch, index, purpose):
@@ -152,9 +151,9 @@ class Samples(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         sample = self.read(index)
+        # torch.manual_seed would also seed GPUs
         torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index, CROP))
-        sample = self.transform(sample)
-        return {**sample, "noise_seed": sample_seed(self.seed, epoch, index, NOISE)}
+        return {**self.transform(sample), "noise_seed": sample_seed(self.seed, epoch, index, NOISE)}
 
     def read(self, index):
         if not self.replace:
@@ -163,26 +162,25 @@ class Samples(Dataset):
             try:
                 return self.source.read(i % len(self.source))
             except UnreadableImage as error:
-                print(f"{error}; the next picture takes its place", file=sys.stderr)
+                print(f"{error}; the next takes its place", file=sys.stderr)
         raise UserError(f"{self.source.name(index)} and the 99 pictures after it cannot be read")
 
 
 class Order(Sampler):
     """Yield micro-batches, lists of keys (epoch, index), for the steps from `start` to `steps`.
 
-    The samples of a run are one sequence, epoch after epoch, each in its own order. Step s takes batch_size
-    of them from s * batch_size on, and process `rank` of `world` its share of these, in `parts` micro-batches
-    of nearly equal size, at most micro_batch.
+    A run is one sequence of samples, epoch after epoch, each in its own order. A step takes the next
+    batch_size, process `rank` of `world` its share of them, in `parts` about equal ones of up to micro_batch.
     """
 
     def __init__(self, count, batch_size, micro_batch, steps, seed=0, start=0, rank=0, world=1):
-        self.count, self.batch_size, self.steps, self.seed, self.start = count, batch_size, steps, seed, start
+        self.count, self.batch_size, self.seed, self.steps = count, batch_size, seed, range(start, steps)
         self.rank, self.share = rank, batch_size // world
         self.parts = -(-self.share // micro_batch)
 
     def __iter__(self):
-        order_epoch, order = -1, None
-        for step in range(self.start, self.steps):
+        order_epoch = -1
+        for step in self.steps:
             keys, first = [], step * self.batch_size + self.rank * self.share
             for n in range(first, first + self.share):
                 epoch, position = divmod(n, self.count)

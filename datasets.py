@@ -1,7 +1,7 @@
 """The named data sets, the toy pictures, and what labelled.py and unlabelled.py share.
 
-A pattern is a path below a root folder. Each `*` stands for any text, "/" included; at the end it needs the
-ending of a picture. An image and its mask have the same text for each `*`.
+A pattern is a path below a root folder. Each `*` stands for any text, "/" included; a final `*` takes
+pictures only. An image and its mask have the same text for each `*`.
 """
 import dataclasses
 import hashlib
@@ -18,9 +18,8 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-import common
 import shapes
-from common import UserError
+from common import UserError, refuse
 
 
 class DataSet(NamedTuple):
@@ -47,10 +46,10 @@ LABELLED = ("shapes", *DATA_SETS)  # stage 3
 UNLABELLED = (*LABELLED, "cityscapes_coarse", "imagenet21k")  # stage 2
 CLASSIFIED = ("shapes", "folder", "imagenet21k")  # stage 1
 SHAPES_COUNTS = {"encoder_train": 4000, "unlabelled": 4000, "train": 512, "val": 250}
-DATA_FLAGS = ("root", "images", "masks", "train_list", "val_list", "val_fraction")  # what to read
+DATA_FLAGS = ("root", "images", "masks", "train_list", "val_list", "val_fraction")
 
 
-# ---- Sources: what a stage reads
+# ---- Sources
 
 
 @dataclasses.dataclass
@@ -58,13 +57,13 @@ class Source:
     """Pictures by number. Subclasses add name(i) and read(i); see data.py."""
     rows: list
     note: str       # what was found
-    folders: tuple  # where the files lie
+    folders: list   # where the files lie
 
     def __len__(self):
         return len(self.rows)
 
     def __str__(self):
-        """What a run compares when it goes on. The checksum is of all names in order, of masks too."""
+        """What a resumed run compares. The checksum is of all names, in order."""
         rows = self.rows if isinstance(self.rows, np.ndarray) else repr(self.rows).encode()
         checksum = hashlib.sha256(rows).hexdigest()[:12]
         return f"{len(self)} images, {self.name(0)} to {self.name(len(self) - 1)}, checksum {checksum}"
@@ -91,24 +90,24 @@ class Shapes(Source):
     def read(self, i):
         part, index = self.rows[i]
         image, mask, label = draw(part, index)
-        image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
+        sample = {"image": tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))}
         if part == "encoder_train":
-            return {"image": image, "label": label}
-        if part == "unlabelled":
-            return {"image": image}
-        return {"image": image, "mask": tv_tensors.Mask(torch.from_numpy(mask))}
+            sample["label"] = label
+        elif part != "unlabelled":
+            sample["mask"] = tv_tensors.Mask(torch.from_numpy(mask))
+        return sample
 
 
 def all_shapes(args, part):
-    common.refuse(args, DATA_FLAGS, "on shapes")
+    refuse(args, DATA_FLAGS, "on shapes")
     rows = [(part, i) for i in range(SHAPES_COUNTS[part])]
-    return Shapes(rows, f"{len(rows)} toy pictures", folders=())
+    return Shapes(rows, f"{len(rows)} toy pictures", folders=[])
 
 
 # ---- Finding files
 
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-HIDDEN = ("__MACOSX", "lost+found")  # and names that begin with "." or "@"
+HIDDEN = ("__MACOSX", "lost+found")
 
 
 def home(args, places=("",), folder=""):
@@ -120,19 +119,19 @@ def home(args, places=("",), folder=""):
     if not found:
         raise UserError(f"--root {args.root}: no folder {folder or '.'}; see --root, --images, --masks")
     if len(found) > 1:
-        raise UserError(f"--root {args.root}: holds {', '.join(found)}; pass one")
+        raise UserError(f"--root {args.root}: holds {found}; pass one")
     return found[0]
 
 
 def files_below(root, folder):
-    """Yield (folder, its file names) for root/folder ("" or ending with "/") and all folders in it, sorted,
-    without hidden ones. Links are followed."""
+    """Yield (folder, its file names) for root/folder ("" or ending with "/") and all below, sorted, without
+    hidden ones. Links are followed."""
     names, folders = [], []
     for entry in sorted(os.scandir(Path(root, folder)), key=lambda entry: entry.name):
         if entry.name[0] in ".@" or entry.name in HIDDEN:
             continue
         if entry.is_symlink() and not os.path.exists(entry.path):
-            raise UserError(f"{entry.path}: a link that leads nowhere; delete it")
+            raise UserError(f"{entry.path}: a dead link; delete it")
         if entry.is_dir():
             folders.append(f"{folder}{entry.name}/")
         else:
@@ -157,12 +156,12 @@ def form_of(pattern):
     """A regular expression with a group for each `*`."""
     parts = [re.escape(part) for part in pattern.split("*")]
     if len(parts) == 1:
-        raise UserError(f"{pattern}: expected a *, such as in images/*.jpg")
-    if parts[-1] == "":
+        raise UserError(f"{pattern}: expected a *, as in images/*.jpg")
+    if not parts[-1]:
         parts[-1] = f"(?i:{'|'.join(map(re.escape, PICTURES))})"
     return re.compile("(.*)".join(parts))
 
 
 def left_out(count, example):
     """A note on the files that do not match."""
-    return f"; left out {count} other files, such as {example}" if count else ""
+    return f"; left out {count} files, such as {example}" if count else ""

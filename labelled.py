@@ -13,9 +13,8 @@ import numpy as np
 from PIL import Image
 from torchvision import tv_tensors
 
-import common
 import shapes
-from common import UserError
+from common import UserError, table
 from data import IGNORE, image_size, read_image, read_mask
 from datasets import DATA_SETS, Source, all_shapes, files_below, folder_of, form_of, home, left_out, plain
 
@@ -36,7 +35,7 @@ class Pairs(Source):
     def mask(self, i, size):
         path = Path(self.root, self.rows[i][1])
         mask = read_mask(path, self.values)
-        if tuple(mask.shape) != tuple(size):
+        if mask.shape != size:
             raise UserError(f"{path}: {tuple(mask.shape)} (H, W), expected its image's {tuple(size)}")
         return mask
 
@@ -48,8 +47,8 @@ class Pairs(Source):
         colours = {}
         with Image.open(path) as picture:
             if picture.mode == "P" and not isinstance(next(iter(self.values)), tuple):
-                table = picture.getpalette("RGB")
-                colours = {value: table[3 * value:3 * value + 3] for _, value in picture.getcolors()}
+                rgb = picture.getpalette("RGB")
+                colours = {value: rgb[3 * value:3 * value + 3] for _, value in picture.getcolors()}
         return path, pixels, is_turned, colours
 
 
@@ -62,7 +61,7 @@ def training_and_validation(args, classes):
     both = {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val or []))}
     if both:
         raise UserError(f"{min(both)}: is a training and a validation image; put it in one list")
-    if args.labels is not None:
+    if args.labels:
         if args.labels > len(train):
             raise UserError(f"--labels {args.labels}: there are {len(train)} labelled images")
         train = train.subset(sorted(ranking(train, args.seed)[:args.labels]))
@@ -70,10 +69,8 @@ def training_and_validation(args, classes):
 
 
 def labelled(args, classes):
-    """{"train": source, "val": source}, without empty ones. Images of a --val-list alone or of --val-fraction
-    are not trained on."""
-    sources = {part: images_of(args, classes, part) for part in ("train", "val")}
-    train, val = sources["train"], sources["val"]
+    """{"train": source, "val": source}, without empty ones. With --val-list alone the other images train."""
+    train, val = (images_of(args, classes, part) for part in ("train", "val"))
     if train and args.val_fraction is not None:
         if val:
             raise UserError(f"--val-fraction {args.val_fraction}: there are validation images; drop it")
@@ -81,12 +78,12 @@ def labelled(args, classes):
         if not 0 < count < len(train):
             raise UserError(f"--val-fraction {args.val_fraction}: {count} of {len(train)} images")
         ranked = ranking(train, "validation")
-        sources["train"] = train.subset(sorted(ranked[count:]))
-        sources["val"] = train.subset(sorted(ranked[:count]))
+        val = train.subset(sorted(ranked[:count]))
+        train = train.subset(sorted(ranked[count:]))
     elif train and args.val_list and not args.train_list:
         held_out = {*val.rows}
-        sources["train"] = train.subset([i for i, row in enumerate(train.rows) if row not in held_out])
-    return {part: source for part, source in sources.items() if source}
+        train = train.subset([i for i, row in enumerate(train.rows) if row not in held_out])
+    return {part: source for part, source in (("train", train), ("val", val)) if source}
 
 
 def images_of(args, classes, part):
@@ -123,7 +120,7 @@ def images_of(args, classes, part):
     return Pairs(rows, f"{len(rows)} pairs{note}", folders, root, classes.values)
 
 
-# ---- Images and their masks
+# ---- Pairs
 
 
 class Pair(NamedTuple):
@@ -161,15 +158,15 @@ def matches(root, pattern, without=()):
 def select(list_file, root, own, pairs):
     """The pairs that a text file lists, in its order.
 
-    A line names an image by its path (after any other folders) or by its text for `*`; if both parts have one
-    of this text, that in `own` is meant. Its mask may follow, named alike, after a tab or space.
+    A line names an image by its path (after any other folders) or by its text for `*`; if both parts have
+    this text, the pair in `own` is taken. The mask may follow after a space or tab, named in either way.
     """
     pairs = [pair for pair in pairs if pair.image]
     by_path = {plain(pair.image): pair for pair in pairs}
     by_star = {pair.star: pair for pair in [*pairs, *own] if pair.image}
     chosen = {}  # {pair: None}, a set in order
     lines = Path(list_file).read_text("utf-8-sig", "surrogateescape").splitlines()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, 1):
         line = plain(line.strip())
         if not line:
             continue
@@ -185,7 +182,7 @@ def select(list_file, root, own, pairs):
             problem = "is there again"
         if problem:
             raise UserError(f"{list_file}, line {number}: {line!r} {problem}; expected each image once, by "
-                            "its path or its text for *, alone or with its mask")
+                            "path or text for *, alone or with its mask")
         chosen[pair] = None
     if not chosen:
         raise UserError(f"{list_file}: empty; expected one image per line")
@@ -194,7 +191,7 @@ def select(list_file, root, own, pairs):
 
 def parts_of(line, by_path, by_star):
     """(the pair whose image a line names or None, this name, the text after it). Names may hold spaces."""
-    ends = [*[gap.start() for gap in re.finditer(r"\s+", line)], len(line)]
+    ends = [gap.start() for gap in re.finditer(r"\s+|$", line)]
     for end in reversed(ends):  # the longest name
         pair = by_path.get(line[:end]) or by_star.get(line[:end])
         if pair:
@@ -261,12 +258,9 @@ def read_classes(path):
     for i, line in enumerate(lines):
         numbers = tuple(map(int, takewhile(str.isdecimal, line.split())))
         name = "".join(line.split(maxsplit=len(numbers))[len(numbers):]).strip()
-        if len(numbers) == 0:
-            key = i
-        elif len(numbers) == 3:
-            key = numbers
-        else:
-            key = numbers[0]
+        key = i
+        if numbers:
+            key = numbers if len(numbers) == 3 else numbers[0]
         if i == 0:
             form = len(numbers)
             if form == 0:
@@ -300,7 +294,7 @@ def ranking(source, seed):
 
 
 def survey(parts, classes):
-    """The share of each class in up to 500 masks of each part, as a table, and remarks.
+    """A table of the share of each class in up to 500 masks of each part, and remarks.
 
     UserError for unknown values, another size than the image's, a value of two colours (a palette may be its
     file's own), fewer than two classes.
@@ -321,10 +315,10 @@ def survey(parts, classes):
         shares[part] = pixels[[*range(len(classes.names)), IGNORE]] / pixels.sum()
     if (shares["train"][:-1] > 0).sum() < 2:
         raise UserError(f"{parts['train'].root}: the training masks hold fewer than two of "
-                        f"{', '.join(classes.names[:8])}; in a classes.txt of names line n is value n")
+                        f"{classes.names[:8]}; in a classes.txt of names line n is value n")
     rows = [(name, *[f"{share[k]:.2%}" for share in shares.values()])
             for k, name in enumerate([*classes.names, "ignored"])]
-    text = common.table([("of the pixels", *shares), *rows])
+    text = table([("of the pixels", *shares), *rows])
     if turned:
         text += f"\n{turned} of {looked_at} images are turned upright by EXIF, masks never"
     for name in classes.names:

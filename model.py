@@ -1,13 +1,13 @@
 """The networks of Figure 2 and section 4.3: two encoders, the decoder, and the UNet that joins them.
 
-    unet = build_unet("hybrid", width=1, out_channels=3)  # R50+ViT-B/16, decoder [1024, 512, 256, 128, 64]
+    unet = build_unet("hybrid", width=1, out_channels=3)  # encoder R50+ViT-B/16
     load_encoder_weights(unet.encoder, "R50+ViT-B_16.npz")
-    eps_hat = unet(x)              # (B, 3, H, W) in [-1, 1] -> (B, 3, H, W), any H, W
+    eps_hat = unet(x)              # x: (B, 3, H, W) in [-1, 1], any H and W
     unet.decoder.replace_head(19)  # segmentation: (B, 19, H, W) logits
 
-UNet(encoder) takes any encoder that has two tuples, `channels` and `strides` (powers of two up to 32), from
-finest to coarsest. It takes (B, 3, H, W) in [-1, 1], where strides[-1] divides H and W, and returns one map
-(B, channels[i], H / strides[i], W / strides[i]) per stride.
+UNet(encoder) takes any encoder with two tuples, `channels` and `strides` (powers of two up to 32), finest
+first. It gets (B, 3, H, W) in [-1, 1], where strides[-1] divides H and W, and returns a map (B, channels[i],
+H / strides[i], W / strides[i]) per stride.
 """
 import argparse
 import math
@@ -29,7 +29,7 @@ def build_encoder(name, image_size=None):
     if name == "hybrid-small":  # for the toy data on a CPU
         return HybridViT(stem=48, widths=(16, 24, 32), units=(1, 2, 2), dim=128, depth=2, heads=4,
                          mlp_dim=256, image_size=image_size or 64)
-    if name == "resnet50":  # Table 7
+    if name == "resnet50":
         return ResNet50()
     raise ValueError(f"{name}: expected one of {', '.join(ENCODERS)}")
 
@@ -50,7 +50,7 @@ def unet_of(checkpoint):
 
 
 def same_padding(x, kernel, stride, value=0.0):
-    """Pad x as JAX's SAME: ceil(size / stride) outputs, an odd row below, an odd column to the right."""
+    """Pad x as JAX's SAME: ceil(size / stride) outputs, odd rows below, odd columns to the right."""
     rows, columns = (max(kernel - (size % stride or stride), 0) for size in x.shape[-2:])
     if not rows and not columns:
         return x
@@ -59,20 +59,16 @@ def same_padding(x, kernel, stride, value=0.0):
 
 
 class StdConv2d(nn.Conv2d):
-    """Convolution with SAME padding and weights standardised for each output channel, no bias."""
-
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1):
-        super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
+    """Convolution with SAME padding and weights standardised per output channel."""
 
     def forward(self, x):
         std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        weight = (self.weight - mean) / (std + 1e-5)  # in Google's code, too, epsilon is outside the root
-        return F.conv2d(same_padding(x, self.kernel_size[0], self.stride[0]), weight, stride=self.stride)
+        weight = (self.weight - mean) / (std + 1e-5)  # epsilon outside the root, as Google's
+        return F.conv2d(same_padding(x, self.kernel_size[0], self.stride[0]), weight, self.bias, self.stride)
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in its input's dtype; its kernel sums in float32. CUDA's autocast would make its output, and
-    all up to the next convolution, float32: twice the memory."""
+    """GroupNorm in its input's dtype, sums in float32. CUDA's autocast returns float32: twice the memory."""
 
     def forward(self, x):
         if x.dtype == self.weight.dtype:
@@ -97,11 +93,11 @@ class ResidualUnit(nn.Module):
         out_channels = 4 * width
         self.conv_proj = None
         if in_channels != out_channels or stride != 1:
-            self.conv_proj = StdConv2d(in_channels, out_channels, 1, stride)
+            self.conv_proj = StdConv2d(in_channels, out_channels, 1, stride, bias=False)
             self.gn_proj = group_norm(out_channels)
-        self.conv1, self.gn1 = StdConv2d(in_channels, width, 1), group_norm(width)
-        self.conv2, self.gn2 = StdConv2d(width, width, 3, stride), group_norm(width)
-        self.conv3, self.gn3 = StdConv2d(width, out_channels, 1), group_norm(out_channels)
+        self.conv1, self.gn1 = StdConv2d(in_channels, width, 1, bias=False), group_norm(width)
+        self.conv2, self.gn2 = StdConv2d(width, width, 3, stride, bias=False), group_norm(width)
+        self.conv3, self.gn3 = StdConv2d(width, out_channels, 1, bias=False), group_norm(out_channels)
         nn.init.zeros_(self.gn3.weight)  # a fresh unit starts as its shortcut
 
     def forward(self, x):
@@ -126,30 +122,28 @@ class TransformerBlock(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x):
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, heads, N, dim / heads)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim)
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, dim / heads)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         x = x + self.proj(y)
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))  # as Google's
 
 
 class HybridViT(nn.Module):
-    """A ResNet down to stride 16, then a ViT on its positions. The defaults are Google's R50+ViT-B/16.
+    """A ResNet to stride 16, then a ViT on its positions. The defaults are Google's R50+ViT-B/16.
 
-    stem: channels of the root convolution. widths, units: bottleneck widths and numbers of units at strides
-    4, 8 and 16.
-    image_size: sets the position grid (224: 14x14), which is interpolated for other sizes.
+    stem: the root convolution's channels. widths, units: bottleneck widths and counts at strides 4, 8, 16.
+    image_size: sets the position grid (224: 14x14), interpolated for other sizes.
 
-    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (before the max-pool), 4, 8 and 16 (after the last
-    LayerNorm). PAPER SILENT on the class token: it takes part in the attention and is then dropped.
+    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2, 4, 8 and 16 (after the last LayerNorm).
+    PAPER SILENT on the class token: here attended to, then dropped.
     """
 
     def __init__(self, stem=64, widths=(64, 128, 256), units=(3, 4, 9), dim=768, depth=12, heads=12,
                  mlp_dim=3072, image_size=224):
         super().__init__()
         self.channels, self.strides = (stem, 4 * widths[0], 4 * widths[1], dim), (2, 4, 8, 16)
-        self.conv_root, self.gn_root = StdConv2d(3, stem, 7, stride=2), group_norm(stem)
+        self.conv_root, self.gn_root = StdConv2d(3, stem, 7, stride=2, bias=False), group_norm(stem)
         self.block1 = self._block(stem, widths[0], units[0], stride=1)
         self.block2 = self._block(4 * widths[0], widths[1], units[1], stride=2)
         self.block3 = self._block(4 * widths[1], widths[2], units[2], stride=2)
@@ -197,14 +191,14 @@ class HybridViT(nn.Module):
 class ResNet50(nn.Module):
     """torchvision's ResNet-50 (v1.5) without its classifier, under the same names.
 
-    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2 (after conv1, bn1, ReLU), 4, 8, 16 and 32.
-    batch_statistics: PAPER SILENT on BatchNorm in training mode. False: the stored statistics, which never
-    change. True: those of the batch, which fresh weights need.
+    forward: (B, 3, H, W) in [-1, 1] -> maps at strides 2, 4, 8, 16 and 32.
+    batch_statistics: PAPER SILENT on BatchNorm in training. False: the stored statistics, which never change.
+    True: those of the batch, which fresh weights need.
     """
 
     def __init__(self):
         super().__init__()
-        from torchvision.models import resnet50  # here, as the rest needs torch alone
+        from torchvision.models import resnet50  # the rest needs torch alone
         self.channels, self.strides = (64, 256, 512, 1024, 2048), (2, 4, 8, 16, 32)
         self.batch_statistics = False
         net = resnet50(weights=None, zero_init_residual=True)
@@ -237,7 +231,7 @@ class ResNet50(nn.Module):
 class UpsampledConv2d(nn.Conv2d):
     """Upsample x by 2, concatenate the skip, convolve: (B, I, H, W), (B, S, 2H, 2W) -> (B, O, 2H, 2W).
 
-    These two lines do the same and can replace forward(x, skip):
+    These two lines do the same as forward(x, skip):
 
         x = torch.cat([F.interpolate(x, scale_factor=2), skip], dim=1)
         return F.conv2d(x, self.weight, padding=1)
@@ -257,7 +251,7 @@ class UpsampledConv2d(nn.Conv2d):
 
 
 def upsample_conv_coarse(x, weight):
-    """9 multiply-adds: multiply x by each of the nine taps, then add up what each output position sees."""
+    """9 multiply-adds: multiply x by each of the nine taps, then add up what each output sees."""
     taps = weight.permute(2, 3, 0, 1).flatten(0, 2)  # (9 O, I)
     products = F.linear(x.permute(0, 2, 3, 1), taps).unflatten(3, (3, 3, -1))  # (B, H, W, 3, 3, O)
     rows = sum_taps(products, dim=1)  # (B, 2H, W, 3, O)
@@ -265,9 +259,9 @@ def upsample_conv_coarse(x, weight):
 
 
 def sum_taps(products, dim):
-    """A 3-tap convolution along `dim` of a signal upsampled by 2, where 2i and 2i + 1 are copies of input i.
+    """A 3-tap convolution along `dim` after upsampling by 2: 2i and 2i + 1 are copies of input i.
 
-    products: of the n inputs with the taps before, at and after the centre (dimension 3). Returns 2n sums.
+    products: of n inputs with the taps before, at and after the centre (dimension 3). Returns 2n sums.
     """
     before, here, after = products.unbind(3)
     n, zero = here.shape[dim], torch.zeros_like(here.narrow(dim, 0, 1))
@@ -277,8 +271,7 @@ def sum_taps(products, dim):
 
 
 def upsample_conv_fine(x, weight):
-    """16 multiply-adds: a 4x4 transposed convolution, whose kernel is the sum of four shifted copies of the
-    3x3 kernel."""
+    """16 multiply-adds: a 4x4 transposed convolution with the sum of four shifted copies of the kernel."""
     kernel = weight.flip(2, 3).transpose(0, 1)  # (I, O, 3, 3)
     kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # (I, O, 4, 3)
     kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # (I, O, 4, 4)
@@ -288,7 +281,7 @@ def upsample_conv_fine(x, weight):
 class DecoderNorm(nn.Module):
     """GroupNorm, which suits small batches. Conditioning (4.4) adds a scale and shift per channel.
 
-    PAPER SILENT on the norm and on how to condition it: here linear in gamma's embedding.
+    PAPER SILENT on the norm and its conditioning: here linear in gamma's embedding.
     """
 
     def __init__(self, channels, gamma_dim):
@@ -310,8 +303,8 @@ class DecoderNorm(nn.Module):
 class DecoderBlock(nn.Module):
     """Upsample by 2, concatenate the skip, then 3x3 convolution, norm and ReLU, twice (Figure 2).
 
-    PAPER SILENT on the block, but it names TransUNet (Chen et al., 2021). This is TransUNet's with GroupNorm
-    for BatchNorm and nearest for bilinear upsampling.
+    PAPER SILENT on the block; it names TransUNet (Chen et al., 2021). Here TransUNet's, with GroupNorm for
+    BatchNorm and nearest for bilinear upsampling.
     """
 
     def __init__(self, in_channels, skip_channels, out_channels, upsample_conv, gamma_dim=None):
@@ -337,7 +330,7 @@ class UNetDecoder(nn.Module):
 
     channels, strides: the encoder's. width: 1, 2 or 3 in the paper.
     PAPER SILENT on five blocks at the hybrid's stride 16: here the last four upsample.
-    PAPER SILENT on the skips: here every map but the coarsest is one.
+    PAPER SILENT on the skips: here all maps but the coarsest.
 
     forward: maps, finest first, and size (H, W) -> (B, out_channels, H, W). gamma: see UNet.
     """
@@ -349,14 +342,13 @@ class UNetDecoder(nn.Module):
         self.gamma_mlp = nn.Sequential(nn.Linear(64, 256), nn.SiLU()) if condition_on_gamma else None
         self.strides, self.blocks = strides, nn.ModuleList()
         self.block_strides = [min(stride, strides[-1]) for stride in (16, 8, 4, 2, 1)]
-        skip_channels = dict(zip(strides[:-1], channels))
+        skips = dict(zip(strides[:-1], channels))
         stride, in_channels = strides[-1], channels[-1]
         for features, end in zip((1024, 512, 256, 128, 64), self.block_strides):
             out, upsample_conv = round(width * features), None
             if end < stride:
                 upsample_conv = upsample_conv_coarse if end >= 8 else upsample_conv_fine  # faster on CPUs
-            skip = skip_channels.get(end, 0)
-            self.blocks.append(DecoderBlock(in_channels, skip, out, upsample_conv, gamma_dim))
+            self.blocks.append(DecoderBlock(in_channels, skips.get(end, 0), out, upsample_conv, gamma_dim))
             stride, in_channels = end, out
         self.replace_head(out_channels)
 
@@ -421,8 +413,7 @@ class Classifier(nn.Module):
 
 
 def use_batch_statistics(model, sync):
-    """Make a ResNet-50 normalise with the batch's statistics; other encoders stay. sync: with those of all
-    processes, on CUDA only (PAPER SILENT)."""
+    """Let a ResNet-50 use the batch's statistics; sync: all processes', on CUDA only (PAPER SILENT)."""
     if isinstance(model.encoder, ResNet50):
         model.encoder.batch_statistics = True
         if sync:
@@ -451,11 +442,11 @@ def load_encoder_weights(encoder, source):
 
 
 def load_weights(model, state, source, fresh=()):
-    """Set every tensor of `model`, except names that begin with one of `fresh`. Raises ValueError."""
+    """Set every tensor of `model`, but names that begin with one of `fresh`. Raises ValueError."""
     ours, theirs = ({k: v for k, v in tensors.items() if not k.startswith(fresh)}
                     for tensors in (model.state_dict(), state))
     shared, missing = ours.keys() & theirs.keys(), ours.keys() - theirs.keys()
-    missing = {k for k in missing if not k.endswith("num_batches_tracked")}  # unused, not in older files
+    missing = {k for k in missing if not k.endswith("num_batches_tracked")}  # not in older files
     faults = {"missing": missing, "unexpected": theirs.keys() - ours.keys(),
               "of another shape": {k for k in shared if ours[k].shape != theirs[k].shape},
               "not finite": {k for k in shared if not theirs[k].isfinite().all()}}
@@ -474,9 +465,6 @@ def read_weights(source):
     state = file = read_file(download(source) if source in PUBLISHED else source)
     for wrapper in ("model", "state_dict"):
         if isinstance(state.get(wrapper), dict):
-            others = [key for key, value in state.items() if key != wrapper and holds_tensors(value)]
-            if others and os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"{source}: takes the weights {wrapper}, not {others}")
             state = state[wrapper]
     state = {str(k).removeprefix("module."): v for k, v in state.items()}  # DDP's prefix
     state = {k: v for k, v in state.items() if not re.match("(head|fc|fc_norm|pre_logits)[./]", k)}
@@ -499,10 +487,6 @@ def read_weights(source):
     return state, made_with
 
 
-def holds_tensors(value):
-    return isinstance(value, dict) and any(isinstance(part, torch.Tensor) for part in value.values())
-
-
 def read_file(path):
     """The dict in a file of torch.save, .npz or .safetensors."""
     try:
@@ -514,7 +498,7 @@ def read_file(path):
             return dict(numpy.load(path))
         with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision saves one
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many kinds
+    except Exception as error:  # damaged files raise all kinds
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: cannot be read as weights ({type(error).__name__}: {reason})") from None
     if not isinstance(content, dict):
@@ -527,10 +511,10 @@ def download(name):
     address, sha256 = PUBLISHED[name]
     path = f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(address)}"
     if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(address, path, sha256)
-        except (OSError, RuntimeError) as error:  # no network, or another hash
+        except (OSError, RuntimeError) as error:  # no network, another hash, no space
             raise ValueError(f"{name}: cannot fetch {address} ({error}); pass the path of a copy") from None
     return path
 
@@ -572,7 +556,7 @@ def from_timm(tensors):
 
 
 def rename(state, patterns):
-    """Apply {regular expression: replacement} to every name, one after the other."""
+    """Apply {regular expression: replacement} to every name, in turn."""
     for pattern, replacement in patterns.items():
         state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
     return state

@@ -51,9 +51,7 @@ def writer(folder, source, classes):
     stems = [os.path.splitext(name)[0] for name in names]
     if len(set(stems)) == len(stems):  # not so for a.jpg and a.png
         names = stems
-    value_of = {}
-    for value, k in classes.values.items():
-        value_of.setdefault(k, value)  # the first value of each class
+    value_of = {k: value for value, k in reversed(classes.values.items())}  # the first value of each class
     in_colours = isinstance(value_of[0], tuple)
     index_of = np.array([k if in_colours else value_of[k] for k in range(len(classes.names))], np.uint8)
     palette = np.zeros((256, 3), np.uint8)

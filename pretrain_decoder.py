@@ -2,17 +2,17 @@
 
     python pretrain_decoder.py --gamma 0.95   # toy data, on a CPU; runs stage 1 if needed
     python pretrain_decoder.py --data folder --root photos --encoder-weights imagenet21k   # one GPU
-    torchrun --nproc_per_node=8 pretrain_decoder.py --data imagenet21k --root /data/imagenet21k \\
-        --encoder-weights imagenet21k   # eight GPUs
+    torchrun --nproc_per_node=8 pretrain_decoder.py --data imagenet21k --root imagenet21k \\
+        --encoder-weights imagenet21k
 
 Input: images without labels and, for DDeP, a trained encoder. Output in --out: last.pt, for --init of
 finetune.py; log.jsonl; panel.png; metrics.json.
 
-DDeP (Eq. 6) trains the decoder g_phi; the encoder f_theta is frozen. e, `eps` below, is unit Gaussian noise:
+DDeP (Eq. 6) trains the decoder g_phi; the encoder f_theta is frozen. e (`eps`) is unit Gaussian noise:
 
     O4(phi | theta, gamma) = E_x E_e || g_phi(f_theta(sqrt(gamma) x + sqrt(1 - gamma) e)) - e ||^2
 
-DeP (section 2) trains both, from random weights by default.
+DeP (§2) trains both, from random weights by default.
 """
 import os
 
@@ -22,16 +22,16 @@ from torch.utils.data import DataLoader
 import common
 import noise
 import pretrain_encoder
-from common import UserError, say
+from common import UserError, number, say
 from data import Order, Samples, pretraining_transform, to_pixels
 from datasets import UNLABELLED
 from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet_of, use_batch_statistics
 from pictures import picture_table
 from unlabelled import pretraining_images
 
-# "paper": section 5.1. PAPER SILENT on DeP but for Table 2 (6000 epochs, sigma 0.8) and Eq. 5 (5.2): as DDeP
-# PAPER SILENT on weight decay and warm-up in pretraining: none on real data
-# PAPER SILENT on where Adam and a cosine are used (5.1): here in stages 2 and 3
+# "paper": §5.1. PAPER SILENT on DeP, but for 6000 epochs and sigma 0.8 (Table 2) and Eq. 5 (5.2): as DDeP
+# PAPER SILENT on weight decay and warm-up: none on real data
+# PAPER SILENT on where Adam and a cosine are used (5.1): here Adam in stages 2 and 3, a cosine in all
 RECIPES = {
     "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=3e-3, warmup=0.02, weight_decay=0.0,
                    image_size=64, min_area=0.5, workers=0, save_every=400),
@@ -45,19 +45,19 @@ def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
     add, level = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--method", choices=("ddep", "dep"), default="ddep", help="dep trains the encoder too (ddep)")
-    level.add_argument("--gamma", type=common.number(float, 0, 1), nargs="+", metavar="G",
+    level.add_argument("--gamma", type=number(float, 0, 1), nargs="+", metavar="G",
                        help="of Eq. 5 (0.95), or two: drawn between them for each image (§4.4)")
-    level.add_argument("--sigma", type=common.number(float, 0), help="use the noise of Eq. 1 instead")
+    level.add_argument("--sigma", type=number(float, 0), help="noise of Eq. 1 instead")
     add("--target", choices=("noise", "image"), default="noise", help="what to predict (%(default)s; §3.2)")
-    add("--condition", action="store_true", help="the decoder is told gamma (§4.4)")
+    add("--condition", action="store_true", help="tell the decoder gamma (§4.4)")
     add("--encoder", choices=ENCODERS, help="(as in the weights, else hybrid; shapes: hybrid-small)")
     add("--encoder-weights", metavar="PATH", help="last.pt of stage 1, or a download: imagenet21k (hybrid), "
         "imagenet1k (resnet50; PAPER SILENT on which weights)")
-    add("--width", type=common.number(float, 1 / 64), metavar="W",
+    add("--width", type=number(float, 1 / 64), metavar="W",
         help="decoder of [1024, 512, 256, 128, 64] * W (1; shapes: 1/4; §4.3)")
     common.add_data_flags(parser, UNLABELLED)
-    add("--image-size", type=common.number(int, 32), help="side of the crops (%(default)s; §5.1)")
-    add("--min-area", type=common.number(float, 0, 1),
+    add("--image-size", type=number(int, 32), help="side of the crops (%(default)s; §5.1)")
+    add("--min-area", type=number(float, 0, 1),
         help="smallest share of the image in a crop; PAPER SILENT (%(default)s)")
     common.add_training_flags(parser)
     args = parser.parse(RECIPES, argv)
@@ -70,15 +70,15 @@ def parse_arguments(argv=None):
 
 
 def toy_encoder(args, rank):
-    """The path of the toy encoder, which stage 1 trains first if it is missing."""
+    """The path of the toy encoder. Stage 1 trains it if it is missing."""
     if args.data != "shapes" or args.encoder not in (None, "hybrid-small"):
         raise UserError("DDeP needs an encoder: pass --encoder-weights PATH or imagenet21k")
     path, finished = f"{TOY_ENCODER}/last.pt", f"{TOY_ENCODER}/metrics.json"
-    common.require_same(finished, os.path.exists(finished))  # else some would train it, and others not
+    common.require_same(finished, os.path.exists(finished))  # else only some would train it
     if not os.path.exists(finished):
         say(f"stage 1 trains an encoder first, in {TOY_ENCODER}", rank)
         pretrain_encoder.main(["--out", TOY_ENCODER, "--device", args.device])
-        common.require_same(path, None)  # waits: the first process may still be writing
+        common.wait()  # the first process may still be writing
         common.require_same(path, os.path.exists(path))
     return path
 
@@ -89,7 +89,7 @@ def denoising_network(args, source):
     with common.local_first():
         state, made_with = read_weights(source) if source else ({}, {})
     made_with.pop("width", None)  # a decoder in the file is not used
-    model_args = dict(**common.network_args(args, made_with, source), condition_on_gamma=args.condition)
+    model_args = dict(common.network_args(args, made_with, source), condition_on_gamma=args.condition)
     torch.manual_seed(args.seed)  # after stage 1, which draws too
     model = build_unet(**model_args)
     if source:
@@ -110,8 +110,9 @@ def add_noise(args, x, seeds):
 def main():
     args = parse_arguments()
     rank, world, device, precision = common.start_processes(args)
+    cuda = device.type == "cuda"
 
-    # Data: images
+    # Data
     with common.local_first():
         images = pretraining_images(args)
     steps = common.number_of_steps(args, len(images), world)
@@ -129,7 +130,7 @@ def main():
     if args.method == "ddep":
         freeze(model.encoder)  # before DDP sees its parameters
     elif args.encoder_weights is None:  # a new ResNet-50 has no BatchNorm statistics
-        use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
+        use_batch_statistics(model, sync=world > 1 and cuda)
     network = common.prepare_for_training(model, args, device, world)
 
     # PAPER SILENT on the betas of Adam: torch's defaults
@@ -143,17 +144,16 @@ def main():
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
-    pinned = device.type == "cuda"
-    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers, pin_memory=pinned))
+    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers, pin_memory=cuda))
     log = common.Log(args.out, start, steps, rank)
     say(f"stage 2: {args.method}, {model_args}, {images.note}, {start} of {steps} steps done, "
         f"{world} x {device}, {precision}", rank)
     for step in range(start + 1, steps + 1):
         optimizer.zero_grad()
-        loss = torch.zeros((), device=device)
-        for _ in range(order.parts):  # micro-batches, whose losses and gradients add up to the global batch's
+        loss = 0
+        for _ in range(order.parts):  # micro-batches: their gradients add up
             batch = next(batches)
-            x = to_pixels(batch["image"].to(device, non_blocking=pinned))  # (B, 3, H, W) in [-1, 1]
+            x = to_pixels(batch["image"].to(device, non_blocking=cuda))  # (B, 3, H, W) in [-1, 1]
             x_noisy, eps, gamma = add_noise(args, x, batch["noise_seed"])
             with common.autocast(precision, device):
                 prediction = network(x_noisy, gamma)  # (B, 3, H, W)
@@ -162,7 +162,11 @@ def main():
             scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
         rate = common.cosine_rate(step - 1, steps, peak_rate, args.warmup)
-        loss = common.optimizer_step(step, loss, optimizer, scaler, rate)
+        optimizer.param_groups[0]["lr"] = rate
+        scaler.unscale_(optimizer)  # undoes fp16's scale
+        loss = common.finite_loss(step, loss, optimizer, scaler)
+        scaler.step(optimizer)
+        scaler.update()
         log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save_checkpoint(args, step, model, model_args, optimizer, scaler, made_of)
@@ -190,10 +194,10 @@ def look_at(args, model, samples, device):
     factor = (target * x_noisy).sum() / x_noisy.square().sum()
     loss_of_multiple = noise.denoising_loss(factor * x_noisy, target).item()
     say(f"denoising loss {loss:.4f}; {factor:.3f} times the noisy image has {loss_of_multiple:.4f}")
-    if loss >= loss_of_multiple:
+    if loss >= loss_of_multiple and 0 < gamma.min() and gamma.max() < 1:  # there is a task
         say("WARNING: the network is no better; raise --steps or change --lr")
 
-    # Each map is replaced by its mean. If the loss does not rise, the decoder ignores the map
+    # Each map is replaced by its mean over the images. If the loss does not rise, the decoder ignores the map
     rises = {}
     for i, stride in enumerate(model.encoder.strides):
         changed = list(maps)

@@ -1,8 +1,8 @@
-"""Stage 1: train the encoder to classify images (section 2).
+"""Stage 1: train the encoder to classify images (§2).
 
     python pretrain_encoder.py   # toy data, on a CPU
     python pretrain_encoder.py --data folder --root imagenet   # one GPU
-    torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k   # eight GPUs
+    torchrun --nproc_per_node=8 pretrain_encoder.py --data imagenet21k --root imagenet21k
 
 Input: a folder per class (root/train/<class>/ or root/<class>/) or, for imagenet21k, a .tar file. Output in
 --out: last.pt, for --encoder-weights of stage 2; log.jsonl; metrics.json.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import common
-from common import say
+from common import number, say
 from data import Order, Samples, pretraining_transform, to_pixels
 from datasets import CLASSIFIED
 from model import ENCODERS, Classifier, build_encoder, use_batch_statistics
@@ -30,11 +30,10 @@ RECIPES = {  # PAPER SILENT on all settings of stage 1: "paper" has those usual 
 def parse_arguments(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("--encoder", choices=ENCODERS, help="the network (%(default)s)")
+    add("--encoder", choices=ENCODERS, help="(%(default)s)")
     common.add_data_flags(parser, CLASSIFIED)
-    add("--image-size", type=common.number(int, 32), help="side of the crops (%(default)s)")
-    add("--min-area", type=common.number(float, 0, 1),
-        help="smallest share of the image in a crop (%(default)s)")
+    add("--image-size", type=number(int, 32), help="side of the crops (%(default)s)")
+    add("--min-area", type=number(float, 0, 1), help="smallest share of the image in a crop (%(default)s)")
     common.add_training_flags(parser)
     args = parser.parse(RECIPES, argv)
     args.out = args.out or f"runs/{args.data}/pretrain_encoder"
@@ -44,8 +43,9 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     rank, world, device, precision = common.start_processes(args)
+    cuda = device.type == "cuda"
 
-    # Data: images and their classes
+    # Data
     with common.local_first():
         images, names = classification_images(args)
     steps = common.number_of_steps(args, len(images), world)
@@ -57,7 +57,7 @@ def main(argv=None):
     model = Classifier(build_encoder(args.encoder), len(names))
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-    use_batch_statistics(model, sync=world > 1 and device.type == "cuda")
+    use_batch_statistics(model, sync=world > 1 and cuda)
     network = common.prepare_for_training(model, args, device, world)
 
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
@@ -66,25 +66,28 @@ def main(argv=None):
 
     samples = Samples(images, pretraining_transform(args.image_size, args.min_area), args.seed, replace=True)
     order = Order(len(images), args.batch_size, args.micro_batch, steps, args.seed, start, rank, world)
-    pinned = device.type == "cuda"
-    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers, pin_memory=pinned))
+    batches = iter(DataLoader(samples, batch_sampler=order, num_workers=args.workers, pin_memory=cuda))
     log = common.Log(args.out, start, steps, rank)
-    say(f"stage 1: {args.encoder}, {len(names)} classes ({', '.join(names[:8])} ...), {images.note}, {start} "
+    say(f"stage 1: {args.encoder}, {len(names)} classes, {names[:8]}, {images.note}, {start} "
         f"of {steps} steps done, {world} x {device}, {precision}", rank)
     for step in range(start + 1, steps + 1):
         optimizer.zero_grad()
-        loss = torch.zeros((), device=device)
-        for _ in range(order.parts):  # micro-batches, whose losses and gradients add up to the global batch's
+        loss = 0
+        for _ in range(order.parts):  # micro-batches: their gradients add up
             batch = next(batches)
-            x = to_pixels(batch["image"].to(device, non_blocking=pinned))  # (B, 3, H, W) in [-1, 1]
-            label = batch["label"].to(device, non_blocking=pinned)  # (B,)
+            x = to_pixels(batch["image"].to(device, non_blocking=cuda))  # (B, 3, H, W) in [-1, 1]
+            label = batch["label"].to(device, non_blocking=cuda)  # (B,)
             with common.autocast(precision, device):
                 logits = network(x)  # (B, classes)
             part_loss = F.cross_entropy(logits.float(), label, reduction="sum") / args.batch_size
             scaler.scale(part_loss * world).backward()  # DDP divides by world
             loss += part_loss.detach()
         rate = common.cosine_rate(step - 1, steps, args.lr, args.warmup)
-        loss = common.optimizer_step(step, loss, optimizer, scaler, rate)
+        optimizer.param_groups[0]["lr"] = rate
+        scaler.unscale_(optimizer)  # undoes fp16's scale
+        loss = common.finite_loss(step, loss, optimizer, scaler)
+        scaler.step(optimizer)
+        scaler.update()
         log.write(step, loss=loss, rate=rate)
         if rank == 0 and (step % args.save_every == 0 or step == steps):
             common.save_checkpoint(args, step, model, model_args, optimizer, scaler, made_of,

@@ -1,24 +1,25 @@
-"""Run and print the tables of the paper, and a small comparison on the toy data.
+"""Run and print the paper's tables, or a small comparison on the toy data.
 
     python reproduce.py        # the toy data
     python reproduce.py list   # all tables, with the results so far
     python reproduce.py table6 --root imagenet21k=DIR pascal_context=DIR
 
-A row is how a network is initialised, a column how many labels it is fine-tuned on. Tables share
-the pretrainings.
+Rows are initialisations, columns numbers of labels.
 
-As in 5.1 each cell tries a grid of learning rates and weight decays, with seed 100, and the best mIoU wins.
+As in 5.1 each cell tries a grid of learning rates and weight decays with seed 100; the best mIoU wins.
 Seeds 0, 1, ... then give the table; the toy data has no grid.
-PAPER SILENT on the grid and on what a "task" is: here four by four values from 1e-5 to 3e-4 for each cell.
-PAPER SILENT on the images that choose: here the validation images.
-PAPER SILENT on whether repeats share a pretraining (they do) or a subset of Cityscapes (they do not).
+PAPER SILENT on the grid (here 4 x 4 values, 1e-5 to 3e-4) and on what a "task" is (here each cell).
+PAPER SILENT on the images of that mIoU: here the validation images.
+PAPER SILENT on what repeats share: here the pretraining (not on the toy data), but no subset of Cityscapes.
 """
 import json
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -33,16 +34,16 @@ from common import UserError, say
 
 class Row(NamedTuple):
     init: str           # none, supervised, or flags of pretrain_decoder.py
-    paper: str = ""     # mIoU %, for each column. *: see show()
-    network: str = ""   # --width or --encoder, if not x1 and Hybrid-ViT
-    data: str = ""      # where it is not Table.data
+    paper: str = ""     # mIoU % of each column. *: see show()
+    network: str = ""   # --width or --encoder, if not default
+    data: str = ""      # if not Table.data
 
 
 class Table(NamedTuple):
     title: str
     data: str
     columns: tuple
-    rows: dict          # {name: Row}
+    rows: dict
 
 
 DDEP = "--data imagenet21k --gamma 0.95"  # and the defaults of stage 2
@@ -50,14 +51,16 @@ DDEP = "--data imagenet21k --gamma 0.95"  # and the defaults of stage 2
 DEP = "--method dep --data cityscapes_coarse --epochs 6000"
 DEP_SIGMA = f"{DEP} --sigma 0.8"  # 3.4. PAPER SILENT on Table 1: as Table 2
 SIMPLE = "--data imagenet21k --sigma 0.2294"  # PAPER SILENT on sigma: that of gamma 0.95
-# PAPER SILENT on which images of VOC: here all in JPEGImages
+# PAPER SILENT on the images of VOC: here all in JPEGImages
 VOC, ADE, COARSE = (f"--data {data} --gamma 0.95" for data in ("voc", "ade20k", "cityscapes_coarse"))
 RESNET = "--encoder resnet50"
+TOY = "--data shapes --gamma 0.95 --steps 300"  # and 100 of stage 3: a quarter of an hour on two cores
+PAIRS = (("DDeP", "Supervised"), ("DeP", "No pretraining"))  # equal fresh weights and labels
 CITYSCAPES, FIVE = ("100%", "1/4", "1/8", "1/30"), ("100%", "20%", "10%", "5%", "1%")
 
 
 def three(prefix, none, supervised, ddep, network=""):
-    """The three rows that most of the tables compare."""
+    """The three rows that most tables compare."""
     return {f"{prefix}No pretraining": Row("none", none, network),
             f"{prefix}Supervised": Row("supervised", supervised, network),
             f"{prefix}DDeP": Row(DDEP, ddep, network)}
@@ -67,8 +70,8 @@ TABLES = {
     "shapes": Table("the toy data", "shapes", ("8 labels", "32 labels"), {
         "No pretraining": Row("none"),
         "Supervised": Row("supervised"),
-        "DeP": Row("--method dep --data shapes --gamma 0.95"),
-        "DDeP": Row("--data shapes --gamma 0.95")}),
+        "DeP": Row(f"--method dep {TOY}"),
+        "DDeP": Row(TOY)}),
     "table1": Table("predicting the image or the noise; DeP", "cityscapes", CITYSCAPES, {
         "predict x": Row(f"{DEP_SIGMA} --target image", "70.44 60.87 55.44 41.40"),
         "predict e": Row(DEP_SIGMA, "75.01* 67.26* 61.94 48.36")}),
@@ -91,7 +94,7 @@ TABLES = {
     "table4": Table("fixed or random gamma; x3", "pascal_context", ("100%", "20%", "10%"), {
         "gamma in U(0.9, 0.95)": Row("--data imagenet21k --gamma 0.9 0.95", "59.71 52.53 49.23", "--width 3"),
         "gamma = 0.95": Row(DDEP, "59.97* 53.36* 49.84*", "--width 3")}),
-    # PAPER SILENT on DeP here but for scaled noise: gamma 0.95, the images and the length of Table 2
+    # PAPER SILENT on DeP here but for scaled noise: gamma 0.95, images and length of Table 2
     "figure6": Table("Cityscapes", "cityscapes", CITYSCAPES, {
         **three("x1 ", "63.47 39.63 34.74 25.79", "80.36 75.55 72.56 54.72", "80.72 76.38 73.21 64.48"),
         "x1 DeP": Row(f"{DEP} --gamma 0.95", "79.07 74.68 70.36 61.79"),
@@ -109,21 +112,21 @@ TABLES = {
                 "49.96* 42.76 35.75* 27.29* 10.77*"),
         **three("x3 ", "16.67 5.88 4.20 2.91 1.90", "49.60 41.65 33.04 16.40 5.31",
                 "50.88 43.26 39.01 32.30 16.30", "--width 3")}),
-    "table7": Table("ResNet-50", "pascal_context", FIVE, {
-        **three("", "19.01 8.46 6.72 5.30 2.73", "45.21 24.55 19.27 14.97 6.09",
-                "46.07 30.38 26.39 21.12 9.63", RESNET)}),
+    "table7": Table("ResNet-50", "pascal_context", FIVE,
+        three("", "19.01 8.46 6.72 5.30 2.73", "45.21 24.55 19.27 14.97 6.09",
+              "46.07 30.38 26.39 21.12 9.63", RESNET)),
 }
-# PAPER SILENT on how many images 10% of Cityscapes are: here 298; Table 3's 73.21 is Figure 6's at 1/8
-LABELS = {  # images of a column; all of 100%
+# PAPER SILENT on 10% of Cityscapes: here 298 images; Table 3's 73.21 is Figure 6's at 1/8
+LABELS = {  # images of a column, but 100%
     "shapes": {"8 labels": 8, "32 labels": 32},
     "cityscapes": {"1/4": 744, "1/8": 372, "10%": 298, "5%": 149, "1/30": 100, "2%": 60, "1%": 30},
     "pascal_context": {"20%": 1000, "10%": 500, "5%": 250, "1%": 50},
     "ade20k": {"20%": 4042, "10%": 2021, "5%": 1010, "1%": 202},
 }
 SETS = ("imagenet21k", "voc", "cityscapes", "pascal_context", "ade20k")
-# Repeats (5.1), where they are not ten. PAPER SILENT on Cityscapes at other shares
+# Repeats (5.1), if not ten. PAPER SILENT on Cityscapes at other shares
 REPEATS = {("cityscapes", "1/8"): 6, ("cityscapes", "1/4"): 4, ("pascal_context", "20%"): 5,
-           ("ade20k", "20%"): 5, ("shapes", "8 labels"): 3, ("shapes", "32 labels"): 3}
+           ("ade20k", "20%"): 5, ("shapes", "8 labels"): 4, ("shapes", "32 labels"): 4}
 GRID = [f"--lr {rate} --weight-decay {decay}"
         for rate, decay in product(("1e-5", "3e-5", "1e-4", "3e-4"), repeat=2)]
 SWEEP_SEED = 100
@@ -135,23 +138,23 @@ HERE = Path(__file__).parent
 
 class Run(NamedTuple):
     script: str
-    out: str     # its folder
+    out: str
     words: list  # its flags, --out too
 
     def result(self):
-        """metrics.json, None while the run is not finished."""
+        """metrics.json; None until the run is finished."""
         path = Path(self.out, "metrics.json")
         return json.loads(path.read_text()) if path.exists() else None
 
     def can_start(self):
-        """Whether the pretraining it starts from is finished."""
-        starts = [Path(word) for word in self.words if word.endswith("last.pt")]
-        return all(path.with_name("metrics.json").exists() for path in starts)
+        starts = [word for word in self.words if word.endswith("last.pt")]
+        return all(Path(start).with_name("metrics.json").exists() for start in starts)
 
 
 def run_of(args, script, title, words):
-    """A Run in a folder named after its title."""
     folder = f"{args.out}/{'_'.join(title.replace('--', '').replace('/', '-').split())}"
+    if "shapes" in words:
+        words = [*words, "--device", "cpu"]
     return Run(script, folder, ["--out", folder, *words])
 
 
@@ -161,7 +164,7 @@ def root_of(args, data):
 
 
 def runs_of(args, row, data, column, seed, rates=""):
-    """The runs of one fine-tuning, in order: what it needs, then itself. rates: flags of stage 3."""
+    """The runs before a fine-tuning, in order, and itself. rates: more flags of it."""
     runs, init, network = [], row.init, row.network.split()
     encoder = "imagenet1k" if row.network == RESNET else "imagenet21k"
     if data == "shapes":
@@ -176,7 +179,11 @@ def runs_of(args, row, data, column, seed, rates=""):
         words += root_of(args, words[words.index("--data") + 1])
         if "--method dep" not in init:
             words += ["--encoder-weights", encoder]
-        runs.append(run_of(args, "pretrain_decoder.py", f"pretrain {init} {row.network}", words))
+        title = f"pretrain {init} {row.network}"
+        if data == "shapes":  # the fine-tuning's: both draw the same fresh weights
+            words += ["--seed", str(seed)]
+            title += f" seed {seed}"
+        runs.append(run_of(args, "pretrain_decoder.py", title, words))
         init, network = f"{runs[-1].out}/last.pt", []
     words = ["--data", data, *root_of(args, data), "--init", init, *network]
     if column in LABELS[data]:
@@ -187,7 +194,7 @@ def runs_of(args, row, data, column, seed, rates=""):
 
 
 def best_rates(sweep):
-    """The candidate of GRID with the best mIoU, None while one is not finished."""
+    """GRID's candidate with the best mIoU; None until all are finished."""
     results = [runs[-1].result() for runs in sweep]
     if None in results:
         return None
@@ -196,14 +203,14 @@ def best_rates(sweep):
 
 
 def cells(args):
-    """For each cell of the chosen tables: (table's name, row's name, column, its sweep, its repeats).
+    """For each cell of the chosen tables: (table, row, column, sweep, repeats).
 
-    Both are lists of what runs_of returns; there are no repeats while the sweep is not finished.
+    The last two list what runs_of returns; there are no repeats until the sweep is finished.
     """
     for name in args.tables:
         for (key, row), column in product(TABLES[name].rows.items(), TABLES[name].columns):
             data = row.data or TABLES[name].data
-            sweep, repeats, rates = [], [], ""
+            sweep, repeats, rates = [], [], "--steps 100" if name == "shapes" else ""
             if args.sweep and name != "shapes":
                 sweep = [runs_of(args, row, data, column, SWEEP_SEED, candidate) for candidate in GRID]
                 rates = best_rates(sweep)
@@ -214,31 +221,33 @@ def cells(args):
 
 
 def missing_runs(args):
-    """The runs that are not finished, each once, pretrainings first; with --shard its fine-tunings alone."""
+    """The unfinished runs, each once, pretrainings first; with --shard its fine-tunings alone."""
     every = {run.out: run for *_, sweep, repeats in cells(args) for runs in sweep + repeats for run in runs}
     missing = [run for run in every.values() if run.result() is None]
-    if args.shard:  # by name: a run stays in its shard whatever else is finished
+    if args.shard:  # by name, whatever else is finished
         part, parts = args.shard
         missing = [run for run in missing if run.script == "finetune.py"
                    and zlib.crc32(Path(run.out).name.encode()) % parts == part - 1]
-    return sorted(missing, key=lambda run: run.script, reverse=True)  # the order of the stages
+    return sorted(missing, key=lambda run: run.script, reverse=True)  # stages in order
 
 
 def execute(run):
-    """Run it, its output in output.txt. Returns whether it succeeded."""
-    gpus, output = torch.cuda.device_count(), Path(run.out, "output.txt")
+    """Run it, with an output.txt; return whether it succeeded."""
+    say(f"now {run.out}")
+    gpus, output, environment = torch.cuda.device_count(), Path(run.out, "output.txt"), {**os.environ}
     command = [sys.executable]
-    if gpus > 1 and "shapes" not in run.words:
+    if "shapes" in run.words:
+        environment["OMP_NUM_THREADS"] = "1"
+    elif gpus > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     Path(run.out).mkdir(parents=True, exist_ok=True)
     with open(output, "w") as file:
         command += [f"{HERE}/{run.script}", *run.words]
-        status = subprocess.run(command, stdout=file, stderr=file).returncode
+        status = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
     diverged = status and common.NOT_FINITE in output.read_text(errors="replace")
     if diverged and run.out.endswith(f"seed_{SWEEP_SEED}"):
         common.save(f"{run.out}/metrics.json", {"miou": 0.0})  # not to be chosen
     elif status:
-        say(f"failed: {run.script} {shlex.join(run.words)}; see {output}")
         return False
     if run.script == "finetune.py" and not run.out.endswith("seed_0"):
         Path(run.out, "last.pt").unlink(missing_ok=True)  # there are more than a thousand
@@ -248,25 +257,40 @@ def execute(run):
 # ---- Results
 
 
+def summary(scores, error=False):
+    """Mean ± standard deviation, or standard error, and how many scores."""
+    if not scores:
+        return "-"
+    spread = ""
+    if len(scores) > 1:
+        spread = f" ± {statistics.stdev(scores) / (len(scores) ** 0.5 if error else 1):.1f}"
+    return f"{statistics.mean(scores):.1f}{spread} ({len(scores)})"
+
+
 def show(args):
-    """Our mean ± standard deviation (number of runs) beside the paper's number."""
+    """Our summaries beside the paper's numbers; of the toy data also differences at equal seeds."""
     measured = {}
     for name, key, column, _, repeats in cells(args):
-        done = [100 * runs[-1].result()["miou"] for runs in repeats if runs[-1].result()]
-        if done:
-            spread = f" ± {statistics.stdev(done):.1f}" if len(done) > 1 else ""
-            measured[name, key, column] = f"{statistics.mean(done):.1f}{spread} ({len(done)})"
+        results = enumerate(runs[-1].result() for runs in repeats)
+        measured[name, key, column] = {seed: 100 * (found["miou"] or 0) for seed, found in results if found}
     if args.tables != ["shapes"]:
-        say("* The paper has different numbers for what is one run here (13 runs in all)")
+        say("* The paper has other numbers for the same run, too (13 runs)")
     for name in args.tables:
         table = TABLES[name]
         say(f"\n{name}: {table.title}; mIoU %, ours (runs) / the paper's\n")
         say(f"| | {' | '.join(table.columns)} |\n|---{'|---' * len(table.columns)}|")
         for key, row in table.rows.items():
-            texts = [measured.get((name, key, column), "-") for column in table.columns]
+            texts = [summary(measured[name, key, column].values()) for column in table.columns]
             if row.paper:
                 texts = [f"{ours} / {paper}" for ours, paper in zip(texts, row.paper.split())]
             say(f"| {key} | {' | '.join(texts)} |")
+        for first, second in PAIRS if name == "shapes" else ():
+            texts = []
+            for column in table.columns:
+                left, right = measured[name, first, column], measured[name, second, column]
+                differences = [left[seed] - right[seed] for seed in left if seed in right]
+                texts.append(summary(differences, error=True))
+            say(f"| {first} - {second}, ± standard error | {' | '.join(texts)} |")
 
 
 # ---- The program
@@ -287,8 +311,8 @@ def parse_arguments(argv=None):
     add("--out", default="results", metavar="DIR", help="where all runs go (%(default)s)")
     add("--no-sweep", dest="sweep", action="store_false", help="take the rates of the scripts")
     add("--repeats", type=common.number(int, 1), default=10, help="at most so many of each fine-tuning")
-    add("--shard", type=shard, metavar="I/N", help="part I (from 1) of N of the fine-tunings alone")
-    add("--dry-run", action="store_true", help="print the commands that are missing, run nothing")
+    add("--shard", type=shard, metavar="I/N", help="only part I (from 1) of N of the fine-tunings")
+    add("--dry-run", action="store_true", help="print the missing commands, run nothing")
     args = parser.parse_args(argv)
     args.list, args.roots = args.tables == ["list"], dict(pair.partition("=")[::2] for pair in args.root)
     if args.list and (args.shard or args.dry_run):
@@ -314,12 +338,18 @@ def main():
         say(f"{len(missing)} runs are missing, {len(todo)} can start")
         if not todo:
             break
-        say(f"now {todo[0].out}")
-        if not execute(todo[0]):
-            failed.add(todo[0].out)
+        is_toy = all("shapes" in run.words for run in todo)
+        pool = ThreadPoolExecutor(common.default_workers() if is_toy else 1)  # toy: one a core
+        try:
+            for run, succeeded in zip(todo, pool.map(execute, todo)):
+                if not succeeded:
+                    say(f"failed: {run.script} {shlex.join(run.words)}; see {run.out}/output.txt")
+                    failed.add(run.out)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C none is begun
     show(args)
     if failed:
-        raise UserError(f"{len(failed)} runs failed, see above; correct the cause, then repeat the command")
+        raise UserError(f"{len(failed)} runs failed, see above; mend the cause and repeat the command")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Pictures for stages 1 and 2, in folders or .tar files: millions, by a list.
+"""Pictures for stages 1 and 2: millions, in folders or .tar files.
 
-The list, in torch.hub's cache folder, is an array of records, one per picture. It is mapped into memory: as
-str, the names would take gigabytes in every process.
+Their list, an array of records in torch.hub's cache folder, is mapped into memory: as str, the names would
+take gigabytes in every process.
 """
 import hashlib
 import os
@@ -53,32 +53,27 @@ def classification_images(args):
         names = [Path(tar).stem for tar in tars]
         others = [name for name in names if not re.fullmatch(r"n\d+", name)]  # such as shards
         if others:
-            raise UserError(f"{source.root}/{others[0]}.tar: expected nXXXXXXXX.tar, a class each; unpack "
-                            "others into a folder a class")
+            raise UserError(f"{source.root}/{others[0]}.tar: expected nXXXXXXXX.tar, or class folders")
     else:
         start = folder_of(plain(args.images or "*"))
-        _, firsts = np.unique(source.rows["label"], return_index=True)  # of each class
-        names = [class_of(source.name(i), start) for i in firsts]
-        if "" in names or NO_CLASSES & {re.sub("[^a-z]", "", name.lower()) for name in names}:
-            shown = ", ".join(name or "." for name in names[:8])
-            raise UserError(f"{source.root}: its pictures lie in {shown}, expected a folder a class; pass "
-                            "their --root")
+        _, firsts = np.unique(source.rows["label"], return_index=True)
+        names = [class_of(source.name(i), start) or "." for i in firsts]
+        if "." in names or NO_CLASSES & {re.sub("[^a-z]", "", name.lower()) for name in names}:
+            raise UserError(f"{source.root}: pictures in {names[:8]}, expected class folders; see --root")
     if len(names) < 2:
         raise UserError(f"{source.root}: one class, {names[0]}, expected two or more")
     return source, names
 
 
 def in_classes(args):
-    """(source, names of .tar files): a class is a folder or, in ImageNet-21k, a .tar file, in --root or in
-    train/ below it."""
+    """(source, .tar files). Classes are folders or, in ImageNet-21k, .tar files, in --root or its train/."""
     root = home(args)
     if os.path.isdir(f"{root}/train"):
         root += "/train"
     tars = sorted(glob("*.tar", root_dir=root)) if args.data == "imagenet21k" else []
     if tars:
         common.refuse(args, ["images"], "on .tar files")
-        return picture_list(root, ["*"], tars), tars
-    return picture_list(root, [plain(args.images or "*")]), []
+    return picture_list(root, [plain(args.images or "*")], tars), tars
 
 
 # ---- The list
@@ -87,8 +82,7 @@ def in_classes(args):
 class PictureList(Source):
     """Pictures by records in a file: (path below root as bytes, offset, size, label).
 
-    size: -1 for a file, else bytes in a .tar file, from offset on. label: the number of the .tar file, or of
-    the folder right below the pattern's.
+    size: bytes in a .tar file, from offset on; -1 for a file. label: of the .tar file or class folder.
     """
 
     def __init__(self, npy, root, folders, note=""):
@@ -101,7 +95,8 @@ class PictureList(Source):
 
     def name(self, i):
         path, offset, size, _ = self.rows[i].tolist()
-        return os.fsdecode(path) if size < 0 else f"{os.fsdecode(path)}, byte {offset}"
+        name = os.fsdecode(path)
+        return name if size < 0 else f"{name}, byte {offset}"
 
     def read(self, i):
         path, offset, size, label = self.rows[i].tolist()
@@ -123,14 +118,14 @@ def picture_list(root, patterns, tars=()):
     digest = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
     cache, note = torch.hub.get_dir(), ""
     npy = f"{cache}/pictures_{digest}.npy"
-    # Folders are listed in each run: files may be new
+    # Folders are listed in each run, by a machine's first process: files may be new
     if not os.path.exists(npy) or (not tars and common.is_local_first()):
         os.makedirs(cache, exist_ok=True)
         with TemporaryDirectory(dir=cache) as folder:  # first, in case the cache is read-only
             rows, note = list_tars(root, tars) if tars else list_folders(root, patterns)
             np.save(f"{folder}/rows.npy", rows)
             os.replace(f"{folder}/rows.npy", npy)
-    folders = () if tars else tuple(Path(root, folder_of(pattern)) for pattern in patterns)
+    folders = [] if tars else [Path(root, folder_of(pattern)) for pattern in patterns]
     return PictureList(npy, root, folders, note)
 
 
@@ -156,8 +151,7 @@ def list_folders(root, patterns):
                 others += len(files) - len(names)
                 example = example or folder + min({*files} - {*names})
     if not chunks:
-        raise UserError(f"{root}: no pictures match {', '.join(patterns)}{left_out(others, example)}; see "
-                        "--root, --images")
+        raise UserError(f"{root}: no pictures match {patterns}{left_out(others, example)}; see --images")
     largest = "; ".join(text for _, text in sorted(shown)[:8])
     more = "; ..." if len(shown) > 8 else ""
     return np.concatenate(chunks), f" ({largest}{more}){left_out(others, example)}"
