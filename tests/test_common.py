@@ -36,15 +36,19 @@ def raises(error):
     (lambda: torch.empty(10 ** 15), "--micro-batch"), (lambda: np.ones(10 ** 15), "--micro-batch"),
     (lambda: raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")), "--micro-batch"),
     (lambda: open("/nowhere/a.txt"), "/nowhere/a.txt"), (lambda: os.mkdir("/proc/no"), "/proc/no"),
+    (lambda: os.makedirs("/proc/.cache/torch"), "TORCH_HOME"),
+    (lambda: common.Parser().parse_args([f"imgs/{i}.jpg" for i in range(999)]), "quotes"),
     (lambda: raises(RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")), "--workers"),
+    (lambda: list(common.progress([1])) and raises(UserError("behind a bar")), "behind a bar"),
     (lambda: common.Parser().parse_args(["--nonsense"]), "--nonsense")])
 def test_what_a_user_can_mend_is_one_line_and_status_2(main, part, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["/a/finetune.py"])
     with pytest.raises(SystemExit) as end:
         common.run(main)
     out, err = capfd.readouterr()
-    assert end.value.code == 2 and out == "" and err.count("\n") == 1
-    assert err.startswith("finetune.py: ") and part in err and "Traceback" not in err
+    *bars, line = err.replace("\r", "\n").splitlines()
+    assert end.value.code == 2 and out == "" and len(err) < 500 and all("it/s" in bar for bar in bars if bar)
+    assert line.startswith("finetune.py: ") and part in line and "Traceback" not in err
 
 
 @pytest.mark.parametrize("error", [ValueError("a"), RuntimeError(), KeyError("c")])
@@ -120,13 +124,12 @@ def test_what_is_not_finite_is_refused_where_no_lower_scale_can_help(loss, gradi
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight, torch.nn.Parameter(torch.ones(1))], lr=9)
     scaler.scale((weight * gradient).sum()).backward()
+    scaler.unscale_(optimizer)
     if fine:
-        assert common.optimizer_step(5, torch.tensor(float(loss)), optimizer, scaler, 0.25) == loss
-        assert weight.item() == (0.5 if gradient == 2 else 1)  # a step that is skipped changes nothing
+        assert common.finite_loss(5, torch.tensor(float(loss)), optimizer, scaler) == loss
     else:
         with pytest.raises(UserError, match="5"):
-            common.optimizer_step(5, torch.tensor(float(loss)), optimizer, scaler, 0.25)
-        assert weight.item() == 1
+            common.finite_loss(5, torch.tensor(float(loss)), optimizer, scaler)
 
 
 @pytest.mark.parametrize("then, now, scale", [("bf16", "fp16", 2), ("fp32", "fp16", 2), ("fp16", "bf16", 1),
@@ -190,22 +193,20 @@ def test_a_damaged_checkpoint_is_named_in_one_line(spoil, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
-def test_a_name_that_the_console_cannot_print_ends_no_run(encoding, monkeypatch):
-    console = io.TextIOWrapper(io.BytesIO(), encoding)
+@pytest.mark.parametrize("console", [  # closed, a notebook's, and some that cannot print each name
+    None, io.StringIO(), *[io.TextIOWrapper(io.BytesIO(), code) for code in ("ascii", "utf-8", "latin-1")]])
+def test_no_console_ends_a_run(console, monkeypatch):
     monkeypatch.setattr(sys, "stdout", console)
-    common.run(lambda: (common.say("straße 写 " + os.fsdecode(b"\xfc.png")), print("done")))
-    console.flush()
-    assert b"done" in console.buffer.getvalue()
+    common.run(lambda: (common.say("straße 写 " + os.fsdecode(b"\xfc.png")), common.say("done")))
+    if console:
+        console.flush()
+        assert getattr(console, "buffer", console).getvalue()[-5:] in ("done\n", b"done\n")
 
 
-def test_tasks_of_srun_without_torchrun_are_refused(monkeypatch):
-    args = argparse.Namespace(device="cpu", precision="auto")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with pytest.raises(UserError, match="torchrun"):
-        common.start_processes(args)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert common.start_processes(args) == (0, 1, torch.device("cpu"), "fp32")
+def test_loader_workers_in_a_tmpdir_that_is_too_long_for_them_are_refused(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + 90 * "x")
+    with pytest.raises(UserError, match="TMPDIR.*--workers"):
+        common.start_processes(argparse.Namespace(workers=1))
 
 
 @pytest.mark.parametrize("asked, device, bf16, wanted", [

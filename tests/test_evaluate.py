@@ -217,12 +217,6 @@ def test_what_a_run_was_validated_on_is_scored_by_any_number_of_processes_as_in_
         assert metrics["images"] == 2 and metrics["miou"] == pytest.approx(miou)
 
 
-def test_flags_without_an_effect_are_refused(again, script, few, tmp_path):
-    assert one_line(again("--stride", 4, "--window", 0), "--stride")
-    for flags in (["--root", "x"], ["--images", "*.png"], ["--masks", "*.png"], ["--val-fraction", 0.5]):
-        assert one_line(script("finetune", *flags, "--out", tmp_path / "shapes"), flags[0])
-
-
 @pytest.mark.parametrize("classes, values", [
     ("0 background\n255 cell\n", [0, 255]), ("7 ignore\n3 cell\n9 back\n5 cell\n", [3, 9]),
     ("0 0 0 road\n255 0 10 car\n9 9 9 road\n", [(0, 0, 0), (255, 0, 10)])])

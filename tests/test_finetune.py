@@ -43,6 +43,23 @@ def test_what_the_weights_do_not_hold_is_fresh(init, kept, done, encoder, few, t
     assert ours["model_args"]["condition_on_gamma"] == (init == "ddep")
 
 
+@pytest.mark.parametrize("method", ["ddep", "dep"])
+def test_stages_2_and_3_draw_equal_fresh_weights_from_a_seed(method, done, few, encoder, tmp_path):
+    weights, init = (["--encoder-weights", encoder], encoder) if method == "ddep" else ([], "none")
+    more = [*STILL, "--seed", 3, "--out"]
+    done("pretrain_decoder", *TINY["pretrain_decoder"], "--method", method, *weights, *more, tmp_path / "a")
+    done("finetune", *TINY["finetune"], "--init", init, *more, tmp_path / "b")
+    a, b = (load(tmp_path / out)["model"] for out in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a if not name.startswith("decoder.head."))
+
+
+def test_the_validation_curve_is_in_the_log_and_ends_with_the_score(done, few, tmp_path):
+    done("finetune", *TINY["finetune"], "--eval-every", 2, "--out", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert ["miou" in line for line in lines] == [False, True] * 2
+    assert lines[3]["miou"] == json.loads((tmp_path / "metrics.json").read_text())["miou"]
+
+
 def test_a_fine_tuned_head_is_kept_for_the_same_classes_alone(done, folder, tmp_path):
     done(*own(folder, tmp_path / "a", "--steps", 2))
     expected, fresh = load(tmp_path / "a")["model"], fresh_network(3)

@@ -26,8 +26,3 @@ def test_folders_are_classes_the_loss_is_the_cross_entropy_and_a_broken_picture_
         logits = network(samples[key]["image"][None] / 127.5 - 1)[0]
         by_hand.append(-torch.log_softmax(logits, 0)[["cat", "dog", "emu"].index(folder)].item())
     np.testing.assert_allclose(losses(tmp_path / "o")[0], np.mean(by_hand), rtol=1e-5)
-
-
-def test_it_learns(done, few, tmp_path):
-    done("pretrain_encoder", *TINY["pretrain_encoder"], "--steps", 30, "--lr", 2e-3, "--out", tmp_path)
-    assert np.mean(losses(tmp_path)[-5:]) < 0.7 * np.mean(losses(tmp_path)[:5])

@@ -8,7 +8,6 @@ import tarfile
 
 import numpy as np
 import pytest
-import torch
 from conftest import flags, imagenet21k, jpeg, names, pixels, touch, write_image, write_tar
 
 import unlabelled
@@ -112,14 +111,6 @@ def test_a_tar_that_is_not_whole_or_holds_no_pictures_is_refused_by_name(ending,
     (tmp_path / "n3.tar").write_bytes(spoil((tmp_path / "n3.tar").read_bytes()))
     with pytest.raises(UserError, match="n3.tar"):
         unlabelled.tar_members(tmp_path / "n3.tar")
-
-
-def test_a_cache_that_cannot_be_written_is_said_before_the_listing(tmp_path, monkeypatch):
-    touch(tmp_path, "d/a.png", "no folder")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "no folder"))
-    monkeypatch.setattr(unlabelled, "list_folders", lambda *_: pytest.fail("listed"))
-    with pytest.raises(OSError, match="no folder"):
-        pictures(tmp_path / "d")
 
 
 def test_a_list_is_made_by_the_first_process_anew_and_mapped_by_the_others(tmp_path, monkeypatch):
