@@ -37,7 +37,6 @@ MEMORY = "lower --micro-batch, the size of crops or windows, or --width"
 HINTS = {" compiler": "install g++, or drop --compile",
          "shared memory": "lower --workers, or start a container with --ipc=host",
          "out of memory": MEMORY, "allocate": MEMORY,  # on CUDA, on CPUs
-         "/.cache": "set TORCH_HOME to another folder",
          "more than 1 value per channel": "raise --micro-batch or the size of crops"}
 
 
@@ -54,12 +53,14 @@ def run(main):
         text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
         if isinstance(error, MemoryError):
             text = text or "out of memory"
-        if not isinstance(error, UserError):
+        if isinstance(error, OSError):
+            if "/.cache" in text:
+                text += "; set TORCH_HOME to another folder"
+        elif not isinstance(error, UserError):
             hint = next((HINTS[part] for part in HINTS if part in text), None)
-            if hint:
-                text = f"{text.splitlines()[0]}; {hint}"
-            elif not isinstance(error, OSError):
+            if hint is None:
                 raise
+            text = f"{text.splitlines()[0]}; {hint}"
         tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)  # not behind a bar
         sys.exit(2)
     if dist.is_initialized():  # after an error it would wait

@@ -77,7 +77,7 @@ def image_size(path):
     with Image.open(path) as picture:
         try:
             turn = picture.getexif().get(0x0112, 1)
-        except Exception:
+        except Exception:  # a broken EXIF block raises all kinds
             turn = 1
         size = picture.size if turn in range(5, 9) else picture.size[::-1]
         return size, turn in range(2, 9)

@@ -53,7 +53,7 @@ def classification_images(args):
         names = [Path(tar).stem for tar in tars]
         others = [name for name in names if not re.fullmatch(r"n\d+", name)]  # such as shards
         if others:
-            raise UserError(f"{source.root}/{others[0]}.tar: expected nXXXXXXXX.tar, or class folders")
+            raise UserError(f"{source.root}/{others[0]}.tar: expected n and digits, or class folders")
     else:
         start = folder_of(plain(args.images or "*"))
         _, firsts = np.unique(source.rows["label"], return_index=True)

@@ -208,7 +208,7 @@ def test_an_interrupt_is_one_line_ends_the_run_and_the_same_command_goes_on(fake
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     options = dict(env=environment, text=True, stderr=subprocess.PIPE)
     first = subprocess.Popen(command, **options, start_new_session=True)
-    while not (tmp_path / "r/encoder/output.txt").exists():
+    while first.poll() is None and not (tmp_path / "r/encoder/output.txt").exists():
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGINT)
     err = first.communicate(timeout=30)[1]
