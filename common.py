@@ -148,7 +148,7 @@ def add_device_flags(parser):
 def network_args(args, made_with, source):
     """encoder, width, image_size for build_unet: of the flags, else of the weights (`made_with`)."""
     chosen = {"image_size": made_with.get("image_size")}
-    for name, paper, toy in (("encoder", "hybrid", "hybrid-small"), ("width", 1.0, 0.25)):
+    for name, paper, toy in (("encoder", "hybrid", "hybrid-small"), ("width", 1.0, 3 / 16)):
         asked, made = getattr(args, name), made_with.get(name)
         if asked and made and asked != made:
             raise UserError(f"--{name} {asked}, but {source} was made with {made}; drop the flag")

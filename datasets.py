@@ -45,7 +45,7 @@ DATA_SETS = {  # their classes and mask values are in classes/
 LABELLED = ("shapes", *DATA_SETS)  # stage 3
 UNLABELLED = (*LABELLED, "cityscapes_coarse", "imagenet21k")  # stage 2
 CLASSIFIED = ("shapes", "folder", "imagenet21k")  # stage 1
-SHAPES_COUNTS = {"encoder_train": 4000, "unlabelled": 4000, "train": 512, "val": 250}
+SHAPES_COUNTS = {"encoder_train": 4000, "unlabelled": 4000, "train": 512, "val": 100}
 DATA_FLAGS = ("root", "images", "masks", "train_list", "val_list", "val_fraction")
 
 

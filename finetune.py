@@ -45,7 +45,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--init", default="none", metavar="PATH", help="or imagenet21k, imagenet1k (%(default)s)")
     add("--encoder", choices=ENCODERS, help="(as in --init, else hybrid; shapes: hybrid-small)")
-    add("--width", type=number(float, 1 / 64), help="of the decoder (as in --init, else 1; shapes: 1/4)")
+    add("--width", type=number(float, 1 / 64), help="of the decoder (as in --init, else 1; shapes: 3/16)")
     add("--labels", type=number(int, 1), help="how many images, drawn by --seed (all)")
     common.add_data_flags(parser, LABELLED)
     add("--masks", metavar="PATTERN", help='such as "labels/*_mask.png"')

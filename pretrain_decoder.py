@@ -33,8 +33,8 @@ from unlabelled import pretraining_images
 # PAPER SILENT on weight decay and warm-up: none on real data
 # PAPER SILENT on where Adam and a cosine are used (5.1): here Adam in stages 2 and 3, a cosine in all
 RECIPES = {
-    "shapes": dict(steps=800, batch_size=8, micro_batch=8, lr=3e-3, warmup=0.02, weight_decay=0.0,
-                   image_size=64, min_area=0.5, workers=0, save_every=400),
+    "shapes": dict(steps=500, batch_size=8, micro_batch=8, lr=3e-3, warmup=0.02, weight_decay=0.0,
+                   image_size=64, min_area=0.5, workers=0, save_every=250),
     "paper": dict(epochs=100, batch_size=512, micro_batch=64, warmup=0.0, weight_decay=0.0, image_size=224,
                   min_area=0.08, workers=common.default_workers(), save_every=10_000),
 }
@@ -54,7 +54,7 @@ def parse_arguments(argv=None):
     add("--encoder-weights", metavar="PATH", help="last.pt of stage 1, or a download: imagenet21k (hybrid), "
         "imagenet1k (resnet50; PAPER SILENT on which weights)")
     add("--width", type=number(float, 1 / 64), metavar="W",
-        help="decoder of [1024, 512, 256, 128, 64] * W (1; shapes: 1/4; §4.3)")
+        help="decoder of [1024, 512, 256, 128, 64] * W (1; shapes: 3/16; §4.3)")
     common.add_data_flags(parser, UNLABELLED)
     add("--image-size", type=number(int, 32), help="side of the crops (%(default)s; §5.1)")
     add("--min-area", type=number(float, 0, 1),

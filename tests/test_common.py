@@ -85,7 +85,7 @@ def test_a_flag_without_a_sensible_value_is_a_users_mistake_that_names_it(flags)
 
 
 @pytest.mark.parametrize("data, encoder, width, made_with, wanted", [
-    ("shapes", None, None, {}, ("hybrid-small", 0.25, None)), ("x", None, None, {}, ("hybrid", 1, None)),
+    ("shapes", None, None, {}, ("hybrid-small", 0.1875, None)), ("x", None, None, {}, ("hybrid", 1, None)),
     ("shapes", "resnet50", 3, {}, ("resnet50", 3, None)),
     ("x", "hybrid", None, {"encoder": "hybrid", "width": 2}, ("hybrid", 2, None)),
     ("x", None, None, {"encoder": "resnet50", "image_size": 384}, ("resnet50", 1, 384))])
