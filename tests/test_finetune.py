@@ -53,13 +53,6 @@ def test_stages_2_and_3_draw_equal_fresh_weights_from_a_seed(method, done, few, 
     assert all(torch.equal(a[name], b[name]) for name in a if not name.startswith("decoder.head."))
 
 
-def test_the_validation_curve_is_in_the_log_and_ends_with_the_score(done, few, tmp_path):
-    done("finetune", *TINY["finetune"], "--eval-every", 2, "--out", tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert ["miou" in line for line in lines] == [False, True] * 2
-    assert lines[3]["miou"] == json.loads((tmp_path / "metrics.json").read_text())["miou"]
-
-
 def test_a_fine_tuned_head_is_kept_for_the_same_classes_alone(done, folder, tmp_path):
     done(*own(folder, tmp_path / "a", "--steps", 2))
     expected, fresh = load(tmp_path / "a")["model"], fresh_network(3)
@@ -112,9 +105,11 @@ def test_a_batch_without_a_labelled_pixel_has_loss_0_and_goes_on(done, folder, t
     assert all(value.isfinite().all() for value in load(tmp_path / "o")["model"].values())
 
 
-def test_toy_data_needs_no_flags_predictions_are_drawn_and_the_score_is_that_of_evaluate(done, few, tmp_path):
-    done("finetune", *TINY["finetune"], "--out", tmp_path)
+def test_the_validation_curve_ends_with_the_score_which_is_that_of_evaluate(done, few, tmp_path):
+    done("finetune", *TINY["finetune"], "--eval-every", 2, "--out", tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert ["miou" in line for line in lines] == [False, True] * 2 and lines[3]["miou"] == metrics["miou"]
     assert Image.open(tmp_path / "predictions.png").width > 300 and metrics.pop("step") == 4
     done("evaluate", "--checkpoint", tmp_path / "last.pt")
     assert json.loads((tmp_path / "evaluate_val" / "metrics.json").read_text()).items() >= metrics.items()

@@ -202,7 +202,9 @@ def test_a_run_has_all_gpus(gpus, data, many, monkeypatch, tmp_path):
 
 
 def test_an_interrupt_is_one_line_ends_the_run_and_the_same_command_goes_on(fake, tmp_path):
-    (tmp_path / "pretrain_encoder.py").write_text("import time\ntime.sleep(60)\n" + STAGE)
+    stages = list(tmp_path.glob("*.py"))
+    for path in stages:
+        path.write_text("import time\ntime.sleep(60)\n" + STAGE)
     shutil.copy(ROOT / "reproduce.py", tmp_path)
     command = [sys.executable, tmp_path / "reproduce.py", "--out", tmp_path / "r", "--repeats", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -213,7 +215,8 @@ def test_an_interrupt_is_one_line_ends_the_run_and_the_same_command_goes_on(fake
     os.killpg(first.pid, signal.SIGINT)
     err = first.communicate(timeout=30)[1]
     assert first.returncode and err.count("interrupted") == err.count("\n") == 1 and not fake()
-    (tmp_path / "pretrain_encoder.py").write_text(STAGE)
+    for path in stages:
+        path.write_text(STAGE)
     assert subprocess.run(command, **options).returncode == 0 and len(fake()) == 1 + 2 + 4
 
 
