@@ -1,6 +1,6 @@
 """How fast this code is on your machine.
 
-    python benchmark.py                       # some minutes on two cores
+    python benchmark.py
     python benchmark.py --only step --peers   # beside another U-Net of the same widths
 
 Cases take turns: compare the lines of one run.

@@ -7,9 +7,9 @@
 What --init loads (and its name in the paper):
 
     none: nothing (No Pretraining)
-    last.pt of stage 1, imagenet21k: the encoder (Supervised)
+    last.pt of stage 1, imagenet21k, imagenet1k: the encoder (Supervised)
     last.pt of stage 2: all but the head (DDeP, DeP)
-    last.pt of this stage: all; the head too if the class names are equal
+    last.pt of this stage: all but the head; it too if the class names are equal
 
 Input: pairs of image and mask. Output in --out: last.pt, for evaluate.py; log.jsonl; metrics.json;
 predictions.png.
@@ -45,7 +45,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--init", default="none", metavar="PATH", help="or imagenet21k, imagenet1k (%(default)s)")
     add("--encoder", choices=ENCODERS, help="(as in --init, else hybrid; shapes: hybrid-small)")
-    add("--width", type=number(float, 1 / 64), help="of the decoder (as in --init, else 1; shapes: 3/16)")
+    add("--width", type=number(float, 1 / 64), help="of the decoder (as in --init, else 1; shapes: 0.1875)")
     add("--labels", type=number(int, 1), help="how many images, drawn by --seed (all)")
     common.add_data_flags(parser, LABELLED)
     add("--masks", metavar="PATTERN", help='such as "labels/*_mask.png"')
@@ -55,7 +55,7 @@ def parse_arguments(argv=None):
     add("--crop-size", type=number(int, 32), help="side of the crops (%(default)s; §5.1)")
     add("--min-area", type=number(float, 0, 1),
         help="crops of at least this share, resized (§6; default: windows, §5.1; shapes: 0.5)")
-    add("--eval-every", type=number(int, 1), metavar="N", help="log the score of every N steps")
+    add("--eval-every", type=number(int, 1), metavar="N", help="log the validation mIoU every N steps")
     common.add_training_flags(parser)
     args = parser.parse(RECIPES, argv)
     args.out = args.out or f"runs/{args.data}/finetune"
@@ -157,7 +157,7 @@ def main():
         metrics |= validate()
         say(f"{as_text(metrics)}\n{len(val)} validation images, {how}", rank)
         if rank == 0:
-            page = draw_predictions(model, val, classes, device, precision, args.crop_size)
+            page = draw_predictions(model, val, classes, device, precision, how["window"])
             page.save(f"{args.out}/predictions.png")
     if rank == 0:
         common.save(f"{args.out}/metrics.json", metrics)
@@ -165,7 +165,7 @@ def main():
 
 @torch.inference_mode()
 def draw_predictions(model, source, classes, device, precision, window):
-    """Six images, truths and predictions."""
+    """Up to six images, truths and predictions (one scale, no flip)."""
     page = []
     for i in sorted({row * len(source) // 6 for row in range(6)}):
         sample = source.read(i)

@@ -1,7 +1,6 @@
 """Pairs of image and mask for stage 3 and evaluation: which files, what their values mean, subsets."""
 import dataclasses
 import hashlib
-import os
 import re
 from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
@@ -177,7 +176,7 @@ def select(list_file, root, own, pairs):
         elif mask and mask != pair.star and plain(pair.mask or "") not in ends_of(mask):
             problem = f"names another mask than --masks, {pair.mask}"
         elif is_another(image, root, pair.image) or is_another(mask, root, pair.mask):
-            problem = "is another file"
+            problem = "is no file of --images or --masks"
         elif pair in chosen:
             problem = "is there again"
         if problem:
@@ -204,8 +203,9 @@ def parts_of(line, by_path, by_star):
 
 
 def is_another(file, root, path):
-    """Whether `file` is an absolute path to another file than root/path."""
-    return os.path.isabs(file) and os.path.isfile(file) and not os.path.samefile(file, Path(root, path))
+    """Whether `file`, absolute or below the root, is there and is not root/path."""
+    file = Path(root, file)
+    return file.is_file() and not file.samefile(Path(root, path))
 
 
 def ends_of(path):
@@ -294,12 +294,12 @@ def ranking(source, seed):
 
 
 def survey(parts, classes):
-    """A table of the share of each class in up to 500 masks of each part, and remarks.
+    """A table of the share of each class in up to 500 masks of each part.
 
     UserError for unknown values, another size than the image's, a value of two colours (a palette may be its
     file's own), fewer than two classes.
     """
-    shares, seen, turned, looked_at = {}, {}, 0, 0  # seen: {mask value: (its colour, the file)}
+    shares, seen, turned = {}, {}, 0  # seen: {mask value: (its colour, the file)}
     for part, source in parts.items():
         pixels, some = np.zeros(256), np.unique(np.linspace(0, len(source) - 1, 500).astype(int))
         with ThreadPoolExecutor(8) as pool:
@@ -311,17 +311,13 @@ def survey(parts, classes):
                     if colour != first:
                         raise UserError(f"{path}: value {value} is {colour} in its palette, but {first} in "
                                         f"{where}; write `R G B name` in classes.txt")
-        looked_at += len(some)
         shares[part] = pixels[[*range(len(classes.names)), IGNORE]] / pixels.sum()
     if (shares["train"][:-1] > 0).sum() < 2:
-        raise UserError(f"{parts['train'].root}: the training masks hold fewer than two of "
+        raise UserError(f"{parts['train'].root}: the training masks looked at hold fewer than two of "
                         f"{classes.names[:8]}; in a classes.txt of names line n is value n")
     rows = [(name, *[f"{share[k]:.2%}" for share in shares.values()])
             for k, name in enumerate([*classes.names, "ignored"])]
     text = table([("of the pixels", *shares), *rows])
     if turned:
-        text += f"\n{turned} of {looked_at} images are turned upright by EXIF, masks never"
-    for name in classes.names:
-        if re.search("void|unlabel|ignore", name, re.IGNORECASE):
-            text += f"\n{name} is trained and scored; a class called ignore is not"
+        text += f"\n{turned} of these images are turned upright by EXIF, masks never"
     return text

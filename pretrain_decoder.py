@@ -22,15 +22,15 @@ from torch.utils.data import DataLoader
 import common
 import noise
 import pretrain_encoder
-from common import UserError, number, say
+from common import number, say
 from data import Order, Samples, pretraining_transform, to_pixels
 from datasets import UNLABELLED
 from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet_of, use_batch_statistics
 from pictures import picture_table
 from unlabelled import pretraining_images
 
-# "paper": §5.1. PAPER SILENT on DeP, but for 6000 epochs and sigma 0.8 (Table 2) and Eq. 5 (5.2): as DDeP
-# PAPER SILENT on weight decay and warm-up: none on real data
+# "paper": §5.1. PAPER SILENT on DeP but for its epochs (6000 on Cityscapes) and noise: the rest as DDeP
+# PAPER SILENT on weight decay and warm-up: none, but a warm-up on toy data
 # PAPER SILENT on where Adam and a cosine are used (5.1): here Adam in stages 2 and 3, a cosine in all
 RECIPES = {
     "shapes": dict(steps=500, batch_size=8, micro_batch=8, lr=3e-3, warmup=0.02, weight_decay=0.0,
@@ -54,7 +54,7 @@ def parse_arguments(argv=None):
     add("--encoder-weights", metavar="PATH", help="last.pt of stage 1, or a download: imagenet21k (hybrid), "
         "imagenet1k (resnet50; PAPER SILENT on which weights)")
     add("--width", type=number(float, 1 / 64), metavar="W",
-        help="decoder of [1024, 512, 256, 128, 64] * W (1; shapes: 3/16; §4.3)")
+        help="decoder of [1024, 512, 256, 128, 64] * W (1; shapes: 0.1875; §4.3)")
     common.add_data_flags(parser, UNLABELLED)
     add("--image-size", type=number(int, 32), help="side of the crops (%(default)s; §5.1)")
     add("--min-area", type=number(float, 0, 1),
@@ -65,19 +65,20 @@ def parse_arguments(argv=None):
         args.gamma = [0.95]
     if args.gamma and (len(args.gamma) > 2 or args.gamma != sorted(args.gamma)):
         parser.error(f"--gamma {args.gamma}: expected one value, or LOW HIGH")
+    is_toy = args.data == "shapes" and args.encoder in (None, "hybrid-small")
+    if args.method == "ddep" and args.encoder_weights is None and not is_toy:
+        parser.error("DDeP needs --encoder-weights")
     args.out = args.out or f"runs/{args.data}/pretrain_decoder_{args.method}"
     return args
 
 
 def toy_encoder(args, rank):
     """The path of the toy encoder. Stage 1 trains it if it is missing."""
-    if args.data != "shapes" or args.encoder not in (None, "hybrid-small"):
-        raise UserError("DDeP needs an encoder: pass --encoder-weights PATH or imagenet21k")
     path, finished = f"{TOY_ENCODER}/last.pt", f"{TOY_ENCODER}/metrics.json"
     common.require_same(finished, os.path.exists(finished))  # else only some would train it
     if not os.path.exists(finished):
         say(f"stage 1 trains an encoder first, in {TOY_ENCODER}", rank)
-        pretrain_encoder.main(["--out", TOY_ENCODER, "--device", args.device])
+        pretrain_encoder.main(["--out", TOY_ENCODER, "--device", args.device, "--precision", args.precision])
         common.wait()  # the first process may still be writing
         common.require_same(path, os.path.exists(path))
     return path
@@ -133,7 +134,7 @@ def main():
         use_batch_statistics(model, sync=world > 1 and cuda)
     network = common.prepare_for_training(model, args, device, world)
 
-    # PAPER SILENT on the betas of Adam: torch's defaults
+    # PAPER SILENT on the betas of Adam: torch's. Its rate is set at each step
     peak_rate = args.lr
     if peak_rate is None:  # 5.1
         peak_rate = 1e-4 if model_args["width"] == 2 else 6e-5
@@ -179,7 +180,7 @@ def main():
 
 @torch.no_grad()
 def look_at(args, model, samples, device):
-    """Prints how well 16 training images are denoised; returns (metrics, panel.png)."""
+    """Prints how well the first 16 training images are denoised; returns (metrics, panel.png)."""
     model.eval()
     order = Order(len(samples.source), 16, 16, 1, args.seed)
     batch = next(iter(DataLoader(samples, batch_sampler=order)))
@@ -194,8 +195,8 @@ def look_at(args, model, samples, device):
     factor = (target * x_noisy).sum() / x_noisy.square().sum()
     loss_of_multiple = noise.denoising_loss(factor * x_noisy, target).item()
     say(f"denoising loss {loss:.4f}; {factor:.3f} times the noisy image has {loss_of_multiple:.4f}")
-    if loss >= loss_of_multiple and 0 < gamma.min() and gamma.max() < 1:  # there is a task
-        say("WARNING: the network is no better; raise --steps or change --lr")
+    if loss >= loss_of_multiple and 0 < gamma.min() and gamma.max() < 1:
+        say("WARNING: the network is no better; raise --steps or change --lr, in a new --out")
 
     # Each map is replaced by its mean over the images. If the loss does not rise, the decoder ignores the map
     rises = {}
@@ -206,14 +207,14 @@ def look_at(args, model, samples, device):
         rises[stride] = without / loss - 1
         say(f"the loss rises by {rises[stride]:.1%} without the map of stride {stride}")
 
-    columns = {"image": x, "noisy image": x_noisy}
+    columns, denoised = {"image": x, "noisy image": x_noisy}, prediction
     if args.target == "noise":
         columns["predicted noise"] = prediction / 3  # [-1, 1] shows 3 standard deviations
         if args.sigma is None:  # Eq. 5 cannot be solved at gamma 0
-            prediction = noise.remove_noise(x_noisy, prediction, gamma.clamp(min=1e-3))
+            denoised = noise.remove_noise(x_noisy, prediction, gamma.clamp(min=1e-3))
         else:
-            prediction = x_noisy - args.sigma * prediction
-    columns["denoised image"] = prediction
+            denoised = x_noisy - args.sigma * prediction
+    columns["denoised image"] = denoised
     pictures = torch.stack([*columns.values()], dim=1)[:4].clamp(-1, 1)  # (4, columns, 3, H, W)
     pictures = ((pictures + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
     metrics = {"loss": loss, "loss_of_multiple": loss_of_multiple, "rise_of_loss_without_map": rises}

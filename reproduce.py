@@ -4,13 +4,11 @@
     python reproduce.py list   # all tables, with the results so far
     python reproduce.py table6 --root imagenet21k=DIR pascal_context=DIR
 
-Rows are initialisations, columns numbers of labels.
-
 As in 5.1 each cell tries a grid of learning rates and weight decays with seed 100; the best mIoU wins.
 Seeds 0, 1, ... then give the table; the toy data has no grid.
 PAPER SILENT on the grid (here 4 x 4 values, 1e-5 to 3e-4) and on what a "task" is (here each cell).
 PAPER SILENT on the images of that mIoU: here the validation images.
-PAPER SILENT on what repeats share: here the pretraining (not on the toy data), but no subset of Cityscapes.
+PAPER SILENT on what repeats share: here the pretraining (toy data: stage 1 alone), but no subset of labels.
 """
 import json
 import os
@@ -159,6 +157,8 @@ def run_of(args, script, title, words):
 
 def root_of(args, data):
     name = data.removesuffix("_coarse")
+    if data != "shapes" and name not in args.roots and not (args.list or args.dry_run):
+        raise UserError(f"--root {name}=DIR is missing")
     return [] if data == "shapes" else ["--root", args.roots.get(name, f"{name.upper()}_DIR")]
 
 
@@ -308,7 +308,7 @@ def parse_arguments(argv=None):
     add("tables", nargs="*", default=["shapes"], metavar="TABLE", help=f"{', '.join(TABLES)}; all; or list")
     add("--root", nargs="+", default=[], metavar="SET=DIR", help="where the data sets lie")
     add("--out", default="results", metavar="DIR", help="where all runs go (%(default)s)")
-    add("--no-sweep", dest="sweep", action="store_false", help="take the rates of the scripts")
+    add("--no-sweep", dest="sweep", action="store_false", help="the rates of finetune.py")
     add("--repeats", type=common.number(int, 1), default=10, help="at most so many of each fine-tuning")
     add("--shard", type=shard, metavar="I/N", help="only part I (from 1) of N of the fine-tunings")
     add("--dry-run", action="store_true", help="print the missing commands, run nothing")
@@ -338,7 +338,7 @@ def main():
         if not todo:
             break
         is_toy = all("shapes" in run.words for run in todo)
-        pool = ThreadPoolExecutor(common.default_workers() if is_toy else 1)  # toy: one a core
+        pool = ThreadPoolExecutor(common.default_workers() if is_toy else 1)  # toy: one a core, up to 8
         try:
             for run, succeeded in zip(todo, pool.map(execute, todo)):
                 if not succeeded:
@@ -347,6 +347,8 @@ def main():
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C none is begun
     show(args)
+    if not args.list and missing and not failed:
+        raise UserError(f"{len(missing)} runs wait for others; start those without --shard")
     if failed:
         raise UserError(f"{len(failed)} runs failed, see above; mend the cause and repeat the command")
 

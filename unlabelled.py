@@ -139,19 +139,19 @@ def list_folders(root, patterns):
     """(records, a note on them)."""
     chunks, labels, shown, others, example = [], {}, [], 0, ""
     for pattern in patterns:
-        start, form = folder_of(pattern), form_of(pattern)
+        start, form, before = folder_of(pattern), form_of(pattern), len(chunks)
         for folder, files in common.progress(files_below(root, start), unit=" folders", delay=1):
             names = [name for name in files if form.fullmatch(plain(folder + name))]
             if names:
-                label = labels.setdefault(class_of(folder + names[0], start), len(labels))
+                label = labels.setdefault(class_of(folder, start), len(labels))
                 chunks.append(records(np.array([os.fsencode(folder + name) for name in names]), 0, -1, label))
                 text = f"{folder.rstrip('/') or '.'} {len(names)}: {names[0]} to {names[-1]}"
                 shown.append((-len(names), text))
             if len(names) < len(files):
                 others += len(files) - len(names)
                 example = example or folder + min({*files} - {*names})
-    if not chunks:
-        raise UserError(f"{root}: no pictures match {patterns}{left_out(others, example)}; see --images")
+        if len(chunks) == before:
+            raise UserError(f"{root}: no pictures match {pattern}{left_out(others, example)}; see --images")
     largest = "; ".join(text for _, text in sorted(shown)[:8])
     more = "; ..." if len(shown) > 8 else ""
     return np.concatenate(chunks), f" ({largest}{more}){left_out(others, example)}"

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import noise
 from evaluate import confusion_matrix, scores
 from model import UNet, freeze
@@ -35,7 +35,7 @@ def conv(channels, out, kernel, stride=1, groups=1):
 
 
 class EfficientNetLite0(nn.Module):
-    """(B, 3, H, W) in [-1, 1] -> five maps, finest first. 32 divides H and W."""
+    """(B, 3, H, W) in [-1, 1] -> five maps, finest first."""
     channels, strides = (16, 24, 40, 112, 320), (2, 4, 8, 16, 32)
     def __init__(self, weights):
         super().__init__()
@@ -80,23 +80,23 @@ def fit(parameters, loss_of, pairs, min_area, steps, rate):
 
 
 def run(args, seed):
-    """One pair: mIoU % of [Supervised, DDeP] at each rate."""
+    """Append a pair to args.out: {"seed": seed, rate: mIoU % of [Supervised, DDeP], ...}."""
     torch.manual_seed(seed)
     train, val, test = (read(args.camvid, part) for part in ("train", "val", "test"))
     labelled = [train[i] for i in np.random.default_rng(seed).permutation(len(train))[:8]]
-    supervised = UNet(EfficientNetLite0(args.weights), width=1 / 4).eval()
-    ddep, found = copy.deepcopy(supervised), {"seed": seed}
+    supervised = UNet(EfficientNetLite0(args.weights), width=1 / 4)
+    freeze(supervised.encoder)  # BatchNorm keeps its statistics
+    ddep = copy.deepcopy(supervised)
 
-    def denoising_loss(x, _):
+    def loss_of(x, _):
         eps = torch.randn_like(x)
         return noise.denoising_loss(ddep(noise.scaled_additive_noise(x, eps, gamma=0.95)), eps)
-    freeze(ddep.encoder)
-    fit(ddep.decoder.parameters(), denoising_loss, train + val, 0.08, args.steps[0], 3e-4)
+    fit(ddep.decoder.parameters(), loss_of, train + val, 0.08, args.steps[0], 3e-4)
+    found = {"seed": seed, **{rate: [] for rate in RATES}}
     for rate in RATES:
-        found[rate] = []
-        for unet in copy.deepcopy([supervised, ddep.requires_grad_()]):
+        for unet in copy.deepcopy([supervised, ddep]):
             torch.manual_seed(seed)
-            unet.decoder.replace_head(CLASSES)
+            unet.requires_grad_().decoder.replace_head(CLASSES)
             loss = nn.CrossEntropyLoss(ignore_index=CLASSES)
             fit(unet.parameters(), lambda x, masks: loss(unet(x), masks), labelled, 0.25, args.steps[1], rate)
             confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.long)
@@ -111,12 +111,12 @@ def run(args, seed):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--camvid", required=True, help="with train/, trainannot/, val/, test/, ...")
+    parser.add_argument("--camvid", required=True, help="holds train/, trainannot/, ...")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--steps", type=int, nargs=2, default=[2500, 400], help="denoising, fine-tuning")
-    parser.add_argument("--out", default="photographs.jsonl", help="a line for each pair, of these flags")
     args = parser.parse_args()
+    args.out = "photographs_{}_{}.jsonl".format(*args.steps)  # a line for each pair
     Path(args.out).touch()
     missing = sorted({*range(args.pairs)} - {json.loads(line)["seed"] for line in open(args.out)})
     with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=[1]) as pool:

@@ -1,6 +1,5 @@
 """common.py: what a user's mistake looks like, flags, rates and lengths by hand, checkpoints and the log."""
 import argparse
-import io
 import json
 import math
 import os
@@ -191,22 +190,6 @@ def test_a_damaged_checkpoint_is_named_in_one_line(spoil, tmp_path):
     with pytest.raises(UserError, match="last.pt") as caught:
         common.resume(argparse.Namespace(out=str(tmp_path)))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("console", [  # closed, a notebook's, and some that cannot print each name
-    None, io.StringIO(), *[io.TextIOWrapper(io.BytesIO(), code) for code in ("ascii", "utf-8", "latin-1")]])
-def test_no_console_ends_a_run(console, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", console)
-    common.run(lambda: (common.say("straße 写 " + os.fsdecode(b"\xfc.png")), common.say("done")))
-    if console:
-        console.flush()
-        assert getattr(console, "buffer", console).getvalue()[-5:] in ("done\n", b"done\n")
-
-
-def test_loader_workers_in_a_tmpdir_that_is_too_long_for_them_are_refused(monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + 90 * "x")
-    with pytest.raises(UserError, match="TMPDIR.*--workers"):
-        common.start_processes(argparse.Namespace(workers=1))
 
 
 @pytest.mark.parametrize("asked, device, bf16, wanted", [
