@@ -32,6 +32,7 @@ TINY = {  # flags that make a stage as small as it can be, on toy data
     "pretrain_decoder": [*SMALL, "--image-size", "32", "--width", "0.03125"],
     "finetune": [*SMALL, "--crop-size", "32", "--width", "0.03125", "--labels", "6"]}
 STAGES = list(TINY)
+FEW = {**dict.fromkeys(datasets.SHAPES_COUNTS, 12), "val": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +53,8 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture
 def few(monkeypatch):
-    """The toy data, cut to a dozen pictures a part."""
-    monkeypatch.setattr(datasets, "SHAPES_COUNTS", {part: 12 for part in datasets.SHAPES_COUNTS})
+    """The toy data, cut to a few pictures."""
+    monkeypatch.setattr(datasets, "SHAPES_COUNTS", FEW)
 
 
 @pytest.fixture
@@ -120,8 +121,7 @@ FORK.set_forkserver_preload(["conftest", "pretrain_encoder", "pretrain_decoder",
 
 
 class Forked:
-    """A stage in `processes` processes of its own, on a dozen toy pictures. before: a function that is called
-    first in each, such as one that makes it die at a certain place."""
+    """A stage in `processes` processes of its own, on a few toy pictures. before: called first in each."""
 
     def __init__(self, tmp_path, name, *flags, processes=1, before=None):
         with socket.socket() as free:
@@ -152,7 +152,7 @@ def _stage(name, flags, environment, output, before):
     sys.stdout = sys.stderr = file
     os.environ.update({key: str(value) for key, value in environment.items()})
     torch.set_num_threads(1)
-    datasets.SHAPES_COUNTS = {part: 12 for part in datasets.SHAPES_COUNTS}
+    datasets.SHAPES_COUNTS = FEW
     if before:
         before()
     sys.argv = [f"{name}.py", *flags]

@@ -282,7 +282,7 @@ def cuda_autocast(dtype):
     return torch.autocast("cuda", dtype, enabled=dtype != torch.float32)
 
 
-@pytest.mark.parametrize("name, condition", [("hybrid-small", 0), ("hybrid-small", 1), ("resnet50", 1)])
+@pytest.mark.parametrize("name, condition", [("hybrid-small", True), ("resnet50", False)])
 def test_on_a_gpu_no_tensor_lies_elsewhere_and_maps_have_the_dtype_of_autocast(name, condition, fake_cuda):
     network, x, gamma = build_unet(name, 1, 5, condition), torch.rand(2, 3, 96, 64), torch.rand(2)
     for dtype, training in itertools.product((torch.float32, torch.bfloat16, torch.float16), (True, False)):
