@@ -3,7 +3,7 @@
     python benchmark.py
     python benchmark.py --only step --peers   # beside another U-Net of the same widths
 
-Cases take turns: compare the lines of one run.
+Compare the lines of one run.
 """
 import argparse
 import os

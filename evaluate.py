@@ -236,7 +236,7 @@ def main():
         is_used = os.path.exists(f"{folder}/index")
         common.require_same(folder, is_used)  # before one process writes
         if is_used:
-            raise UserError(f"--save-predictions {folder}: holds some; pass another")
+            raise UserError(f"--save-predictions {folder}: holds predictions; pass another")
         write = writer(folder, source, classes)
     elif not has_masks:
         raise UserError(f"{args.root}: no masks; pass --masks or --save-predictions")

@@ -165,7 +165,7 @@ def main():
 
 @torch.inference_mode()
 def draw_predictions(model, source, classes, device, precision, window):
-    """Up to six images, truths and predictions (one scale, no flip)."""
+    """Up to six images, truths and predictions."""
     page = []
     for i in sorted({row * len(source) // 6 for row in range(6)}):
         sample = source.read(i)

@@ -314,10 +314,10 @@ def survey(parts, classes):
         shares[part] = pixels[[*range(len(classes.names)), IGNORE]] / pixels.sum()
     if (shares["train"][:-1] > 0).sum() < 2:
         raise UserError(f"{parts['train'].root}: the training masks looked at hold fewer than two of "
-                        f"{classes.names[:8]}; in a classes.txt of names line n is value n")
+                        f"{classes.names[:8]}; in a classes.txt of names line n, from 0, is value n")
     rows = [(name, *[f"{share[k]:.2%}" for share in shares.values()])
             for k, name in enumerate([*classes.names, "ignored"])]
     text = table([("of the pixels", *shares), *rows])
     if turned:
-        text += f"\n{turned} of these images are turned upright by EXIF, masks never"
+        text += f"\n{turned} of the images looked at are turned upright by EXIF, masks never"
     return text

@@ -67,7 +67,7 @@ def parse_arguments(argv=None):
         parser.error(f"--gamma {args.gamma}: expected one value, or LOW HIGH")
     is_toy = args.data == "shapes" and args.encoder in (None, "hybrid-small")
     if args.method == "ddep" and args.encoder_weights is None and not is_toy:
-        parser.error("DDeP needs --encoder-weights")
+        parser.error("DDeP needs --encoder-weights PATH, imagenet21k or imagenet1k")
     args.out = args.out or f"runs/{args.data}/pretrain_decoder_{args.method}"
     return args
 

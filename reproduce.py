@@ -348,7 +348,7 @@ def main():
             pool.shutdown(cancel_futures=True)  # after Ctrl-C none is begun
     show(args)
     if not args.list and missing and not failed:
-        raise UserError(f"{len(missing)} runs wait for others; start those without --shard")
+        raise UserError(f"{len(missing)} runs wait for those that --dry-run prints without --shard")
     if failed:
         raise UserError(f"{len(failed)} runs failed, see above; mend the cause and repeat the command")
 

@@ -93,7 +93,7 @@ def test_a_line_that_names_no_image_or_one_again_is_refused_and_so_is_an_empty_l
 @pytest.mark.parametrize("images, masks, files, taken, refused", [  # of PaddleSeg, VOC, KITTI, CamVid, others
     ("images/*.jpg", "labels/*.png", "images/x.jpg|labels/x.png|images/y.jpg|labels/y.png|v2/images/x.jpg",
      "images/x.jpg labels/x.png|/images/x.jpg ROOT/labels/x.png|ROOT/images/x.jpg",
-     "images/x.jpg labels_v2/x.png|images/x.jpg labels/y.png|ROOT/v2/images/x.jpg|v2/images/x.jpg"),
+     "images/x.jpg labels_v2/x.png|labels/x.png images/x.jpg|ROOT/v2/images/x.jpg|v2/images/x.jpg"),
     ("JPEGImages/*.jpg", "SegmentationClass/*.png", "JPEGImages/0.jpg|SegmentationClass/0.png",
      "/JPEGImages/0.jpg /SegmentationClass/0.png|0", "/JPEGImages/0.jpg /SegmentationClassAug/0.png|0 1"),
     ("image_2/um_*.png", "gt/um_road_*.png", "image_2/um_00.png|gt/um_road_00.png|gt/um_lane_00.png",

@@ -290,8 +290,8 @@ def test_the_loss_is_that_of_the_equations(variant, more, device, done, few, enc
     assert rises["2"] == pytest.approx(mean / metrics["loss"] - 1, abs=1e-4)
 
 
-@pytest.mark.parametrize("method, encoder_name", [("ddep", "hybrid-small"), ("ddep", "resnet50"),
-                                                  ("dep", "hybrid-small")])
+@pytest.mark.parametrize("method, encoder_name", [("ddep", "hybrid-small"), ("dep", "hybrid-small"),
+                                                  ("dep", "resnet50")])
 def test_ddep_leaves_every_byte_of_the_encoder_and_dep_trains_it(
         method, encoder_name, done, few, encoder, tmp_path):
     if encoder_name == "resnet50":  # as torchvision publishes it
