@@ -164,7 +164,7 @@ def class_of(path, start):
 
 
 def list_tars(root, tars):
-    with ProcessPoolExecutor(16) as pool:  # one would wait for the disk, threads for each other
+    with ProcessPoolExecutor(min(16, len(tars))) as pool:  # threads would wait for each other
         found = pool.map(tar_members, [f"{root}/{tar}" for tar in tars])
         found = list(common.progress(found, total=len(tars), unit=" .tar", delay=1))
     chunks = [records(np.full(len(members), os.fsencode(tar)), *members.T, label)

@@ -151,7 +151,7 @@ def _stage(name, flags, environment, output, before):
     os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = file
     os.environ.update({key: str(value) for key, value in environment.items()})
-    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # else loader workers start a server of their own
     datasets.SHAPES_COUNTS = FEW
     if before:
         before()
