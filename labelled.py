@@ -244,7 +244,7 @@ def classes_of(args):
 
 FORM = ("2 to 255 classes in UTF-8, all lines `name` (line n is value n, from 0), `value name`, `R G B name` "
         "or `value R G B name`; values to 255, each once; words that begin with letters")
-# No word begins with a digit, as in `sky 1` or `sky (0 0 0)`; no sign of YAML, JSON or CSV
+# Refuses `sky 1`, `sky (0 0 0)` and signs of YAML, JSON or CSV
 NAME = re.compile(r"""(?!.*[ (]\W*\d)[^\W\d_][^!"#$%*,:;<=>?@\[\\\]^`{|}~]*""")
 
 

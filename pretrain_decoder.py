@@ -29,7 +29,7 @@ from model import ENCODERS, build_unet, freeze, load_weights, read_weights, unet
 from pictures import picture_table
 from unlabelled import pretraining_images
 
-# "paper": §5.1. PAPER SILENT on DeP but for its epochs (6000 on Cityscapes) and noise: the rest as DDeP
+# "paper": §5.1. PAPER SILENT on DeP but for its epochs (--epochs 6000, Table 2) and noise: the rest as DDeP
 # PAPER SILENT on weight decay and warm-up: none, but a warm-up on toy data
 # PAPER SILENT on where Adam and a cosine are used (5.1): here Adam in stages 2 and 3, a cosine in all
 RECIPES = {

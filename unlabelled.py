@@ -39,7 +39,7 @@ def pretraining_images(args):
     if args.data == "folder" and args.images is None:
         pattern = "images/*" if os.path.isdir(f"{args.root}/images") else "*"
     patterns = [pattern.replace("{part}", row.words[0])]
-    if args.data == "cityscapes_coarse":  # Table 3: "fine & coarse"
+    if args.data == "cityscapes_coarse" and "{part}" in pattern:  # Table 3: "fine & coarse"
         patterns.append(pattern.replace("{part}", "train_extra"))
     return picture_list(home(args, row.places, folder_of(patterns[0])), patterns)
 
