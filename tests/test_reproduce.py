@@ -214,6 +214,7 @@ def test_an_interrupt_is_one_line_ends_the_run_and_the_same_command_goes_on(scri
                              start_new_session=True)
     while first.poll() is None and not (tmp_path / "r/encoder/output.txt").exists():
         time.sleep(0.1)
+    time.sleep(1)  # the runs beside it begin
     os.killpg(first.pid, signal.SIGINT)
     err = first.communicate(timeout=30)[1]
     assert first.returncode and err.count("interrupted") == err.count("\n") == 1 and not fake()
