@@ -206,15 +206,15 @@ def test_a_run_has_all_gpus(gpus, data, many, monkeypatch, tmp_path):
 def test_an_interrupt_is_one_line_ends_the_run_and_the_same_command_goes_on(script, fake, tmp_path):
     stages = list(tmp_path.glob("*.py"))
     for path in stages:
-        path.write_text("import time\ntime.sleep(60)\n" + STAGE)
+        path.write_text("import sys, time\nopen(sys.argv[2] + '/begun', 'w')\ntime.sleep(60)\n" + STAGE)
     shutil.copy(ROOT / "reproduce.py", tmp_path)
     command = [sys.executable, tmp_path / "reproduce.py", "--out", tmp_path / "r", "--repeats", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     first = subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE,
                              start_new_session=True)
-    while first.poll() is None and not (tmp_path / "r/encoder/output.txt").exists():
+    at_once = min(3, reproduce.common.default_workers())
+    while first.poll() is None and len([*tmp_path.glob("r/*/begun")]) < at_once:
         time.sleep(0.1)
-    time.sleep(1)  # the runs beside it begin
     os.killpg(first.pid, signal.SIGINT)
     err = first.communicate(timeout=30)[1]
     assert first.returncode and err.count("interrupted") == err.count("\n") == 1 and not fake()
