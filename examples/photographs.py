@@ -28,8 +28,8 @@ STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 95 %, for
 
 
 def conv(channels, out, kernel, stride=1, groups=1):
-    total = kernel - stride  # padded as in TensorFlow
-    return nn.Sequential(nn.ZeroPad2d((total // 2, total - total // 2) * 2),
+    padding = (kernel - stride) // 2, (kernel - stride + 1) // 2  # as in TensorFlow
+    return nn.Sequential(nn.ZeroPad2d(padding * 2),
                          nn.Conv2d(channels, out, kernel, stride, groups=groups, bias=False),
                          nn.BatchNorm2d(out, eps=1e-3), nn.ReLU6())
 
@@ -64,7 +64,7 @@ def read(folder, part):
     """[(image uint8 (3, H, W), mask (1, H, W)), ...]"""
     return [(tv_tensors.Image(Image.open(path).convert("RGB")),
              tv_tensors.Mask(Image.open(Path(folder, f"{part}annot", f"{path.stem}.png"))))
-            for path in sorted(Path(folder, part).glob("*.[jp][pn]g"))]
+            for path in sorted(Path(folder, part).iterdir())]
 
 
 def fit(parameters, loss_of, pairs, min_area, steps, rate):
@@ -116,7 +116,7 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--steps", type=int, nargs=2, default=[2500, 400], help="denoising, fine-tuning")
     args = parser.parse_args()
-    args.out = "photographs_{}_{}.jsonl".format(*args.steps)  # a line for each pair
+    args.out = "{}_{}_{}.jsonl".format(Path(args.weights).stem, *args.steps)  # a line for each pair
     Path(args.out).touch()
     missing = sorted({*range(args.pairs)} - {json.loads(line)["seed"] for line in open(args.out)})
     with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=[1]) as pool:

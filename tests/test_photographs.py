@@ -32,10 +32,10 @@ def test_the_example_runs_alone_goes_on_and_compares_equals(tmp_path, monkeypatc
     state = photographs.EfficientNetLite0("w.pth").state_dict()  # random weights, in the file's form
     torch.save({**state, "_fc.bias": torch.zeros(1000)}, "w.pth")
     known = [{"seed": seed, "0.0003": [20.0, 21.0 + seed], "0.001": [9.0, 8.0]} for seed in (1, 2)]
-    (tmp_path / "photographs_1_1.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in known))
+    (tmp_path / "w_1_1.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in known))
     command = f"{sys.executable} photographs.py --camvid . --weights w.pth --pairs 3 --steps 1 1".split()
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    *before, line = map(json.loads, open("photographs_1_1.jsonl"))
+    *before, line = map(json.loads, open("w_1_1.jsonl"))
     assert before == known and line["seed"] == 0 and line["0.001"][0] != line["0.001"][1]
     differences = [2.0, 3.0, line["0.0003"][1] - line["0.0003"][0]]
     interval = 4.30 * statistics.stdev(differences) / 3 ** 0.5  # 4.30: Student's t for two degrees of freedom
