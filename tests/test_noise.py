@@ -15,12 +15,9 @@ def batch(dtype=torch.float64):  # images and noise
     return torch.randn(2, 4, 3, 8, 6, generator=generator, dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("gamma, sigma, root", [
-    (0.95, 0.2294, 0.2236), (0.90, 0.3333, 0.3162), (0.6098, 0.8, 0.6247)])
-def test_gamma_and_sigma_are_the_papers_pairs_and_two_ways_to_write_one_noise(gamma, sigma, root):
+@pytest.mark.parametrize("gamma, sigma", [(0.95, 0.2294), (0.90, 0.3333), (0.6098, 0.8)])
+def test_gamma_and_sigma_are_the_papers_pairs_and_two_ways_to_write_one_noise(gamma, sigma):
     assert noise.sigma_to_gamma(sigma) == pytest.approx(gamma, abs=1e-4)
-    zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-    assert noise.scaled_additive_noise(zero, one, gamma).item() == pytest.approx(root, abs=1e-4)
     x, eps = batch()
     simple = noise.simple_additive_noise(x, eps, sigma) / math.sqrt(1 + sigma ** 2)
     torch.testing.assert_close(noise.scaled_additive_noise(x, eps, noise.sigma_to_gamma(sigma)), simple)
@@ -76,7 +73,6 @@ def test_an_images_noise_depends_on_its_seed_and_on_nothing_else(device):
     many = noise.sample_noise((32, 3, 64, 64), range(32), device)
     assert many.dtype == torch.float32 and many.device.type == device
     assert many.mean().abs() < 0.01 and abs(many.std() - 1) < 0.01
-    assert noise.denoising_loss(torch.zeros_like(many), many).item() == pytest.approx(1, abs=0.01)
 
 
 def test_gamma_is_drawn_uniformly_in_its_range_by_seed_and_independently_of_the_noise():
@@ -86,7 +82,6 @@ def test_gamma_is_drawn_uniformly_in_its_range_by_seed_and_independently_of_the_
     assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.04)
     assert noise.sample_gamma(0.9, 0.95, [5])[0] == gammas[5]
     seeds = range(0, 10 ** 6, 500)
-    gammas = noise.sample_gamma(0, 1, seeds)
     for other in (noise.sample_noise((2000, 1, 1, 1), seeds).flatten(), torch.stack(
             [torch.rand((), generator=torch.Generator().manual_seed(seed)) for seed in seeds])):
-        assert abs(torch.corrcoef(torch.stack([gammas, other]))[0, 1]) < 0.09
+        assert abs(torch.corrcoef(torch.stack([noise.sample_gamma(0, 1, seeds), other]))[0, 1]) < 0.09
